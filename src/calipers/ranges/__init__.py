@@ -1,0 +1,17 @@
+"""Pure functions from tensors to ranges: they know no observer and no model."""
+
+from calipers.ranges.grid import ShrinkGrid, search_grid_range, search_grid_ranges
+from calipers.ranges.layout import arrange, arrange_whole
+from calipers.ranges.min_max import min_max
+from calipers.ranges.views import Arrangement, GroupedView
+
+__all__ = [
+    "Arrangement",
+    "GroupedView",
+    "ShrinkGrid",
+    "arrange",
+    "arrange_whole",
+    "min_max",
+    "search_grid_range",
+    "search_grid_ranges",
+]

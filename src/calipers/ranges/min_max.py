@@ -1,0 +1,52 @@
+"""Smallest and largest value of every group, in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calipers.ranges.views import GroupedView
+
+__all__ = ["min_max"]
+
+
+def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each group.
+
+    Each piece is read from memory once: its maximum is taken while it is still in the cache from
+    its minimum (`torch.aminmax` along a dimension is slower than the two together).
+
+    Args:
+        view: Values of any floating dtype.
+
+    Returns:
+        Minimum and maximum, each of shape `view.qparam_shape`, in the dtype of the values. NaN and
+        Inf among the values show in the result, unless the view leaves them out: then a group with
+        no finite value gets 0 and 0.
+    """
+    if not view.finite_only and all(size == 1 for size in view.qparam_shape):
+        low, high = torch.aminmax(_in_memory_order(view.gathered()))
+        return low.reshape(view.qparam_shape), high.reshape(view.qparam_shape)
+    low = view.values.new_full(view.qparam_shape, torch.inf)
+    high = view.values.new_full(view.qparam_shape, -torch.inf)
+    num_kept = len(view.qparam_shape)
+    for where, piece in view.pieces():
+        dims = tuple(range(num_kept, piece.dim()))
+        if view.finite_only:
+            finite = piece.isfinite()
+            piece_low = torch.where(finite, piece, torch.inf).amin(dims)
+            piece_high = torch.where(finite, piece, -torch.inf).amax(dims)
+        else:
+            piece_low, piece_high = piece.amin(dims), piece.amax(dims)
+        # A large group comes in several pieces, so results are brought together, not written.
+        torch.minimum(low[where], piece_low, out=low[where])
+        torch.maximum(high[where], piece_high, out=high[where])
+    if view.finite_only:
+        nothing = low > high
+        low, high = low.masked_fill_(nothing, 0), high.masked_fill_(nothing, 0)
+    return low, high
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """The same values with dimensions ordered by stride: a reduction of all reads straight."""
+    return values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))

@@ -1,0 +1,36 @@
+"""Observers: nn.Modules that watch values and answer with a scale and a zero point."""
+
+from calipers.observers.base import Observation, Observer
+from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
+from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
+from calipers.observers.min_max import (
+    MemorylessMinMaxObserver,
+    MinMaxObserver,
+    StaticMinMaxObserver,
+)
+from calipers.observers.moving_base import MovingAverageObserverBase
+from calipers.observers.mse import (
+    MemorylessMSEObserver,
+    MovingAverageMSEObserver,
+    NVFP4ExpandedMSEObserver,
+)
+from calipers.observers.options import ObserverOptions
+from calipers.observers.statistics import Statistic
+
+__all__ = [
+    "IMatrixMSEObserver",
+    "MemorylessMSEObserver",
+    "MemorylessMinMaxObserver",
+    "MinMaxObserver",
+    "MovingAverageMSEObserver",
+    "MovingAverageObserverBase",
+    "NVFP4ExpandedIMatrixObserver",
+    "NVFP4ExpandedMSEObserver",
+    "Observation",
+    "Observer",
+    "ObserverOptions",
+    "StaticMinMaxObserver",
+    "Statistic",
+    "flatten_for_calibration",
+    "get_observer_token_count",
+]

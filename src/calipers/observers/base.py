@@ -1,0 +1,689 @@
+"""The base of all observers: construction, dispatch by strategy, statistics, qparams."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from compressed_tensors import InternalModule
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.registry import RegistryMixin
+from loguru import logger
+from torch import Tensor
+
+from calipers.errors import UnknownObserverError
+from calipers.observers.options import ObserverOptions, build_options
+from calipers.observers.statistics import COUNT, LAST, TOKENS, Statistic
+from calipers.ranges import Arrangement, GroupedView, arrange, arrange_whole, min_max
+
+__all__ = ["Observation", "Observer"]
+
+Range = tuple[Tensor, Tensor]
+QParams = tuple[Tensor | None, Tensor | None]
+
+_TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
+_TOKEN = QuantizationStrategy.TOKEN
+#: In the first form of construction no base name is given: these strategies tell by themselves
+#: that the value is no weight.
+_LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A value that an observer looks at, arranged by the scales it will get.
+
+    Args:
+        value: The values, floating, detached.
+        views: Views that together hold every value once.
+        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`.
+        view_alike: Arranges another tensor of the value's shape (importance weights) the same way.
+    """
+
+    value: Tensor
+    views: tuple[GroupedView, ...]
+    extremes: list[Range]
+    view_alike: Callable[[Tensor], tuple[GroupedView, ...]]
+
+
+class Observer(InternalModule, RegistryMixin):
+    """Watches values and answers with a scale and a zero point for `QuantizationArgs`.
+
+    Both forms of construction work: `Observer(quantization_args)` (the base name is then "weight")
+    and `Observer(base_name, args, module=None, **options)`.
+
+    Observing and deriving are two acts: `observe` updates statistics, `get_qparams` derives scales
+    from them at any time and any number of times; `forward` does one after the other.
+
+    An observer of one's own overrides one of
+
+    - `get_min_max(observed)`: minimum and maximum of values in the canonical layout
+      `(num_observations, *qparam_shape, group_size)`, reduced over the first and last dimension;
+    - `calculate_qparams(observed, reduce_dims, tensor_id)`: scale and zero point of a tensor, of
+      size 1 along `reduce_dims`;
+    - `measure(observation)`: as `get_min_max`, on views instead of on a tensor in canonical layout,
+      which spares a copy for blocks and reordered columns.
+
+    Args:
+        base_name: weight, input, output, q, k or v (or, in the first form, the arguments).
+        args: Quantization arguments. They are copied, never changed.
+        module: Supplies `{base_name}_g_idx` and `{base_name}_global_scale`; held weakly.
+        quantization_args: First form: the arguments, by keyword.
+        **observer_kwargs: Options, merged over `args.observer_kwargs`.
+
+    Raises:
+        ValueError: Arguments missing or of the wrong type; an option that is unknown or invalid.
+    """
+
+    #: The options of this observer.
+    Options: ClassVar[type[ObserverOptions]] = ObserverOptions
+    #: Options of peers that have no meaning here: taken and ignored.
+    ignored_options: ClassVar[frozenset[str]] = frozenset()
+    #: Whether a weight observer wants to see the inputs of its module first.
+    needs_data: ClassVar[bool] = False
+    #: What is remembered, by attribute name; a subclass names what it adds or changes.
+    statistics: ClassVar[dict[str, Statistic]] = {
+        "min_vals": LAST,
+        "max_vals": LAST,
+        "global_min_vals": LAST,
+        "global_max_vals": LAST,
+        "num_batches": COUNT,
+        "num_global_batches": COUNT,
+        "num_nonfinite": COUNT,
+        "_num_observed_tokens": TOKENS,
+        "_observed_dtype": LAST,
+    }
+    #: Statistics that hold the local and the global range.
+    range_names: ClassVar[tuple[str, str]] = ("min_vals", "max_vals")
+    global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
+
+    registry_requires_subclass = False
+    _first_form: ClassVar[bool] = False
+    _scale: Tensor | None
+    _zero_point: Tensor | None
+    #: Whether statistics have changed since the qparams were derived.
+    _stale: bool
+    _num_observed_tokens: int | None
+    num_batches: int
+    num_global_batches: int
+    num_nonfinite: int
+    #: An empty tensor of the dtype of the values, so that it is saved like any statistic.
+    _observed_dtype: Tensor | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Collect the declared statistics along the bases."""
+        super().__init_subclass__(**kwargs)
+        cls._first_form = cls.calculate_qparams is not Observer.calculate_qparams
+        declared: dict[str, Statistic] = {}
+        for base in reversed(cls.__mro__):
+            declared.update(base.__dict__.get("statistics", {}))
+        if cls._first_form:
+            declared.update(_scale=LAST, _zero_point=LAST)
+        cls.statistics = declared
+
+    def __init__(
+        self,
+        base_name: str | QuantizationArgs | None = None,
+        args: QuantizationArgs | None = None,
+        module: torch.nn.Module | None = None,
+        *,
+        quantization_args: QuantizationArgs | None = None,
+        **observer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if isinstance(base_name, QuantizationArgs):
+            base_name, quantization_args = None, base_name
+        if (args is None) == (quantization_args is None):
+            raise ValueError(
+                f"{type(self).__name__}: expected QuantizationArgs once, as args or "
+                f"quantization_args, got {'none' if args is None else 'both'}"
+            )
+        args = quantization_args if args is None else args
+        if not isinstance(args, QuantizationArgs):
+            raise ValueError(
+                f"{type(self).__name__}: args must be QuantizationArgs, got {type(args).__name__}"
+            )
+        self._layout_name: str | None = base_name
+        self.base_name: str = base_name or "weight"
+        self.args: QuantizationArgs = args.model_copy(
+            update={"observer_kwargs": {**(args.observer_kwargs or {}), **observer_kwargs}}
+        )
+        self.options = self._build_options()
+        self._module_ref = None if module is None else weakref.ref(module)
+        kind = "value" if module is None else type(module).__name__
+        #: What warnings and errors call the observed value.
+        self.name: str = f"{kind}.{self.base_name}"
+        self._warned = False
+        self.reset()
+
+    def _build_options(self) -> ObserverOptions:
+        options = dict(self.args.observer_kwargs)
+        for name in self.ignored_options & options.keys():
+            logger.debug("{}: option {!r} has no effect here", type(self).__name__, name)
+            del options[name]
+        return build_options(type(self).__name__, self.Options, options)
+
+    # -- construction and identity -------------------------------------------------------------
+
+    @classmethod
+    def get_value_from_registry(cls, name: str) -> type[Observer]:
+        """The observer class registered under `name`.
+
+        Raises:
+            UnknownObserverError: A ValueError that lists the registered names.
+        """
+        try:
+            found: type[Observer] = super().get_value_from_registry(name)
+        except KeyError:
+            names = (*cls.registered_names(), *cls.registered_aliases())
+            known = sorted(n.replace("-", "_") for n in names)
+            raise UnknownObserverError(
+                f"unknown observer {name!r}; registered: {', '.join(known)}"
+            ) from None
+        return found
+
+    @classmethod
+    def load_from_registry(cls, name: str, *args: Any, **kwargs: Any) -> Observer:
+        """Build the observer registered under `name`, in either form of construction.
+
+        Raises:
+            UnknownObserverError: A ValueError that lists the registered names.
+        """
+        return cls.get_value_from_registry(name)(*args, **kwargs)
+
+    @property
+    def quantization_args(self) -> QuantizationArgs:
+        """The same object as `args`."""
+        return self.args
+
+    @property
+    def module(self) -> torch.nn.Module | None:
+        """The observed module, while it lives."""
+        return None if self._module_ref is None else self._module_ref()
+
+    @property
+    def global_scale(self) -> Tensor | None:
+        """The global scale that the module holds for this value, shape (1,), float32."""
+        scale: Tensor | None = getattr(self.module, f"{self.base_name}_global_scale", None)
+        return scale
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Set the hooks on `module` that this observer needs beside `observe`; none here."""
+
+    def detach(self, module: torch.nn.Module) -> None:
+        """Remove what `attach` set."""
+
+    def extra_repr(self) -> str:
+        """Base name, strategy and format, for `print(module)`."""
+        return f"{self.base_name}, {self.args.strategy}, {self.args.type}{self.args.num_bits}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickle: all but the reference to the module."""
+        return {**self.__dict__, "_module_ref": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
+        """A copy that refers to the copy of the module, where that is copied too."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        module = self.module
+        if module is not None:
+            copied.__dict__["_module_ref"] = weakref.ref(memo.get(id(module), module))
+        return copied
+
+    # -- observing ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forward(self, observed: Tensor, g_idx: Tensor | None = None) -> QParams:
+        """Observe a value and derive qparams: `observe`, then `get_qparams`; counts tokens.
+
+        Args:
+            observed: The value.
+            g_idx: Group of each column, shape (cols,); None takes the module's.
+
+        Returns:
+            Scale and zero point; see `get_qparams`.
+        """
+        self.record_observed_tokens(observed)
+        return self.get_qparams(observed, g_idx)
+
+    @torch.no_grad()
+    def observe(self, observed: Tensor, g_idx: Tensor | None = None) -> None:
+        """Update the statistics by a value; no scale is computed.
+
+        Args:
+            observed: The value, of a shape that the strategy takes. Integers and booleans are read
+                as float32; NaN and Inf are left out, counted and warned about once. An empty
+                tensor changes nothing.
+            g_idx: Group of each column, shape (cols,); None takes the module's.
+
+        Raises:
+            ValueError: A shape that the strategy cannot take, a `g_idx` that does not fit, a meta
+                tensor, or nothing but NaN and Inf.
+        """
+        value = self._as_value(observed)
+        if value.numel() == 0:
+            return
+        if g_idx is None:
+            g_idx = getattr(self.module, f"{self.base_name}_g_idx", None)
+        if self._first_form:
+            self._observe_first_form(value, g_idx)
+            return
+        arrangement = self._arrange(value, g_idx)
+        observation = self._look_at(
+            value, arrangement.views, lambda other: self._arrange(other, g_idx).views
+        )
+        low, high = arrangement.assemble(self.measure(observation))
+        self._remember(self.range_names, (low, high), value.dtype)
+
+    @torch.no_grad()
+    def observe_global(self, observed: Tensor) -> None:
+        """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
+        value = self._as_value(observed)
+        if value.numel() == 0:
+            return
+        layout = self._name_of_layout()
+        views = arrange_whole(value, layout).views
+        observation = self._look_at(value, views, lambda other: arrange_whole(other, layout).views)
+        low, high = self.measure_global(observation)
+        self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
+
+    def record_observed_tokens(self, observed: Tensor) -> None:
+        """Count tokens: those of a 2-D `(tokens, features)` tensor; other ranks are not counted.
+
+        Raises:
+            ValueError: `observed` is no tensor.
+        """
+        if not isinstance(observed, Tensor):
+            raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
+        if observed.dim() != 2:
+            logger.debug(
+                "{}: tokens are counted for (tokens, features), not for rank {}",
+                self.name,
+                observed.dim(),
+            )
+            return
+        self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
+
+    def measure(self, observation: Observation) -> list[Range]:
+        """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
+
+        By default the canonical tensor of each view goes through `get_min_max`.
+        """
+        return [self.get_min_max(view.canonical()) for view in observation.views]
+
+    def measure_global(self, observation: Observation) -> Range:
+        """Minimum and maximum of all values, one element each, for the global scale."""
+        if type(self).get_global_min_max is not Observer.get_global_min_max:
+            return self.get_global_min_max(observation.views[0].canonical())
+        return observation.extremes[0]
+
+    def get_min_max(self, observed: Tensor) -> Range:
+        """Minimum and maximum of values in the canonical layout.
+
+        Args:
+            observed: `(num_observations, *qparam_shape, group_size)`.
+
+        Returns:
+            Each of `qparam_shape`. Observers with running statistics take the value in first.
+        """
+        if type(self).measure is Observer.measure:
+            raise NotImplementedError(
+                f"{type(self).__name__} must override calculate_qparams, get_min_max or measure"
+            )
+        observation = self._look_at_canonical(observed)
+        self._remember(self.range_names, self.measure(observation)[0], observed.dtype)
+        return self._range(self.range_names)
+
+    def get_global_min_max(self, observed: Tensor) -> Range:
+        """Minimum and maximum of a whole value, `(num_observations, 1, group_size)`, shape (1,)."""
+        observation = self._look_at_canonical(observed)
+        self._remember(self.global_range_names, self.measure_global(observation), observed.dtype)
+        return self._range(self.global_range_names)
+
+    # -- deriving ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def get_qparams(self, observed: Tensor | None = None, g_idx: Tensor | None = None) -> QParams:
+        """Scale and zero point.
+
+        Args:
+            observed: A value to observe first; None derives from what was observed so far.
+            g_idx: Group of each column of `observed`.
+
+        Returns:
+            `scale` in the dtype of the observed values (float32 for integers; what
+            compressed-tensors makes of `args.scale_dtype`) and `zero_point` in `args.zp_dtype`,
+            both on their device; `value ~ (code - zero_point) * scale`. `(None, None)` while
+            nothing was observed.
+
+        Raises:
+            ValueError: TENSOR_GROUP without a global scale on the module; see also `observe`.
+        """
+        if observed is not None:
+            if self.args.strategy == _TENSOR_GROUP:
+                self._need_global_scale()
+            self.observe(observed, g_idx)
+        if self._stale:
+            if not self._first_form:
+                self._derive()
+            self._stale = False
+            self.post_calculate_qparams()
+        return self._scale, self._zero_point
+
+    def calculate_qparams(
+        self,
+        observed: Tensor,
+        reduce_dims: tuple[int, ...] | None = None,
+        tensor_id: Any = None,
+    ) -> Range:
+        """Scale and zero point of a tensor, of size 1 along `reduce_dims`: the first-form hook.
+
+        The observers of this package answer for `observed` alone, without touching statistics.
+
+        Args:
+            observed: The value.
+            reduce_dims: Dimensions that share one scale; None: all, with a result of shape (1,).
+            tensor_id: Tells calls apart that belong to one value (groups of different size).
+
+        Raises:
+            NotImplementedError: The subclass overrides no hook at all.
+        """
+        if type(self).measure is Observer.measure and (
+            type(self).get_min_max is Observer.get_min_max
+        ):
+            raise NotImplementedError(f"{type(self).__name__} must override calculate_qparams")
+        value = self._as_value(observed)
+        dims: tuple[int, ...] = (1,)
+        if reduce_dims is None:
+            value = value.reshape(1, -1)
+        else:
+            dims = tuple(sorted(d % value.dim() for d in reduce_dims))
+        shape = tuple(1 if d in dims else s for d, s in enumerate(value.shape))
+        if len(dims) == value.dim():
+            value, dims = value.unsqueeze(0), tuple(d + 1 for d in dims)
+        observation = self._look_at(
+            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
+        )
+        low, high = self.measure(observation)[0]
+        scale, zero_point = self._to_qparams(low, high, value.dtype)
+        if reduce_dims is None:
+            return scale.reshape(1), zero_point.reshape(1)
+        return scale.reshape(shape), zero_point.reshape(shape)
+
+    def get_qparams_along_dim(
+        self, observed: Tensor, dim: int | Iterable[int], tensor_id: Any = None
+    ) -> Range:
+        """`calculate_qparams` with all dimensions reduced but `dim`.
+
+        Args:
+            observed: The value.
+            dim: The dimension, or dimensions, to keep; negative ones count from the end.
+            tensor_id: Handed on.
+        """
+        kept = {d % observed.dim() for d in ([dim] if isinstance(dim, int) else dim)}
+        reduce_dims = tuple(d for d in range(observed.dim()) if d not in kept)
+        return self.calculate_qparams(observed, reduce_dims=reduce_dims, tensor_id=tensor_id)
+
+    def post_calculate_qparams(self) -> None:
+        """Hook, called once after each recalculation of the qparams."""
+
+    @torch.no_grad()
+    def get_global_scale(self, observed: Tensor | None = None) -> Tensor | None:
+        """Global scale for NVFP4, float32, shape (1,).
+
+        Args:
+            observed: A value to observe first; None derives from what was observed so far.
+
+        Returns:
+            The factor that brings the largest local scale to the top of float8 (448 * 6 / amax);
+            local scales are stored multiplied by it. None while nothing was observed.
+        """
+        if observed is not None:
+            self.observe_global(observed)
+        if not self.has_global_statistics:
+            return None
+        assert self._observed_dtype is not None
+        low, high = self._range(self.global_range_names)
+        dtype = self._observed_dtype.dtype
+        scale: Tensor = generate_gparam(_cast(low, dtype), _cast(high, dtype))
+        return scale
+
+    # -- statistics --------------------------------------------------------------------------
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether there is something to derive qparams from."""
+        first = "_scale" if self._first_form else self.range_names[0]
+        return getattr(self, first) is not None
+
+    @property
+    def has_global_statistics(self) -> bool:
+        """Whether there is something to derive a global scale from."""
+        return getattr(self, self.global_range_names[0]) is not None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether an observer that wants to see inputs (`needs_data`) has seen any; else True."""
+        return True
+
+    def reset(self) -> None:
+        """Forget the qparams and every statistic."""
+        self._scale = None
+        self._zero_point = None
+        self._stale = False
+        for name, statistic in self.statistics.items():
+            setattr(self, name, statistic.initial)
+
+    def state(self) -> dict[str, Tensor]:
+        """All statistics as a flat dict of tensors, ready for safetensors; none of the qparams."""
+        state = {}
+        for name, statistic in self.statistics.items():
+            value = getattr(self, name)
+            if value is not None:
+                state[name.lstrip("_")] = torch.tensor(value) if statistic.integer else value
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over statistics that `state` returned, in place of those held.
+
+        Raises:
+            ValueError: A name that this observer does not have.
+        """
+        names = {name.lstrip("_"): name for name in self.statistics}
+        for key in state:
+            if key not in names:
+                raise ValueError(
+                    f"{self.name}: state has unknown entry {key!r}; "
+                    f"{type(self).__name__} has {', '.join(names)}"
+                )
+        self.reset()
+        for key, value in state.items():
+            integer = self.statistics[names[key]].integer
+            setattr(self, names[key], int(value) if integer else value.clone())
+        self._stale = self.has_statistics
+
+    def merge(self, other: Observer) -> None:
+        """Take in what another observer of the same kind has seen, as if it had come afterwards.
+
+        Exact for extremes, sums and counts: two halves merged equal one observer of all the data.
+        Moving averages are weighed by the number of batches behind them, which is approximate,
+        since the order of batches matters to them.
+
+        Raises:
+            ValueError: Another class, other quantization arguments, or statistics of another shape;
+                nothing is changed then.
+        """
+        if type(other) is not type(self) or other.args != self.args:
+            raise ValueError(
+                f"{self.name}: cannot merge {type(other).__name__}({other.extra_repr()}) into "
+                f"{type(self).__name__}({self.extra_repr()}): class and args must be the same"
+            )
+        merged = {}
+        for name, statistic in self.statistics.items():
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is None or theirs is None:
+                merged[name] = theirs if mine is None else mine
+                continue
+            if not statistic.integer:
+                theirs = theirs.to(mine.device)
+                if theirs.shape != mine.shape and statistic is not LAST:
+                    raise ValueError(
+                        f"{self.name}: cannot merge {name} of shape {tuple(theirs.shape)} into "
+                        f"shape {tuple(mine.shape)}"
+                    )
+            counts = getattr(self, statistic.count), getattr(other, statistic.count)
+            merged[name] = statistic.merge(mine, theirs, *counts)
+        for name, value in merged.items():
+            setattr(self, name, value)
+        self._stale = self.has_statistics
+
+    def _remember(self, names: tuple[str, str], current: Range, dtype: torch.dtype) -> None:
+        constant = getattr(self.options, "averaging_constant", 1.0)
+        grown = []
+        for name, value in zip(names, current, strict=True):
+            statistic, past = self.statistics[name], getattr(self, name)
+            if statistic.float32 and value.dtype != torch.float64:
+                value = value.float()
+            # A token's scale belongs to that token alone: there is nothing to carry over.
+            if past is not None and self.args.strategy != _TOKEN:
+                if past.shape != value.shape and statistic is not LAST:
+                    raise ValueError(
+                        f"{self.name}: {name} has shape {tuple(past.shape)}, the observed value "
+                        f"gives {tuple(value.shape)}; call reset() before observing another shape"
+                    )
+                value = statistic.grow(past.to(value.device), value, constant)
+            grown.append(value)
+        for name, value in zip(names, grown, strict=True):
+            setattr(self, name, value)
+        count = "num_batches" if names == self.range_names else "num_global_batches"
+        setattr(self, count, getattr(self, count) + 1)
+        self._observed_dtype = torch.empty(0, dtype=dtype)
+        self._stale = self._stale or names == self.range_names
+
+    def _range(self, names: tuple[str, str]) -> Range:
+        return getattr(self, names[0]), getattr(self, names[1])
+
+    # -- details -----------------------------------------------------------------------------
+
+    def _name_of_layout(self) -> str:
+        if self._layout_name is not None:
+            return self._layout_name
+        return _LAYOUT_OF_STRATEGY.get(QuantizationStrategy(self.args.strategy), "weight")
+
+    def _arrange(self, value: Tensor, g_idx: Tensor | None) -> Arrangement:
+        try:
+            return arrange(value, self._name_of_layout(), self.args, g_idx)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
+    def _as_value(self, observed: Tensor) -> Tensor:
+        """A plain floating tensor that shares memory with `observed` where it can."""
+        if not isinstance(observed, Tensor):
+            raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
+        if observed.is_meta:
+            raise ValueError(
+                f"{self.name}: expected a tensor with values, got a meta tensor of shape "
+                f"{tuple(observed.shape)}; load the weights first"
+            )
+        value = observed.detach().as_subclass(Tensor)
+        # Integers, booleans, and float8, which has no arithmetic.
+        return value if value.dtype in _FLOATS else value.float()
+
+    def _look_at(
+        self,
+        value: Tensor,
+        views: tuple[GroupedView, ...],
+        view_alike: Callable[[Tensor], tuple[GroupedView, ...]],
+    ) -> Observation:
+        """Take the extremes of a value; leave out and count what is not finite."""
+        extremes = [min_max(view) for view in views]
+        if not all(bool(t.isfinite().all()) for pair in extremes for t in pair):
+            self._count_nonfinite(value)
+            views = tuple(view.finite() for view in views)
+            extremes = [min_max(view) for view in views]
+        return Observation(value, views, extremes, view_alike)
+
+    def _look_at_canonical(self, observed: Tensor) -> Observation:
+        dims = (0, observed.dim() - 1)
+        value = self._as_value(observed)
+        return self._look_at(
+            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
+        )
+
+    def _count_nonfinite(self, value: Tensor) -> None:
+        count = value.numel() - int(value.isfinite().sum())
+        if count == value.numel():
+            raise ValueError(f"{self.name}: all {count} observed values are NaN or Inf")
+        self.num_nonfinite += count
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "{}: left out {} NaN or Inf of {} values", self.name, count, value.numel()
+            )
+
+    def _need_global_scale(self) -> Tensor:
+        scale = self.global_scale
+        if scale is None:
+            raise ValueError(
+                f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
+                "module: compute it first with get_global_scale and set it there"
+            )
+        return scale
+
+    def _derive(self) -> None:
+        assert self._observed_dtype is not None
+        low, high = self._range(self.range_names)
+        self._scale, self._zero_point = self._to_qparams(low, high, self._observed_dtype.dtype)
+
+    def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
+        global_scale = None
+        if self.args.strategy == _TENSOR_GROUP:
+            global_scale = self._need_global_scale().to(low.device)
+        scale, zero_point = calculate_qparams(
+            _cast(low, dtype), _cast(high, dtype), self.args, global_scale=global_scale
+        )
+        return scale, zero_point
+
+    def _observe_first_form(self, value: Tensor, g_idx: Tensor | None) -> None:
+        """Scale and zero point by the subclass' `calculate_qparams`, view by view."""
+        low, high = torch.aminmax(value)
+        if not (low.isfinite() and high.isfinite()):
+            self._count_nonfinite(value)
+            value = torch.where(value.isfinite(), value, 0)
+        arrangement = self._arrange(value, g_idx)
+        strategy = QuantizationStrategy(self.args.strategy)
+        dim = value.dim()
+        if strategy == QuantizationStrategy.TENSOR:
+            parts = [self.calculate_qparams(value, reduce_dims=None)]
+        elif strategy == QuantizationStrategy.CHANNEL:
+            rows = value if dim > 1 else value.unsqueeze(-1)
+            parts = [self.get_qparams_along_dim(rows, range(rows.dim() - 1))]
+        elif strategy == _TOKEN:
+            parts = [self.get_qparams_along_dim(value, range(dim - 1))]
+        elif strategy == QuantizationStrategy.ATTN_HEAD:
+            parts = [self.get_qparams_along_dim(value, -3)]
+        else:
+            parts = [
+                self.calculate_qparams(view.gathered(), reduce_dims=view.reduce_dims, tensor_id=i)
+                for i, view in enumerate(arrangement.views)
+            ]
+        self._scale, self._zero_point = arrangement.assemble(list(parts))
+        self._observed_dtype = torch.empty(0, dtype=value.dtype)
+        self.num_batches += 1
+        self._stale = True
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, with what the dtype cannot hold taken to its limits (an expanded float16 range)."""
+    if values.dtype == dtype:
+        return values
+    limits = torch.finfo(dtype)
+    return values.clamp(limits.min, limits.max).to(dtype)

@@ -1,0 +1,5 @@
+"""The command `calipers`."""
+
+from calipers.cli.app import app
+
+__all__ = ["app"]

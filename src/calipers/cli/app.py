@@ -1,0 +1,45 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from calipers import __version__
+from calipers.cli.calibrate import calibrate
+from calipers.cli.demo import demo
+from calipers.cli.listings import observers, schemes
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a fault of ours shows as Python's own traceback
+    help="Measure tensors, pick quantization scales, write compressed-tensors checkpoints.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(calibrate)
+app.command()(demo)
+app.command()(observers)
+app.command()(schemes)

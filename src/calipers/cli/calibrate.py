@@ -1,0 +1,238 @@
+"""`calipers calibrate`: a model in, a compressed-tensors checkpoint and a table out."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.filesize import decimal
+
+from calipers.calibration import CalibrationReport, ModuleReport
+from calipers.calibration import calibrate as calibrate_model
+from calipers.checkpoint import compressed_size, save
+from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
+from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
+from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
+from calipers.errors import CalipersError, CheckpointError
+from calipers.evaluation import perplexity
+from calipers.text import read_batches
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
+    ] = None,
+    scheme: Annotated[
+        str, typer.Option(help="A preset (see `calipers schemes`) or a YAML file.")
+    ] = "W4A16",
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="Observer of weights (see `calipers observers`). "
+            "Default: the scheme's, else memoryless_mse."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
+    ] = None,
+    activation_observer: Annotated[
+        str | None,
+        typer.Option(
+            help="Observer of static activations. Default: the scheme's, else static_minmax."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration data: .txt, or .jsonl with 'text' or "
+            "'messages'. Default for the demo model: its own text.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Most sequences to calibrate with.")] = 128,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")] = 512,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Module name, class name or re:REGEX to leave alone; "
+            "may be repeated. Default: lm_head.",
+        ),
+    ] = None,
+    on_missing: Annotated[
+        str,
+        typer.Option(help="Modules that see no data: error, skip (leave unquantized) or fallback."),
+    ] = "error",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    eval_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE.txt",
+            help="Text for perplexity before and after. "
+            "Default for the demo model: its held-out text.",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="As float32; auto: as stored.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Quantize a model and write a checkpoint that transformers and vLLM load.
+
+    Examples:
+      calipers calibrate
+
+      calipers calibrate ./Llama-3-8B --scheme W4A16 --out ./Llama-3-8B-W4A16
+
+      calipers calibrate ./Llama-3-8B --observer imatrix_mse --data text.jsonl --eval heldout.txt
+
+      calipers calibrate ./Llama-3-8B --scheme FP8 --data text.txt --samples 256 --json
+
+      calipers calibrate --observer memoryless_mse --option norm=2 --option maxshrink=0.3
+    """
+    with plain_errors(), show_progress() as progress:
+        started = time.perf_counter()
+        if out is not None and out.exists() and not force:
+            raise CheckpointError(
+                f"{out} exists; choose another --out, or pass --force to replace it"
+            )
+        options = parse_options(option or [])
+        path = MODEL_PATH if model is None else model
+        if model is None:
+            data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
+        loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
+        length = min(sequence_length, max_positions(loaded) or sequence_length)
+        if data is not None or eval_file is not None or out is not None:
+            tokenizer = load_tokenizer(path)
+        batches = None
+        if data is not None:
+            texts = read_batches(data, tokenizer, sequence_length=length, samples=samples)
+            batches = [{"input_ids": ids, "use_cache": False} for ids in texts]
+        judged = None
+        if eval_file is not None:
+            judged = read_batches(eval_file, tokenizer, sequence_length=length)
+        size_before = model_bytes(loaded)
+        before = None if judged is None else perplexity(loaded, judged, progress)
+        report = calibrate_model(
+            loaded,
+            scheme,
+            observer,
+            batches,
+            ("lm_head",) if ignore is None else tuple(ignore),
+            observer_options=options,
+            activation_observer=activation_observer,
+            on_missing=on_missing,  # type: ignore[arg-type]  # freeze checks it
+            progress=progress,
+        )
+        after = None if judged is None else perplexity(loaded, judged, progress)
+        if out is not None:
+            save(loaded, out, tokenizer=tokenizer, force=force)
+        result = {
+            "model": "demo" if model is None else str(model),
+            "scheme": scheme,
+            "out": None if out is None else str(out),
+            "perplexity_before": before,
+            "perplexity_after": after,
+            "bytes_before": size_before,
+            "bytes_after": compressed_size(loaded) if report.modules else size_before,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "calibration": report.to_dict(),
+        }
+    if json:
+        print_json(result)
+    else:
+        print_result(result, report)
+
+
+def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
+    """Print the tables of a calibration."""
+    print_table(
+        f"{result['model']}, scheme {result['scheme']}",
+        ("modules", "count", "observer", "bits", "relative weight error", "activations", "tokens"),
+        summarize_modules(report.modules),
+        right=("count", "bits", "tokens"),
+    )
+    lines = []
+    if result["perplexity_before"] is not None:
+        change = result["perplexity_after"] / result["perplexity_before"] - 1
+        lines.append(
+            (
+                "perplexity",
+                f"{result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f} "
+                f"({change:+.2%})",
+            )
+        )
+    before, after = result["bytes_before"], result["bytes_after"]
+    lines += [
+        ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),
+        ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
+        ("peak memory", decimal(result["peak_memory_bytes"])),
+    ]
+    if report.skipped:
+        lines.append(("left unquantized", ", ".join(report.skipped)))
+    lines.append(("checkpoint", result["out"] or "not written (no --out)"))
+    print_lines(lines)
+
+
+def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
+    """One row for all modules whose names differ by numbers alone and that were treated alike."""
+    kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
+    for row in modules:
+        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        key = (name, row.weight_observer, row.weight_bits, row.activation_observer, row.fallback)
+        kinds[key].append(row)
+    rows: list[tuple[str, ...]] = []
+    for (name, observer, bits, activation, fallback), members in kinds.items():
+        errors = [m.weight_error for m in members if m.weight_error is not None]
+        spread = "-"
+        if errors:
+            spread = f"{sum(errors) / len(errors):.4f} (at most {max(errors):.4f})"
+        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        rows.append(
+            (
+                name + note,
+                str(len(members)),
+                observer or "-",
+                "-" if bits is None else str(bits),
+                spread,
+                activation or "-",
+                str(max(m.tokens for m in members)),
+            )
+        )
+    return rows
+
+
+def parse_options(given: list[str]) -> dict[str, Any]:
+    """Options of the form key=value; values are read as YAML scalars.
+
+    Raises:
+        CalipersError: One without a key or an equals sign.
+    """
+    options = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            raise CalipersError(f"--option: expected key=value, got {item!r}")
+        options[key.strip()] = yaml.safe_load(value)
+    return options
+
+
+def max_positions(model: Any) -> int | None:
+    """Most tokens of a sequence that the model takes, where its config says so."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None

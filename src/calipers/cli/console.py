@@ -1,0 +1,107 @@
+"""What all commands share: output, progress, errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from calipers.calibration.batches import Progress as ProgressFunction
+
+__all__ = ["plain_errors", "print_json", "print_lines", "print_table", "show_progress"]
+
+#: Wide enough for any table where there is no terminal to fit.
+_PIPE_WIDTH = 200
+
+
+def _console(*, stderr: bool = False) -> Console:
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, width=None if terminal else _PIPE_WIDTH)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+) -> None:
+    """Print a table: framed in a terminal, plain columns elsewhere.
+
+    Args:
+        title: Line above the table.
+        columns: Headings.
+        rows: Cells, as many as headings.
+        right: Headings of the columns of numbers, which are aligned to the right.
+    """
+    console = _console()
+    table = Table(
+        title=title, title_justify="left", box=box.ROUNDED if console.is_terminal else None
+    )
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+
+def print_lines(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print names and values, one pair a line."""
+    console = _console()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, escape(value))
+    console.print(table)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON document and nothing else to standard output."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+@contextmanager
+def show_progress() -> Iterator[ProgressFunction]:
+    """Progress bars on standard error, where that is a terminal."""
+    console = _console(stderr=True)
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def advance(stage: str, done: int, total: int | None) -> None:
+        if stage not in tasks or done < bars.tasks[tasks[stage]].completed:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    with bars:
+        yield advance
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn an error about the input into one line on standard error and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        _console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from None

@@ -1,0 +1,64 @@
+"""Local transformers models for the commands: loading, sizes, memory."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from calipers.errors import CalipersError
+
+__all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
+
+
+def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
+    """Load a causal language model from a local directory; nothing is fetched.
+
+    Args:
+        path: A transformers directory.
+        device: Where to put it; None takes a GPU if there is one.
+        dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
+
+    Raises:
+        CalipersError: No such directory, or no model in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        local_files_only=True,
+    )
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load the tokenizer of a local directory; nothing is fetched."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model, shared ones counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held by this process so far: of the GPU where one is used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

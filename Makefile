@@ -1,0 +1,58 @@
+# The commands of this project. `make demo` and `make test` need only make and a Python >= 3.10 with venv and pip:
+# everything else is installed into .venv on the first call.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.calipers-setup
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Number of processes of the test run; "auto" takes all cores, 0 runs in one process.
+JOBS ?= 0
+# More arguments for pytest, as in `make test PYTEST_ARGS="-k imatrix -x"`.
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing calipers and its tools into $(VENV) (minutes, the first time)"
+	@$(PIP) install --editable ".[dev]" --constraint constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## calibrate the embedded model under three schemes and print the comparison
+	@$(BIN)/calipers demo
+
+test: lint types unit docs ## all that CI runs: lint, types, tests with doctests and docs snippets, docs
+	@echo "all checks passed"
+
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: $(STAMP)
+	@$(BIN)/mypy
+
+unit: $(STAMP)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## the tests marked slow
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m slow $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## the tests marked gpu, slow ones included
+	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+docs: $(STAMP) ## build the documentation into site/, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean: ## remove caches and build outputs
+	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find src tests docs scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean ## clean, and remove .venv too
+	@rm -rf $(VENV)

@@ -1,7 +1,7 @@
 """Errors that calipers raises about what it was given.
 
-All of them are ValueErrors, so code that catches `ValueError` around a call keeps working. A message
-names the argument or the modules, what was expected and what came.
+All of them are ValueErrors, so code that catches `ValueError` around a call keeps working. A
+message names the argument or the modules, what was expected and what came.
 """
 
 from __future__ import annotations

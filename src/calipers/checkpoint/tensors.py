@@ -1,0 +1,248 @@
+"""The tensors of a checkpoint, taken one module at a time from a model that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.offload import align_module_device, disable_onloading
+from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.quantization.utils import is_module_quantized
+from torch import Tensor, nn
+
+from calipers.errors import CheckpointError
+
+__all__ = [
+    "broken_ties",
+    "checkpoint_bytes",
+    "checkpoint_tensors",
+    "loading_dtype",
+    "quantized_modules",
+]
+
+
+def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that carry a quantization scheme, by name; a module with two names appears once."""
+    return {name: module for name, module in model.named_modules() if is_module_quantized(module)}
+
+
+def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """State dict of the checkpoint: quantized modules compressed, all others as they are.
+
+    Weights that the model declares tied (an output head and its embedding), and that still are, are
+    left out: loading ties them again. Tensors shared in any other way are stored under each name,
+    since nothing would share them again.
+
+    Args:
+        model: The model, its quantized modules frozen.
+
+    Returns:
+        Contiguous tensors by full name, no two of them sharing memory. Those of quantized and of
+        offloaded modules are on the CPU, others on their own device. Some are the model's own
+        memory: do not write to them.
+
+    Raises:
+        CheckpointError: A module cannot be compressed, or holds a tensor without data.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in _parts(model):
+        state = _local_state(part.module)
+        if part.scheme is not None:
+            state = _compress(part.prefix, state, part.scheme, type(part.module))
+        for key, value in state.items():
+            if key in part.tied:
+                continue
+            name = _join(part.prefix, key)
+            if value.is_meta:
+                raise CheckpointError(
+                    f"{name} lies on the meta device and holds no data: load the model's weights, "
+                    "or take accelerate's hooks off with compressed_tensors.offload.from_accelerate"
+                )
+            on_cpu = part.scheme is not None or part.offloaded
+            tensors[name] = value.cpu() if on_cpu else value
+    return _without_shared_memory(tensors)
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors of `checkpoint_tensors`, computed without compressing the whole model.
+
+    Modules of equal shapes and equal scheme compress to equal sizes, so one of each kind is
+    compressed.
+
+    Raises:
+        CheckpointError: A module cannot be compressed.
+    """
+    total = 0
+    known: dict[object, int] = {}
+    for part in _parts(model):
+        with disable_onloading():
+            shapes = {
+                key: (tensor.shape, tensor.dtype) for key, tensor in _stored(part.module).items()
+            }
+        if part.scheme is None:
+            sizes = [s.numel() * d.itemsize for k, (s, d) in shapes.items() if k not in part.tied]
+            total += sum(sizes)
+            continue
+        kind = (type(part.module), part.scheme.model_dump_json(), tuple(sorted(shapes.items())))
+        if kind not in known:
+            state = _local_state(part.module)
+            state = _compress(part.prefix, state, part.scheme, type(part.module))
+            known[kind] = sum(value.numel() * value.dtype.itemsize for value in state.values())
+        total += known[kind]
+    return total
+
+
+def broken_ties(model: nn.Module) -> dict[str, str]:
+    """Declared ties that a checkpoint of this model cannot keep, as {name: name it was tied to}.
+
+    A tie breaks when one side is quantized, or when the two sides hold different tensors already. A
+    loader that tied them again would overwrite one of them.
+    """
+    kept = {_join(part.prefix, key) for part in _parts(model) for key in part.tied}
+    return {name: source for name, source in _declared_ties(model).items() if name not in kept}
+
+
+def loading_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype | None:
+    """The one dtype that a loader makes of the compressed weights, where it is not the model's own.
+
+    compressed-tensors 0.19 decompresses FP4 and MX weights to bfloat16 whatever dtype the model is
+    loaded in, so that a float32 or float16 model made from such a checkpoint fails in its first
+    matmul. This asks the decompressor itself, one module per scheme.
+
+    Args:
+        model: The model that was compressed.
+        tensors: What `checkpoint_tensors` gave for it.
+
+    Returns:
+        That dtype; None where the weights come back in the dtype that they had.
+
+    Raises:
+        CheckpointError: What was compressed cannot be decompressed.
+    """
+    asked: set[str] = set()
+    for part in _parts(model):
+        if part.scheme is None or part.scheme.weights is None:
+            continue
+        kind = f"{type(part.module).__name__} {part.scheme.model_dump_json()}"
+        if kind in asked:
+            continue
+        asked.add(kind)
+        start = len(_join(part.prefix, ""))
+        state = {k[start:]: t for k, t in tensors.items() if k.rpartition(".")[0] == part.prefix}
+        try:
+            compressor = _compressor(part.scheme, type(part.module))
+            weight: Tensor = compressor.decompress(state, part.scheme)["weight"]
+        except Exception as error:
+            raise CheckpointError(
+                f"module {part.prefix} cannot be decompressed again: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        with disable_onloading():
+            own: torch.dtype = _stored(part.module)["weight"].dtype
+        if weight.dtype != own:
+            return weight.dtype
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One module of the model, and what of it a checkpoint leaves out."""
+
+    prefix: str
+    module: nn.Module
+    scheme: QuantizationScheme | None
+    tied: frozenset[str]
+    offloaded: bool
+
+
+def _parts(model: nn.Module) -> Iterator[_Part]:
+    """Every module under each of its names, with the local keys that loading will tie again."""
+    named = list(model.named_modules(remove_duplicate=False))
+    plain = {
+        _join(prefix, key): (module, key)
+        for prefix, module in named
+        if not is_module_quantized(module)
+        for key in (*module._parameters, *module._buffers)
+    }
+    tied = {
+        name
+        for name, source in _declared_ties(model).items()
+        if name in plain and source in plain and _equal(plain[name], plain[source])
+    }
+    for prefix, module in named:
+        keys = (*module._parameters, *module._buffers)
+        yield _Part(
+            prefix=prefix,
+            module=module,
+            scheme=module.quantization_scheme if is_module_quantized(module) else None,
+            tied=frozenset(key for key in keys if _join(prefix, key) in tied),
+            offloaded=isinstance(module._parameters, OffloadCache),
+        )
+
+
+def _equal(one: tuple[nn.Module, str], other: tuple[nn.Module, str]) -> bool:
+    """Whether two tensors of a model are the same one, or, since offloading makes copies, equal."""
+    a, b = (_local_state(module).get(key) for module, key in (one, other))
+    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.is_meta or b.is_meta:
+        return getattr(*one) is getattr(*other)
+    return a.data_ptr() == b.data_ptr() or bool(torch.equal(a, b.to(a.device)))
+
+
+def _stored(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the module itself, under their local names."""
+    named = {**dict(module._parameters.items()), **dict(module._buffers.items())}
+    hidden = module._non_persistent_buffers_set
+    return {key: t.data for key, t in named.items() if t is not None and key not in hidden}
+
+
+def _local_state(module: nn.Module) -> dict[str, Tensor]:
+    with align_module_device(module):
+        return _stored(module)
+
+
+def _compress(
+    prefix: str, state: dict[str, Tensor], scheme: QuantizationScheme, kind: type[nn.Module]
+) -> dict[str, Tensor]:
+    try:
+        with torch.no_grad():
+            compressed: dict[str, Tensor] = _compressor(scheme, kind).compress(state, scheme)
+    except Exception as error:
+        raise CheckpointError(
+            f"module {prefix} cannot be compressed: {type(error).__name__}: {error}"
+        ) from error
+    return compressed
+
+
+def _compressor(scheme: QuantizationScheme, kind: type[nn.Module]) -> type[BaseCompressor]:
+    name = CompressionFormat(scheme.format or infer_module_format(kind, scheme)).value
+    compressor: type[BaseCompressor] = BaseCompressor.get_value_from_registry(name)
+    return compressor
+
+
+def _declared_ties(model: nn.Module) -> dict[str, str]:
+    """What transformers will tie after loading: {name: name it is tied to}."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.contiguous()
+        storage = value.untyped_storage()
+        if value.numel() and (storage.data_ptr() in seen or storage.nbytes() > value.nbytes):
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        separate[name] = value
+    return separate
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key

@@ -3,6 +3,8 @@
 from calipers import _guard as _guard  # first: importing compressed_tensors must not touch loguru
 
 # isort: split
+from calipers.calibration import Calibration, CalibrationReport, attach, calibrate
+from calipers.checkpoint import save
 from calipers.errors import (
     CalipersError,
     CheckpointError,
@@ -10,11 +12,14 @@ from calipers.errors import (
     SchemeError,
     UnknownObserverError,
 )
+from calipers.evaluation import perplexity
 from calipers.observers import Observer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "CalibrationReport",
     "CalipersError",
     "CheckpointError",
     "MissingDataError",
@@ -22,4 +27,8 @@ __all__ = [
     "SchemeError",
     "UnknownObserverError",
     "__version__",
+    "attach",
+    "calibrate",
+    "perplexity",
+    "save",
 ]

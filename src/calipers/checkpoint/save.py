@@ -12,14 +12,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.utils
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from loguru import logger
 from torch import nn
-from transformers.utils import logging
 
+from calipers._quiet import no_progress_bars
 from calipers.checkpoint.tensors import (
     broken_ties,
     checkpoint_bytes,
@@ -180,7 +179,7 @@ def _write(model: nn.Module, folder: Path) -> None:
             "loaded by transformers the model runs in it. Calibrate in {} to get the same logits.",
             *[changes["dtype"]] * 3,
         )
-    with _as_before_saving(model), _no_progress_bars():
+    with _as_before_saving(model), no_progress_bars():
         save_pretrained(folder, state_dict=tensors)
     ModelCompressor(
         quantization_config=config, transform_config=compressor.transform_config
@@ -245,24 +244,6 @@ def _as_before_saving(model: nn.Module) -> Iterator[None]:
         vars(config).clear()
         vars(config).update(before)
         vars(model).update(hidden)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Silences the bars of transformers for a while, leaving the user's settings as they were."""
-    hub: Any = huggingface_hub.utils  # these functions are public, but hidden from type checkers
-    hub_was_off = hub.are_progress_bars_disabled()
-    bars_were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars_were_on:
-            logging.enable_progress_bar()
-        if hub_was_off:
-            hub.disable_progress_bars()
-        else:
-            hub.enable_progress_bars()
 
 
 def _listing(names: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from calipers._quiet import no_progress_bars
 from calipers.errors import CalipersError
 
 __all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
@@ -29,11 +30,12 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
 
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        local_files_only=True,
-    )
+    with no_progress_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            local_files_only=True,
+        )
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

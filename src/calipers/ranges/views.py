@@ -13,15 +13,22 @@ __all__ = ["Arrangement", "GroupedView"]
 
 #: Values of a piece: 2**18 float32 are 1 MiB, which stays in the second-level cache of one core.
 CPU_PIECE = 2**18
+#: Smaller pieces would cost more in calls than they save in memory.
+SMALLEST_PIECE = 2**14
 #: On an accelerator the cost of a launch counts, not the cache.
 ACCELERATOR_PIECE = 2**24
 
 Index = tuple[int | slice | EllipsisType | Tensor, ...]
 
 
-def piece_size(device: torch.device) -> int:
-    """Number of values that one step of a pass over memory should work on, by device."""
-    return CPU_PIECE if device.type == "cpu" else ACCELERATOR_PIECE
+def piece_size(values: Tensor) -> int:
+    """Number of values that one step of a pass over a tensor should work on.
+
+    At most an eighth of the tensor, so that the handful of copies of a piece that a step needs
+    stays under one copy of the whole.
+    """
+    largest = CPU_PIECE if values.device.type == "cpu" else ACCELERATOR_PIECE
+    return min(largest, max(SMALLEST_PIECE, values.numel() // 8))
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ class GroupedView:
             Slices into the qparams of this view (a piece may hold a part of a group), and the
             values with all kept dimensions in front and all reduced ones behind.
         """
-        limit = limit or piece_size(self.values.device)
+        limit = limit or piece_size(self.values)
         kept, order = self.kept_dims, (*self.kept_dims, *self.reduce_dims)
         # Gathered columns stay whole: only dimensions that exist before the gathering are cut.
         cuttable = [d for d in order if self.columns is None or d < self.values.dim() - 1]

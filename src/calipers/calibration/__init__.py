@@ -1,0 +1,20 @@
+"""A model's life with observers: attach, run batches, freeze, detach; or `calibrate` for all."""
+
+from __future__ import annotations
+
+from calipers.calibration.attach import attach
+from calipers.calibration.calibrate import calibrate
+from calipers.calibration.checks import check_scheme
+from calipers.calibration.report import CalibrationReport, ModuleReport
+from calipers.calibration.schemes import resolve_config
+from calipers.calibration.session import Calibration
+
+__all__ = [
+    "Calibration",
+    "CalibrationReport",
+    "ModuleReport",
+    "attach",
+    "calibrate",
+    "check_scheme",
+    "resolve_config",
+]

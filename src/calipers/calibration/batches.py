@@ -1,0 +1,82 @@
+"""`run_batches`: batches through a model in eval mode, its training flags put back after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from compressed_tensors.offload import get_execution_device
+from compressed_tensors.offload.utils import send_tensors
+
+from calipers.errors import CalipersError
+
+__all__ = ["Progress", "run_batches"]
+
+# stage, done, total (None where it is not known)
+Progress: TypeAlias = Callable[[str, int, "int | None"], object]
+
+
+def run_batches(
+    model: torch.nn.Module,
+    batches: Iterable[Any],
+    on_batch: Callable[[], None],
+    progress: Progress | None = None,
+) -> None:
+    """Run batches through the model without gradients.
+
+    Args:
+        model: Run in eval mode; every module's training flag is restored, also after an error.
+        batches: Each one a mapping (called as `model(**batch)`, a transformers BatchEncoding
+            included), a tensor (`model(batch)`), or a tuple or list (`model(*batch)`). Tensors
+            are moved to the device that the model executes on.
+        on_batch: Called after each batch that the model took.
+        progress: Called as `progress("batches", done, total)` before the first batch and after
+            each; `total` is None where `batches` has no length.
+
+    Raises:
+        CalipersError: `batches` is itself one batch or text, or a batch is of another type.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)) or not isinstance(
+        batches, Iterable
+    ):
+        raise CalipersError(
+            f"batches must be an iterable of batches, got {type(batches).__name__}; "
+            "put a single batch into a list"
+        )
+    total = len(batches) if isinstance(batches, Sized) else None
+    device = get_execution_device(model, torch.device("cpu"))
+    with _eval_mode(model), torch.no_grad():
+        if progress is not None:
+            progress("batches", 0, total)
+        for done, batch in enumerate(batches, start=1):
+            _call(model, batch, device)
+            on_batch()
+            if progress is not None:
+                progress("batches", done, total)
+
+
+def _call(model: torch.nn.Module, batch: object, device: torch.device | str) -> None:
+    if isinstance(batch, Mapping):
+        model(**send_tensors(dict(batch), device=device))
+    elif isinstance(batch, torch.Tensor):
+        model(send_tensors(batch, device=device))
+    elif isinstance(batch, (tuple, list)):
+        model(*send_tensors(batch, device=device))
+    else:
+        raise CalipersError(
+            "a batch must be a mapping of arguments, a tensor, or a tuple or list of arguments, "
+            f"got {type(batch).__name__}"
+        )
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            module.training = flag

@@ -1,0 +1,98 @@
+"""`calibrate`: the whole of it in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from calipers.calibration.attach import plan_observers
+from calipers.calibration.batches import Progress
+from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.observed import ObservedModule
+from calipers.calibration.report import CalibrationReport
+from calipers.calibration.schemes import SchemeLike
+from calipers.calibration.session import Calibration, OnMissing
+from calipers.errors import MissingDataError
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    model: torch.nn.Module,
+    scheme: SchemeLike = "W4A16",
+    observer: str | None = None,
+    data: Iterable[Any] | None = None,
+    ignore: str | Iterable[str] = ("lm_head",),
+    *,
+    observer_options: Mapping[str, Any] | None = None,
+    activation_observer: str | None = None,
+    on_missing: OnMissing = "error",
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Quantize a model in place: attach observers, run data, freeze, detach.
+
+    Args:
+        model: Any torch model with Linear or Embedding layers, offloaded or not.
+        scheme: A QuantizationConfig, a QuantizationScheme, a preset name, or the path of a YAML
+            file; see `resolve_config`.
+        observer: Observer of weights; None takes the one that the scheme names, else
+            "memoryless_mse".
+        data: Batches; see `Calibration.run`. None where the observers and the scheme need none:
+            weights alone, or dynamic activations.
+        ignore: Modules left alone: names, class names or "re:" patterns.
+        observer_options: Options of the weight observers.
+        activation_observer: Observer of static activations; None takes the one that the scheme
+            names, else "static_minmax".
+        on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
+        progress: Called as `progress(stage, done, total)` for the stages "batches",
+            "global scales", "weights" and "activations"; `total` is None where it is not known.
+
+    Returns:
+        What was done, module by module. The model runs fake-quantized from here on; where an
+        exception is raised instead it is as it was before.
+
+    Raises:
+        SchemeError: As `attach`.
+        MissingDataError: Data is needed and `data` is None, told before any work; or modules that
+            it did not reach, see `Calibration.freeze`.
+        ValueError: An unknown observer, an unknown or invalid option.
+    """
+    choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
+    config, observed = plan_observers(model, scheme, choice, ignore)
+    if data is None:
+        _refuse_without_data(observed)
+    with Calibration(model, config, observed, choice) as calibration:
+        if data is not None:
+            calibration.run(data, progress)
+        return calibration.freeze(on_missing, progress)
+
+
+def _refuse_without_data(observed: Sequence[ObservedModule]) -> None:
+    reasons: dict[str, list[str]] = {}
+    for each in observed:
+        for base_name, built in each.observers.items():
+            kind = type(built).__name__
+            if base_name != "weight":
+                why = f"{base_name} activations are quantized statically ({kind} must see them)"
+            elif built.needs_data:
+                why = f"{kind} weighs weights by their layer's inputs"
+            else:
+                continue
+            reasons.setdefault(why, []).append(each.name)
+    if reasons:
+        lines = [
+            f"  {why}: {len(names)} modules, {names[0]}{', ...' * (len(names) > 1)}"
+            for why, names in reasons.items()
+        ]
+        raise MissingDataError(
+            "\n".join(
+                [
+                    "this calibration needs data, and data is None:",
+                    *lines,
+                    "Pass data=, an iterable of batches: mappings of arguments (input_ids=...), "
+                    "tensors, or tuples of arguments.",
+                ]
+            )
+        )

@@ -1,0 +1,50 @@
+"""`check_scheme`: everything that would fail later, found before any work and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+
+from calipers.calibration.module_checks import find_module_problems
+from calipers.calibration.pattern_checks import find_pattern_problems
+from calipers.calibration.targets import Target, match_targets_to_schemes
+from calipers.errors import SchemeError
+
+__all__ = ["check_scheme"]
+
+
+def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Target]:
+    """Check that every module can take the scheme which the config gives it.
+
+    Found here: target and ignore patterns that match nothing ("lm_head" may be ignored where
+    there is none), modules of a type that compressed-tensors cannot quantize, modules already
+    quantized, group sizes that do not divide a module's columns, strategies and number formats
+    that the layer or compressed-tensors cannot take.
+
+    Args:
+        model: Any model, offloaded or not; nothing in it is changed.
+        config: As `resolve_config` returns it.
+
+    Returns:
+        The modules to quantize with their schemes, in the model's order; empty where the
+        config quantizes nothing ("UNQUANTIZED").
+
+    Raises:
+        SchemeError: One error that lists every offending pattern and module with its reason.
+    """
+    targets = match_targets_to_schemes(model, config)
+    problems = list(_find_problems(model, config, targets))
+    if problems:
+        raise SchemeError("\n  ".join(["the model cannot take this scheme:", *problems]))
+    return targets
+
+
+def _find_problems(
+    model: torch.nn.Module, config: QuantizationConfig, targets: list[Target]
+) -> Iterator[str]:
+    yield from find_pattern_problems(model, config)
+    for target in targets:
+        for reason in find_module_problems(target):
+            yield f"{target.name or type(target.module).__name__}: {reason}"

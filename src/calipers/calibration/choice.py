@@ -1,0 +1,98 @@
+"""`build_observer`: which observer measures a tensor, and with which options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import DynamicType, QuantizationArgs
+
+from calipers.errors import CalipersError
+from calipers.observers import Observer
+
+__all__ = ["ObserverChoice", "needs_observer"]
+
+_DEFAULT_WEIGHT_OBSERVER = "memoryless_mse"
+_DEFAULT_ACTIVATION_OBSERVER = "static_minmax"
+
+
+def needs_observer(args: QuantizationArgs) -> bool:
+    """Static quantization needs one, "local" one for its global scale, dynamic none."""
+    return args.dynamic in (False, DynamicType.LOCAL)
+
+
+@dataclass(frozen=True)
+class ObserverChoice:
+    """What the caller asked for; it comes before what the scheme names and before the defaults.
+
+    Args:
+        weight: Observer of weights; None takes the scheme's, else "memoryless_mse".
+        activation: Observer of static activations; None takes the scheme's, else "static_minmax".
+        options: Options of the weight observers, over those of the scheme.
+    """
+
+    weight: str | None = None
+    activation: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(
+        self, name: str, base_name: str, args: QuantizationArgs, module: torch.nn.Module
+    ) -> Observer:
+        """Build the observer of one tensor; nothing is attached.
+
+        Args:
+            name: The module's name in the model; the observer is called "{name}.{base_name}".
+            base_name: "weight", "input" or "output".
+            args: The tensor's arguments; never changed.
+            module: The module that holds it.
+
+        Raises:
+            CalipersError: Unknown observer (lists the known ones), or one that weighs weights by
+                inputs chosen for an activation or an Embedding.
+            ValueError: Unknown or invalid options, from the observer itself.
+        """
+        chosen = self.name_for(base_name, args)
+        if Observer.get_value_from_registry(chosen).needs_data:
+            _refuse_without_inputs(chosen, name, base_name, module)
+        observer: Observer = Observer.load_from_registry(
+            chosen,
+            base_name=base_name,
+            args=self.recorded_args(base_name, args),
+            module=module,
+        )
+        observer.name = f"{name}.{base_name}" if name else base_name
+        return observer
+
+    def name_for(self, base_name: str, args: QuantizationArgs) -> str:
+        """The observer's name as registered, with underscores."""
+        if base_name == "weight":
+            chosen = self.weight or args.observer or _DEFAULT_WEIGHT_OBSERVER
+        else:
+            chosen = self.activation or args.observer or _DEFAULT_ACTIVATION_OBSERVER
+        return _normal(chosen)
+
+    def recorded_args(self, base_name: str, args: QuantizationArgs) -> QuantizationArgs:
+        """A copy of the arguments that names the observer used and all options given.
+
+        Options that the scheme gives to one observer are not handed to another.
+        """
+        chosen = self.name_for(base_name, args)
+        same = args.observer is None or _normal(args.observer) == chosen
+        options = dict(args.observer_kwargs) if same else {}
+        if base_name == "weight":
+            options.update(self.options)
+        return args.model_copy(update={"observer": chosen, "observer_kwargs": options}, deep=True)
+
+
+def _refuse_without_inputs(chosen: str, name: str, base_name: str, module: torch.nn.Module) -> None:
+    why = f"observer {chosen!r} weighs a weight by its layer's inputs: it cannot measure"
+    if base_name != "weight":
+        raise CalipersError(f"{why} the {base_name} activations of {name}")
+    if isinstance(module, torch.nn.Embedding):
+        raise CalipersError(f"{why} the Embedding {name}, whose inputs are token ids; ignore it")
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_")

@@ -1,0 +1,245 @@
+"""`freeze_modules`: derive all scales and write them onto a model, one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+    apply_quantization_config,
+)
+from compressed_tensors.utils import match_named_modules
+from loguru import logger
+
+from calipers.calibration.batches import Progress
+from calipers.calibration.choice import ObserverChoice, needs_observer
+from calipers.calibration.fallback import Substitutes
+from calipers.calibration.fused import find_fused_groups
+from calipers.calibration.observed import ObservedModule, args_of
+from calipers.calibration.qparams import write_qparam
+from calipers.calibration.report import ModuleReport
+from calipers.calibration.rollback import undo_on_error
+from calipers.calibration.targets import is_quantizable, schemes_by_target
+from calipers.calibration.weight_error import measure_weight_error
+from calipers.errors import CalipersError
+from calipers.observers import Observer
+
+__all__ = ["freeze_modules"]
+
+_TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
+
+
+def freeze_modules(
+    model: torch.nn.Module,
+    config: QuantizationConfig,
+    observed: Sequence[ObservedModule],
+    choice: ObserverChoice,
+    substitutes: Substitutes,
+    progress: Progress | None = None,
+) -> list[ModuleReport]:
+    """Quantize the modules: parameters through compressed-tensors' helpers, status FROZEN.
+
+    Global scales come first, shared within fused groups; then each weight is observed, its scale
+    derived and its observer's range forgotten before the next; then activations.
+
+    Args:
+        model: The model, not quantized yet.
+        config: The resolved config; not changed.
+        observed: The modules to quantize; all others that the config matches stay as they are.
+        choice: How the observers were chosen, recorded in the schemes put on the modules.
+        substitutes: Observers asked in place of the modules' own.
+        progress: Called as `progress(stage, done, total)` for the stages "global scales",
+            "weights" and "activations".
+
+    Returns:
+        One report per module.
+
+    Raises:
+        Exception: Whatever went wrong; no module is quantized then, statistics are kept.
+    """
+    if not observed:
+        return []
+    with undo_on_error([each.module for each in observed]), torch.no_grad():
+        apply_quantization_config(
+            model, _config_to_apply(model, config, observed, choice), show_progress=False
+        )
+        work = _Work(observed, substitutes, progress)
+        work.write_global_scales()
+        errors = work.write_weights()
+        work.write_activations()
+        for each in observed:
+            each.module.quantization_status = QuantizationStatus.FROZEN
+    return [_report(each, choice, substitutes, errors.get(each.name)) for each in observed]
+
+
+class _Work:
+    """The three passes over the modules of one freeze."""
+
+    def __init__(
+        self,
+        observed: Sequence[ObservedModule],
+        substitutes: Substitutes,
+        progress: Progress | None,
+    ) -> None:
+        self._observed = observed
+        self._substitutes = substitutes
+        self._progress = progress
+
+    def write_global_scales(self) -> None:
+        """TENSOR_GROUP: one global scale per fused group, the smallest of its members'.
+
+        A global scale is 448 * 6 / amax, so the smallest is that of the group's largest value.
+        """
+        by_name = {each.name: each for each in self._observed if _has_global_scale(each)}
+        groups = find_fused_groups(by_name)
+        done = list(self._counted("global scales", [by_name[n] for group in groups for n in group]))
+        scales = {each.name: self._global_scales(each) for each in done}
+        for group in groups:
+            for base_name in ("weight", "input"):
+                own = {n: scales[n][base_name] for n in group if base_name in scales[n]}
+                if not own:
+                    continue
+                first = next(iter(own.values()))
+                shared = torch.stack([scale.to(first.device) for scale in own.values()]).amin(dim=0)
+                for name in own:
+                    each = by_name[name]
+                    args = args_of(each.scheme, base_name)
+                    write_qparam(each.module, f"{base_name}_global_scale", shared, args, name)
+
+    def _global_scales(self, each: ObservedModule) -> dict[str, torch.Tensor]:
+        found = {}
+        for base_name in each.observers:
+            if args_of(each.scheme, base_name).strategy != _TENSOR_GROUP:
+                continue
+            observer = self._observer(each, base_name)
+            if base_name == "weight":
+                with _borrowed_memory(observer):
+                    scale = observer.get_global_scale(_weight_of(each))
+            else:
+                scale = observer.get_global_scale()
+            if scale is None:
+                raise CalipersError(f"{observer.name}: the observer gave no global scale")
+            found[base_name] = scale
+        return found
+
+    def write_weights(self) -> dict[str, float]:
+        """Scales and zero points of weights; the relative error of each, by module name."""
+        errors = {}
+        weighted = [each for each in self._observed if each.weight_observer is not None]
+        for each in self._counted("weights", weighted):
+            args = args_of(each.scheme, "weight")
+            observer = self._observer(each, "weight")
+            weight = _weight_of(each)
+            with _borrowed_memory(observer):
+                observer.observe(weight)
+                self._write_pair(each, "weight", observer)
+            errors[each.name] = measure_weight_error(
+                weight,
+                each.module.get_parameter("weight_scale"),
+                getattr(each.module, "weight_zero_point", None),
+                args,
+                getattr(each.module, "weight_global_scale", None),
+            )
+        return errors
+
+    def write_activations(self) -> None:
+        """Scales and zero points of static activations."""
+        active = [each for each in self._observed if each.activation_observers]
+        for each in self._counted("activations", active):
+            for base_name in each.activation_observers:
+                if not args_of(each.scheme, base_name).dynamic:
+                    self._write_pair(each, base_name, self._observer(each, base_name))
+
+    def _write_pair(self, each: ObservedModule, base_name: str, observer: Observer) -> None:
+        scale, zero_point = observer.get_qparams()
+        if scale is None or zero_point is None:
+            raise CalipersError(f"{observer.name}: the observer gave no scale")
+        args = args_of(each.scheme, base_name)
+        write_qparam(each.module, f"{base_name}_scale", scale, args, each.name)
+        write_qparam(each.module, f"{base_name}_zero_point", zero_point, args, each.name)
+
+    def _observer(self, each: ObservedModule, base_name: str) -> Observer:
+        return self._substitutes.get((each.name, base_name), each.observers[base_name])
+
+    def _counted(self, stage: str, modules: Sequence[ObservedModule]) -> Iterator[ObservedModule]:
+        for done, each in enumerate(modules, start=1):
+            yield each
+            if self._progress is not None:
+                self._progress(stage, done, len(modules))
+
+
+def _has_global_scale(each: ObservedModule) -> bool:
+    return any(args_of(each.scheme, name).strategy == _TENSOR_GROUP for name in each.observers)
+
+
+def _weight_of(each: ObservedModule) -> torch.Tensor:
+    """The module's weight, brought in where it is offloaded: ask once, keep it while needed."""
+    weight: torch.Tensor = each.module.get_parameter("weight")
+    return weight
+
+
+@contextmanager
+def _borrowed_memory(observer: Observer) -> Iterator[None]:
+    """Give a weight's observer memory for its work alone; what it had gathered before is kept."""
+    gathered = {name: value.clone() for name, value in observer.state().items()}
+    try:
+        yield
+    finally:
+        observer.load_state(gathered)
+
+
+def _config_to_apply(
+    model: torch.nn.Module,
+    config: QuantizationConfig,
+    observed: Sequence[ObservedModule],
+    choice: ObserverChoice,
+) -> QuantizationConfig:
+    """The config for these modules alone, with the observers that were really used."""
+    applied = config.model_copy(deep=True)
+    for scheme in applied.config_groups.values():
+        if isinstance(scheme, QuantizationScheme):
+            _record_observers(scheme, choice)
+    wanted = {id(each.module) for each in observed}
+    left_out = [
+        name
+        for name, module in match_named_modules(model, schemes_by_target(config), config.ignore)
+        if is_quantizable(module) and id(module) not in wanted
+    ]
+    applied.ignore = [*(applied.ignore or []), *left_out]
+    return applied
+
+
+def _record_observers(scheme: QuantizationScheme, choice: ObserverChoice) -> None:
+    if scheme.weights is not None and needs_observer(scheme.weights):
+        scheme.weights = choice.recorded_args("weight", scheme.weights)
+    if scheme.input_activations is not None and needs_observer(scheme.input_activations):
+        scheme.input_activations = choice.recorded_args("input", scheme.input_activations)
+    if scheme.output_activations is not None and needs_observer(scheme.output_activations):
+        scheme.output_activations = choice.recorded_args("output", scheme.output_activations)
+
+
+def _report(
+    each: ObservedModule,
+    choice: ObserverChoice,
+    substitutes: Substitutes,
+    weight_error: float | None,
+) -> ModuleReport:
+    chosen = {name: choice.name_for(name, args_of(each.scheme, name)) for name in each.observers}
+    weights = each.scheme.weights
+    fallback = tuple(name for name in each.observers if (each.name, name) in substitutes)
+    for base_name in fallback:
+        logger.warning("{}.{} saw no data: the fallback was used", each.name, base_name)
+    return ModuleReport(
+        name=each.name,
+        weight_observer=chosen.get("weight"),
+        weight_bits=weights.num_bits if weights is not None else None,
+        weight_error=weight_error,
+        activation_observer=chosen.get("input", chosen.get("output")),
+        tokens=each.tokens,
+        fallback=fallback,
+    )

@@ -1,0 +1,73 @@
+"""`find_pattern_problems`: target and ignore patterns that do not do what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from compressed_tensors.offload import disable_onloading
+from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
+from compressed_tensors.utils import is_match, is_narrow_match
+
+from calipers.calibration.targets import is_quantizable, schemes_by_target
+
+__all__ = ["find_pattern_problems"]
+
+# the default of every entry point; many models have no module of that name
+_MAY_MATCH_NOTHING = frozenset({"lm_head"})
+
+
+def find_pattern_problems(model: torch.nn.Module, config: QuantizationConfig) -> Iterator[str]:
+    """One line for each pattern that matches nothing, or a module that cannot be quantized.
+
+    A regex may match containers, norms and activations beside the layers it is meant for: only
+    matched modules that hold matrices of their own, and nothing quantizable inside, are told.
+    """
+    ignore = config.ignore or []
+    modules = list(model.named_modules())
+    for pattern in ignore:
+        if pattern not in _MAY_MATCH_NOTHING and not any(
+            is_match(name, module, pattern) for name, module in modules
+        ):
+            yield f"ignore pattern {pattern!r} matches no module"
+    told: set[str] = set()
+    for pattern in schemes_by_target(config):
+        matched = [(name, module) for name, module in modules if is_match(name, module, pattern)]
+        kept = [(name, module) for name, module in matched if not is_match(name, module, ignore)]
+        if not matched:
+            yield f"target {pattern!r} matches no module"
+        elif not kept:
+            names = ", ".join(name for name, _ in matched[:3]) + ", ..." * (len(matched) > 3)
+            yield f"target {pattern!r} matches only ignored modules: {names}"
+        useful = any(is_quantizable(module) for _, module in kept)
+        for name, module in kept:
+            reason = _unfit_type(model, name, module, pattern, useful)
+            if reason and name not in told:
+                told.add(name)
+                yield f"{name or type(module).__name__}: {reason}"
+
+
+def _unfit_type(
+    model: torch.nn.Module, name: str, module: torch.nn.Module, pattern: str, useful: bool
+) -> str | None:
+    if is_quantizable(module):
+        return None
+    if name and is_cached_attention_module(module) and is_narrow_match(model, pattern, name):
+        return (
+            f"attention modules ({type(module).__name__}) are not supported yet: target their "
+            "q_proj, k_proj and v_proj"
+        )
+    if useful and not _holds_matrices_alone(module):
+        return None
+    return (
+        f"{type(module).__name__} cannot be quantized, only Linear and Embedding can "
+        f"(matched by {pattern!r}; ignore it to leave it as it is)"
+    )
+
+
+def _holds_matrices_alone(module: torch.nn.Module) -> bool:
+    """Convolutions, fused experts: matrices of their own and nothing quantizable inside."""
+    with disable_onloading():
+        has_matrix = any(p is not None and p.ndim > 1 for p in module._parameters.values())
+    return has_matrix and not any(is_quantizable(child) for child in module.modules())

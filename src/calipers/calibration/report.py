@@ -1,0 +1,58 @@
+"""`CalibrationReport`: what a calibration did, module by module."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["CalibrationReport", "ModuleReport"]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One quantized module.
+
+    Attributes:
+        name: The module's name in the model.
+        weight_observer: Name of the weight's observer, None where weights stay as they are.
+        weight_bits: Bits per weight code, scales not counted; None as above.
+        weight_error: Relative weight error ||W - fakequant(W)||_F / ||W||_F, computed in
+            float32; 0.0 for a weight of zeros; None as above.
+        activation_observer: Name of the observer of inputs or outputs; None where activations
+            are not quantized, or dynamically.
+        tokens: Tokens that the module saw while it was observed; 0 where no data was needed.
+        fallback: "weight", "input", "output": those whose own data was missing, so that the
+            stated fallback was used.
+    """
+
+    name: str
+    weight_observer: str | None = None
+    weight_bits: int | None = None
+    weight_error: float | None = None
+    activation_observer: str | None = None
+    tokens: int = 0
+    fallback: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What a calibration did.
+
+    Attributes:
+        modules: The quantized modules in the model's order.
+        skipped: Names of modules left unquantized because they saw no data.
+        seconds: Wall-clock time spent in running batches and freezing.
+        batches: Batches that the model took.
+    """
+
+    modules: list[ModuleReport] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    batches: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, strings and numbers, ready for JSON."""
+        data = asdict(self)
+        for row in data["modules"]:
+            row["fallback"] = list(row["fallback"])
+        return data

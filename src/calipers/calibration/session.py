@@ -1,0 +1,182 @@
+"""`Calibration`: a model with observers attached, from the first batch to the frozen scales."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+
+from calipers.calibration.batches import Progress, run_batches
+from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.fallback import Substitutes, find_substitutes
+from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.missing import find_missing, missing_data_error
+from calipers.calibration.observed import ObservedModule
+from calipers.calibration.report import CalibrationReport
+from calipers.errors import CalipersError
+
+__all__ = ["Calibration", "OnMissing"]
+
+OnMissing = Literal["error", "skip", "fallback"]
+
+
+class Calibration:
+    """Observers attached to a model; made by `attach`.
+
+    While attached the model runs in full precision, with nothing added but the submodules
+    `weight_observer`, `input_observer` and `output_observer` and the hooks that feed them. As a
+    context manager it detaches at the end of the block.
+
+    Args:
+        model: The model.
+        config: The resolved config; kept, so it must be the calibration's own.
+        observed: The modules to observe, in the model's order; they are attached here.
+        choice: How their observers were chosen.
+
+    Attributes:
+        model: The model.
+        observed: The observed modules with their observers.
+        batches: Batches that the model took so far.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: QuantizationConfig,
+        observed: Sequence[ObservedModule],
+        choice: ObserverChoice,
+    ) -> None:
+        self.model = model
+        self.observed = list(observed)
+        self.batches = 0
+        self._config = config
+        self._choice = choice
+        self._seconds = 0.0
+        self._state: Literal["attached", "frozen", "detached"] = "attached"
+        try:
+            for each in self.observed:
+                each.attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def run(self, batches: Iterable[Any], progress: Progress | None = None) -> None:
+        """Run batches through the model, so that the observers see its tensors.
+
+        May be called several times; statistics go on growing. The model runs in eval mode without
+        gradients, and every module's training flag is restored. An exception raised by the model
+        goes on, with the statistics of the batches before it kept.
+
+        Args:
+            batches: Each one a mapping (called as `model(**batch)`), a tensor (`model(batch)`),
+                or a tuple or list (`model(*batch)`). Tensors are moved to the model's device.
+            progress: Called as `progress("batches", done, total)`; `total` is None where
+                `batches` has no length.
+
+        Raises:
+            CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
+                of a type that cannot be run.
+        """
+        self._expect_attached("run batches")
+        with self._clock():
+            run_batches(self.model, batches, self._count_batch, progress)
+
+    def freeze(
+        self, on_missing: OnMissing = "error", progress: Progress | None = None
+    ) -> CalibrationReport:
+        """Derive all scales, write them onto the modules and turn the model into a quantized one.
+
+        The scales are parameters of the modules (`weight_scale`, `weight_zero_point`,
+        `weight_global_scale`, `input_scale`, ...) as compressed-tensors registers them, and
+        modules have its status FROZEN: the model runs fake-quantized from here on. Weights are
+        worked on one at a time.
+
+        Args:
+            on_missing: What to do about modules whose observers lack data. "error": refuse, with
+                one error that lists them all. "skip": leave them unquantized. "fallback": weights
+                use their own range without importance; activations the merged statistics of the
+                nearest modules whose names are equal but for numbers (other experts of the layer
+                before other layers).
+            progress: Called as `progress(stage, done, total)`.
+
+        Returns:
+            What was done, module by module.
+
+        Raises:
+            MissingDataError: Modules lack data and `on_missing` is "error", or "fallback" where no
+                neighbour has any. Nothing is changed.
+            CalipersError: The calibration is frozen or detached, or `on_missing` is unknown.
+            Exception: Whatever else went wrong. No module is quantized then and the statistics
+                are kept, so that freeze may be called again.
+        """
+        self._expect_attached("freeze")
+        if on_missing not in get_args(OnMissing):
+            raise CalipersError(
+                f"on_missing must be one of {', '.join(get_args(OnMissing))}, got {on_missing!r}"
+            )
+        with self._clock():
+            kept, substitutes = self._settle_missing(on_missing)
+            rows = freeze_modules(
+                self.model, self._config, kept, self._choice, substitutes, progress
+            )
+        for each in self.observed:
+            each.remove_hooks()
+        self._state = "frozen"
+        wanted = {each.name for each in kept}
+        skipped = [each.name for each in self.observed if each.name not in wanted]
+        return CalibrationReport(rows, skipped, self._seconds, self.batches)
+
+    def detach(self) -> None:
+        """Remove every observer and hook; may be called at any time and again.
+
+        Where the model was not frozen it is exactly as before `attach`; where it was, its
+        quantization stays and nothing else.
+        """
+        for each in self.observed:
+            each.detach()
+        self._state = "detached"
+
+    def __enter__(self) -> Calibration:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def _settle_missing(self, on_missing: OnMissing) -> tuple[list[ObservedModule], Substitutes]:
+        missing = find_missing(self.observed)
+        if not missing:
+            return self.observed, {}
+        if on_missing == "skip":
+            lacking = {each.observed.name for each in missing}
+            return [each for each in self.observed if each.name not in lacking], {}
+        if on_missing == "error":
+            raise missing_data_error(missing, self.batches, tried_fallback=False)
+        substitutes, left = find_substitutes(self.observed, missing)
+        if left:
+            raise missing_data_error(left, self.batches, tried_fallback=True)
+        return self.observed, substitutes
+
+    def _expect_attached(self, what: str) -> None:
+        if self._state != "attached":
+            raise CalipersError(f"cannot {what}: the calibration is already {self._state}")
+
+    def _count_batch(self) -> None:
+        self.batches += 1
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - start

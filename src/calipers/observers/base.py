@@ -307,7 +307,8 @@ class Observer(InternalModule, RegistryMixin):
                 observed.dim(),
             )
             return
-        self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
+        if observed.numel():
+            self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
 
     def measure(self, observation: Observation) -> list[Range]:
         """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
@@ -529,9 +530,12 @@ class Observer(InternalModule, RegistryMixin):
             if mine is None or theirs is None:
                 merged[name] = theirs if mine is None else mine
                 continue
+            if self._is_replaced(name):
+                merged[name] = theirs
+                continue
             if not statistic.integer:
                 theirs = theirs.to(mine.device)
-                if theirs.shape != mine.shape and statistic is not LAST:
+                if theirs.shape != mine.shape:
                     raise ValueError(
                         f"{self.name}: cannot merge {name} of shape {tuple(theirs.shape)} into "
                         f"shape {tuple(mine.shape)}"
@@ -549,9 +553,8 @@ class Observer(InternalModule, RegistryMixin):
             statistic, past = self.statistics[name], getattr(self, name)
             if statistic.float32 and value.dtype != torch.float64:
                 value = value.float()
-            # A token's scale belongs to that token alone: there is nothing to carry over.
-            if past is not None and self.args.strategy != _TOKEN:
-                if past.shape != value.shape and statistic is not LAST:
+            if past is not None and not self._is_replaced(name):
+                if past.shape != value.shape:
                     raise ValueError(
                         f"{self.name}: {name} has shape {tuple(past.shape)}, the observed value "
                         f"gives {tuple(value.shape)}; call reset() before observing another shape"
@@ -564,6 +567,14 @@ class Observer(InternalModule, RegistryMixin):
         setattr(self, count, getattr(self, count) + 1)
         self._observed_dtype = torch.empty(0, dtype=dtype)
         self._stale = self._stale or names == self.range_names
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a new value takes the place of the old one, whatever its shape.
+
+        The range of a token belongs to that token alone: there is nothing to carry over.
+        """
+        by_token = self.args.strategy == _TOKEN and name in self.range_names
+        return by_token or self.statistics[name] is LAST
 
     def _range(self, names: tuple[str, str]) -> Range:
         return getattr(self, names[0]), getattr(self, names[1])
@@ -617,6 +628,8 @@ class Observer(InternalModule, RegistryMixin):
 
     def _count_nonfinite(self, value: Tensor) -> None:
         count = value.numel() - int(value.isfinite().sum())
+        if count == 0:
+            return
         if count == value.numel():
             raise ValueError(f"{self.name}: all {count} observed values are NaN or Inf")
         self.num_nonfinite += count
@@ -683,7 +696,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast, with what the dtype cannot hold taken to its limits (an expanded float16 range)."""
-    if values.dtype == dtype:
-        return values
     limits = torch.finfo(dtype)
-    return values.clamp(limits.min, limits.max).to(dtype)
+    if limits.max < torch.finfo(values.dtype).max:
+        values = values.clamp(limits.min, limits.max)
+    return values.to(dtype)

@@ -45,14 +45,22 @@ def moving_mean(count: str) -> Statistic:
     many batches they saw. It is kept in float32 at least: in bfloat16 an average with constant 0.01
     stalls, since its steps fall under half a unit in the last place.
     """
-    # torch.lerp lacks some dtypes, and constant 1 must give exactly the current value.
     return Statistic(
-        grow=lambda past, current, constant: past * (1 - constant) + current * constant,
-        merge=lambda a, b, m, n: (a * m + b * n) / (m + n),
+        # torch.lerp lacks some dtypes, and constant 1 must give exactly the current value.
+        grow=lambda past, x, c: _where_both(past * (1 - c) + x * c, past, x),
+        merge=lambda a, b, m, n: _where_both((a * m + b * n) / (m + n), a, b),
         count=count,
         float32=True,
         exact=False,
     )
+
+
+def _where_both(average: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The average where both sides saw a finite value, else the side that did.
+
+    A group of nothing but NaN has the range Inf to -Inf, which says nothing about it.
+    """
+    return torch.where(a.isinf(), b, torch.where(b.isinf(), a, average))
 
 
 #: The latest observation alone. In a merge the other side is the later one.

@@ -60,9 +60,12 @@ def arrange(
         ValueError: A strategy that means nothing for this base name, a shape that the strategy
             cannot take, or a `g_idx` that does not fit.
     """
-    if base_name not in _ALLOWED:
-        raise ValueError(f"base_name must be one of {', '.join(BASE_NAMES)}, got {base_name!r}")
     strategy = QuantizationStrategy(args.strategy)
+    if base_name not in _ALLOWED:
+        raise ValueError(
+            f"base_name must be one of {', '.join(BASE_NAMES)}, got {base_name!r} "
+            f"(with strategy {strategy.value!r})"
+        )
     if strategy not in _ALLOWED[base_name]:
         allowed = ", ".join(s.value for s in _ALLOWED[base_name])
         raise ValueError(

@@ -22,7 +22,7 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     Returns:
         Minimum and maximum, each of shape `view.qparam_shape`, in the dtype of the values. NaN and
         Inf among the values show in the result, unless the view leaves them out: then a group with
-        no finite value gets 0 and 0.
+        no finite value gets Inf and -Inf, the range of nothing, whose scale is that of zeros.
     """
     if not view.finite_only and all(size == 1 for size in view.qparam_shape):
         low, high = torch.aminmax(_in_memory_order(view.gathered()))
@@ -41,9 +41,6 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
         # A large group comes in several pieces, so results are brought together, not written.
         torch.minimum(low[where], piece_low, out=low[where])
         torch.maximum(high[where], piece_high, out=high[where])
-    if view.finite_only:
-        nothing = low > high
-        low, high = low.masked_fill_(nothing, 0), high.masked_fill_(nothing, 0)
     return low, high
 
 

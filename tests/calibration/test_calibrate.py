@@ -62,7 +62,7 @@ def test_data_that_is_needed_is_asked_for_before_any_work():
         f"  IMatrixMSEObserver weighs weights by their layer's inputs: 7 modules, {first}, ...",
         "  input activations are quantized statically (StaticMinMaxObserver must see them): "
         f"7 modules, {first}, ...",
-        "Pass data=, an iterable of batches: mappings of arguments (input_ids=...), tensors, or "
+        "Pass data= (--data FILE): batches, as mappings of arguments (input_ids=...), tensors, or "
         "tuples of arguments.",
     ]
     assert picture(model) == before

@@ -13,10 +13,10 @@ from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.schemes import SchemeLike
-from calipers.calibration.session import Calibration, OnMissing
+from calipers.calibration.session import Calibration, OnMissing, check_on_missing
 from calipers.errors import MissingDataError
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "refuse_without_data"]
 
 
 def calibrate(
@@ -59,17 +59,23 @@ def calibrate(
             it did not reach, see `Calibration.freeze`.
         ValueError: An unknown observer, an unknown or invalid option.
     """
+    check_on_missing(on_missing)
     choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
     config, observed = plan_observers(model, scheme, choice, ignore)
     if data is None:
-        _refuse_without_data(observed)
+        refuse_without_data(observed)
     with Calibration(model, config, observed, choice) as calibration:
         if data is not None:
             calibration.run(data, progress)
         return calibration.freeze(on_missing, progress)
 
 
-def _refuse_without_data(observed: Sequence[ObservedModule]) -> None:
+def refuse_without_data(observed: Sequence[ObservedModule]) -> None:
+    """Refuse observers that need data where there is none.
+
+    Raises:
+        MissingDataError: Says why, and for which modules.
+    """
     reasons: dict[str, list[str]] = {}
     for each in observed:
         for base_name, built in each.observers.items():
@@ -91,7 +97,7 @@ def _refuse_without_data(observed: Sequence[ObservedModule]) -> None:
                 [
                     "this calibration needs data, and data is None:",
                     *lines,
-                    "Pass data=, an iterable of batches: mappings of arguments (input_ids=...), "
+                    "Pass data= (--data FILE): batches, as mappings of arguments (input_ids=...), "
                     "tensors, or tuples of arguments.",
                 ]
             )

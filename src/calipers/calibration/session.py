@@ -20,9 +20,21 @@ from calipers.calibration.observed import ObservedModule
 from calipers.calibration.report import CalibrationReport
 from calipers.errors import CalipersError
 
-__all__ = ["Calibration", "OnMissing"]
+__all__ = ["Calibration", "OnMissing", "check_on_missing"]
 
 OnMissing = Literal["error", "skip", "fallback"]
+
+
+def check_on_missing(on_missing: str) -> None:
+    """Refuse a choice that there is not.
+
+    Raises:
+        CalipersError: Lists the choices.
+    """
+    if on_missing not in get_args(OnMissing):
+        raise CalipersError(
+            f"on_missing must be one of {', '.join(get_args(OnMissing))}, got {on_missing!r}"
+        )
 
 
 class Calibration:
@@ -115,10 +127,7 @@ class Calibration:
                 are kept, so that freeze may be called again.
         """
         self._expect_attached("freeze")
-        if on_missing not in get_args(OnMissing):
-            raise CalipersError(
-                f"on_missing must be one of {', '.join(get_args(OnMissing))}, got {on_missing!r}"
-            )
+        check_on_missing(on_missing)
         with self._clock():
             kept, substitutes = self._settle_missing(on_missing)
             rows = freeze_modules(

@@ -73,7 +73,7 @@ def save(
     _refuse_unready(model)
     target = Path(path).expanduser()
     place = target.resolve()
-    _refuse_taken(place, target, force)
+    refuse_taken(target, force=force)
 
     place.parent.mkdir(parents=True, exist_ok=True)
     staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -141,7 +141,14 @@ def _has_usable_scales(module: nn.Module) -> bool:
     return True
 
 
-def _refuse_taken(place: Path, shown: Path, force: bool) -> None:
+def refuse_taken(path: Path, *, force: bool) -> None:
+    """Refuse a place that `save` would not write to, before any work.
+
+    Raises:
+        CheckpointError: A file, a folder that is not empty (without `force`), or one that holds the
+            working directory.
+    """
+    shown, place = path, path.resolve()
     if not place.exists():
         return
     if not place.is_dir():
@@ -150,8 +157,8 @@ def _refuse_taken(place: Path, shown: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"{shown} exists and is not empty; choose another path, or pass force=True to "
-            "replace it"
+            f"{shown} exists and is not empty; choose another path, or pass force=True (--force) "
+            "to replace it"
         )
     here = Path.cwd().resolve()
     if place == here or place in here.parents:

@@ -12,13 +12,18 @@ import typer
 import yaml
 from rich.filesize import decimal
 
-from calipers.calibration import CalibrationReport, ModuleReport
+from calipers.calibration import CalibrationReport, ModuleReport, resolve_config
 from calipers.calibration import calibrate as calibrate_model
+from calipers.calibration.attach import plan_observers
+from calipers.calibration.calibrate import refuse_without_data
+from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.session import check_on_missing
 from calipers.checkpoint import compressed_size, save
+from calipers.checkpoint.save import refuse_taken
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
-from calipers.errors import CalipersError, CheckpointError
+from calipers.errors import CalipersError
 from calipers.evaluation import perplexity
 from calipers.text import read_batches
 
@@ -106,15 +111,18 @@ def calibrate(
     """
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
-        if out is not None and out.exists() and not force:
-            raise CheckpointError(
-                f"{out} exists; choose another --out, or pass --force to replace it"
-            )
-        options = parse_options(option or [])
+        # Whatever can be refused is refused before the model is loaded, or at least before it runs.
+        if out is not None:
+            refuse_taken(out, force=force)
+        check_on_missing(on_missing)
+        choice = ObserverChoice(observer, activation_observer, parse_options(option or []))
+        patterns = ("lm_head",) if ignore is None else tuple(ignore)
+        resolve_config(scheme, patterns)
         path = MODEL_PATH if model is None else model
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
+        _, observed = plan_observers(loaded, scheme, choice, patterns)
         length = min(sequence_length, max_positions(loaded) or sequence_length)
         if data is not None or eval_file is not None or out is not None:
             tokenizer = load_tokenizer(path)
@@ -122,6 +130,8 @@ def calibrate(
         if data is not None:
             texts = read_batches(data, tokenizer, sequence_length=length, samples=samples)
             batches = [{"input_ids": ids, "use_cache": False} for ids in texts]
+        else:
+            refuse_without_data(observed)
         judged = None
         if eval_file is not None:
             judged = read_batches(eval_file, tokenizer, sequence_length=length)
@@ -132,10 +142,10 @@ def calibrate(
             scheme,
             observer,
             batches,
-            ("lm_head",) if ignore is None else tuple(ignore),
-            observer_options=options,
+            patterns,
+            observer_options=choice.options,
             activation_observer=activation_observer,
-            on_missing=on_missing,  # type: ignore[arg-type]  # freeze checks it
+            on_missing=on_missing,  # type: ignore[arg-type]  # checked above
             progress=progress,
         )
         after = None if judged is None else perplexity(loaded, judged, progress)
@@ -221,14 +231,17 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     """Options of the form key=value; values are read as YAML scalars.
 
     Raises:
-        CalipersError: One without a key or an equals sign.
+        CalipersError: One without a key or an equals sign, or of a value that is no scalar.
     """
     options = {}
     for item in given:
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise CalipersError(f"--option: expected key=value, got {item!r}")
-        options[key.strip()] = yaml.safe_load(value)
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise CalipersError(f"--option: cannot read the value of {item!r}") from None
     return options
 
 

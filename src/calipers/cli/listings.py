@@ -43,7 +43,7 @@ def observers(json: Json = False) -> None:
                     for o in each["options"]
                 )
                 or "-",
-                each["summary"],
+                each["summary"] + "".join(f" Alias: {alias}." for alias in each["aliases"]),
             )
             for each in found
         ],
@@ -77,6 +77,11 @@ def _describe_observer(registered: str) -> dict[str, Any]:
     name = registered.replace("-", "_")
     return {
         "name": name,
+        "aliases": [
+            alias.replace("-", "_")
+            for alias in Observer.registered_aliases()
+            if Observer.get_value_from_registry(alias) is kind
+        ],
         "needs_data": kind.needs_data,
         "summary": (kind.__doc__ or "").strip().splitlines()[0],
         "options": [

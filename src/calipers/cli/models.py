@@ -14,6 +14,8 @@ from calipers.errors import CalipersError
 
 __all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
     """Load a causal language model from a local directory; nothing is fetched.
@@ -24,10 +26,13 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
         dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
 
     Raises:
-        CalipersError: No such directory, or no model in it.
+        CalipersError: No such directory, no model in it, or an unknown device or dtype.
     """
     from transformers import AutoModelForCausalLM
 
+    if dtype not in _DTYPES:
+        raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
+    place = _device(device)
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
     with no_progress_bars():
@@ -36,7 +41,16 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             local_files_only=True,
         )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model.to(place).eval()
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CalipersError(f"device {name!r} cannot be used: {error}") from None
+    return device
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -40,7 +40,8 @@ class Observation:
     Args:
         value: The values, floating, detached.
         views: Views that together hold every value once.
-        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`.
+        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`; Inf
+            and -Inf for a group of nothing but NaN and Inf.
         view_alike: Arranges another tensor of the value's shape (importance weights) the same way.
     """
 

@@ -1,0 +1,434 @@
+"""`calipers calibrate` end to end, on a tiny random Llama."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from calipers.calibration import CalibrationReport, ModuleReport
+from calipers.cli import models
+from calipers.demo import HELDOUT_TEXT
+from cli.conftest import SENTENCES, Calipers, error_of, succeeded
+
+FIELDS = {
+    "model",
+    "scheme",
+    "out",
+    "perplexity_before",
+    "perplexity_after",
+    "bytes_before",
+    "bytes_after",
+    "seconds",
+    "peak_memory_bytes",
+    "calibration",
+}
+LAYER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def modules(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["calibration"]["modules"]}
+
+
+def quantization_of(checkpoint: Path) -> dict[str, Any]:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return config["quantization_config"]
+
+
+def test_text_to_checkpoint_with_most_options(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "deep" / "out"
+    result = succeeded(
+        calipers(
+            *("calibrate", llama, "--scheme", "W4A16", "--observer", "imatrix_mse"),
+            *("--option", "norm=2", "--option", "grid=10", "--option", "strict=true"),
+            *("--data", texts / "text.txt", "--samples", 3, "--sequence-length", 16),
+            *("--ignore", "lm_head", "--ignore", "re:.*down_proj$", "--eval", texts / "text.txt"),
+            *("--on-missing", "skip", "--device", "cpu", "--dtype", "float32"),
+            *("--out", out, "--json"),
+        )
+    )
+    assert result.keys() == FIELDS
+    assert result["model"] == str(llama)
+    assert result["scheme"] == "W4A16"
+    assert result["out"] == str(out)
+    assert 1 < result["perplexity_before"] < 1000
+    assert result["perplexity_after"] != result["perplexity_before"]
+    assert 0 < result["bytes_after"] < result["bytes_before"]
+    assert 0 < result["calibration"]["seconds"] <= result["seconds"]
+    assert result["peak_memory_bytes"] > result["bytes_before"]
+
+    assert set(result["calibration"]) == set(CalibrationReport.__dataclass_fields__)
+    assert result["calibration"]["batches"] == 1
+    assert result["calibration"]["skipped"] == []
+    rows = modules(result)
+    assert {name.rpartition(".")[2] for name in rows} == {*LAYER} - {"down_proj"}
+    for row in rows.values():
+        assert set(row) == set(ModuleReport.__dataclass_fields__)
+        assert row["weight_observer"] == "imatrix_mse"
+        assert row["weight_bits"] == 4
+        assert 0 < row["weight_error"] < 0.2
+        assert row["activation_observer"] is None
+        assert row["tokens"] == 3 * 16
+        assert row["fallback"] == []
+
+    weights = quantization_of(out)["config_groups"]["group_0"]["weights"]
+    assert weights["observer"] == "imatrix_mse"
+    assert weights["observer_kwargs"] == {"norm": 2, "grid": 10, "strict": True}
+    assert {path.name for path in out.parent.iterdir()} == {"out"}
+
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer(SENTENCES, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(llama)(input_ids=ids).logits
+    assert bool(logits.isfinite().all())
+    # Weights that are 10% off move the logits, and by no more than a part of their range.
+    difference = (logits - plain).abs().max() / plain.abs().max()
+    assert 1e-4 < difference < 0.5
+
+
+def test_defaults(calipers: Calipers, llama: Path) -> None:
+    result = succeeded(calipers("calibrate", llama, "--json"))
+    assert result["scheme"] == "W4A16"
+    assert result["out"] is None
+    assert result["perplexity_before"] is None
+    assert result["perplexity_after"] is None
+    assert result["calibration"]["batches"] == 0
+    rows = modules(result)
+    assert len(rows) == 2 * len(LAYER)
+    assert not any("lm_head" in name for name in rows)
+    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_mse"}
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "tokens"),
+    [
+        ("text.txt", ("--samples", 2, "--sequence-length", 8), 16),
+        # max_position_embeddings is 64
+        ("text.txt", ("--samples", 2), 128),
+        ("text.jsonl", ("--sequence-length", 8), 24),
+        ("text.jsonl", ("--samples", 2, "--sequence-length", 8), 16),
+        ("chat.jsonl", ("--sequence-length", 8), 16),
+    ],
+)
+def test_data_files(
+    calipers: Calipers,
+    llama: Path,
+    texts: Path,
+    file: str,
+    options: tuple[object, ...],
+    tokens: int,
+) -> None:
+    result = succeeded(
+        calipers(
+            *("calibrate", llama, "--scheme", "FP8", "--observer", "memoryless_minmax"),
+            *("--activation-observer", "minmax", "--data", texts / file, *options, "--json"),
+        )
+    )
+    rows = modules(result)
+    assert len(rows) == 2 * len(LAYER)
+    assert {row["activation_observer"] for row in rows.values()} == {"minmax"}
+    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_minmax"}
+    assert {row["tokens"] for row in rows.values()} == {tokens}
+
+
+def test_yaml_scheme(calipers: Calipers, llama: Path, tmp_path: Path) -> None:
+    scheme = tmp_path / "int3.yaml"
+    scheme.write_text(
+        "weights: {num_bits: 3, type: int, strategy: channel, observer: memoryless_minmax}\n",
+        encoding="utf-8",
+    )
+    rows = modules(succeeded(calipers("calibrate", llama, "--scheme", scheme, "--json")))
+    assert {(row["weight_bits"], row["weight_observer"]) for row in rows.values()} == {
+        (3, "memoryless_minmax")
+    }
+
+
+def test_unquantized_keeps_the_size(calipers: Calipers, llama: Path) -> None:
+    result = succeeded(calipers("calibrate", llama, "--scheme", "UNQUANTIZED", "--json"))
+    assert result["calibration"]["modules"] == []
+    assert result["bytes_after"] == result["bytes_before"]
+
+
+def test_dtype_halves_the_model(calipers: Calipers, llama: Path) -> None:
+    fast = ("--observer", "memoryless_minmax", "--json")
+    stored = succeeded(calipers("calibrate", llama, *fast))
+    half = succeeded(calipers("calibrate", llama, "--dtype", "bfloat16", *fast))
+    # The rotary frequencies, a buffer of 16 values, stay float32.
+    assert stored["bytes_before"] / 2 == pytest.approx(half["bytes_before"], abs=256)
+
+
+def test_plain_output(calipers: Calipers, llama: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = calipers(
+        *("calibrate", llama, "--observer", "memoryless_minmax", "--eval", texts / "text.txt"),
+        *("--out", out),
+    )
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.stdout
+    assert not any("─" <= char <= "╿" for char in result.stdout)
+    lines = result.stdout.splitlines()
+    assert lines[0].strip() == f"{llama}, scheme W4A16"
+    heading = "modules count observer bits relative weight error activations tokens"
+    assert lines[1].split() == heading.split()
+    rows = {line.split()[0]: line.split() for line in lines[2 : 2 + len(LAYER)]}
+    name = "model.layers.*.self_attn.q_proj"
+    assert rows[name][1:4] == ["2", "memoryless_minmax", "4"]
+    assert len(rows) == len(LAYER)
+    tail = {line.split("  ")[0].strip(): line for line in lines[2 + len(LAYER) :]}
+    assert {"perplexity", "size", "time", "peak memory", "checkpoint"} <= tail.keys()
+    assert "->" in tail["perplexity"]
+    assert "%" in tail["perplexity"]
+    assert tail["checkpoint"].endswith(str(out))
+
+
+def test_plain_output_without_checkpoint(calipers: Calipers, llama: Path) -> None:
+    result = calipers("calibrate", llama, "--observer", "memoryless_minmax")
+    assert result.exit_code == 0, result.output
+    assert "not written (no --out)" in result.stdout
+    assert "perplexity" not in result.stdout
+
+
+# -- modules without data --------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loaded model gets one Linear that no token ever reaches."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = models.load_model(*args, **kwargs)
+        model.model.unreached = nn.Linear(128, 128, bias=False)
+        return model
+
+    monkeypatch.setattr("calipers.cli.calibrate.load_model", load)
+
+
+@pytest.mark.usefixtures("unreached")
+@pytest.mark.parametrize("choice", [None, "error", "skip", "fallback"])
+def test_on_missing(calipers: Calipers, llama: Path, texts: Path, choice: str | None) -> None:
+    result = calipers(
+        *("calibrate", llama, "--observer", "imatrix_mse", "--option", "grid=2", "--json"),
+        *("--data", texts / "text.txt", "--samples", 1, "--sequence-length", 16),
+        *(() if choice is None else ("--on-missing", choice)),
+    )
+    if choice in (None, "error"):
+        assert "model.unreached.weight" in error_of(result)
+        return
+    calibration = succeeded(result)["calibration"]
+    rows = {row["name"]: row for row in calibration["modules"]}
+    if choice == "skip":
+        assert calibration["skipped"] == ["model.unreached"]
+        assert "model.unreached" not in rows
+    else:
+        assert calibration["skipped"] == []
+        assert rows["model.unreached"]["fallback"] == ["weight"]
+        assert rows["model.unreached"]["tokens"] == 0
+
+
+@pytest.mark.usefixtures("unreached")
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("skip", "left unquantized"), ("fallback", "(fallback: weight)")]
+)
+def test_plain_output_names_modules_without_data(
+    calipers: Calipers, llama: Path, texts: Path, choice: str, expected: str
+) -> None:
+    result = calipers(
+        *("calibrate", llama, "--observer", "imatrix_mse", "--option", "grid=2"),
+        *("--data", texts / "text.txt", "--samples", 1, "--sequence-length", 16),
+        *("--on-missing", choice),
+    )
+    assert result.exit_code == 0, result.output
+    line = next(line for line in result.stdout.splitlines() if "model.unreached" in line)
+    assert expected in line
+
+
+# -- the place of the checkpoint -------------------------------------------------------------
+
+
+def test_refuses_to_overwrite_before_any_work(
+    calipers: Calipers, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was loaded before --out was checked")
+
+    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", encoding="utf-8")
+    message = error_of(calipers("calibrate", llama, "--out", out))
+    assert message.startswith(f"error: {out} exists")
+    assert "--force" in message
+    assert (out / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_force_replaces(calipers: Calipers, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", encoding="utf-8")
+    options = ("--observer", "memoryless_minmax", "--out", out, "--force", "--json")
+    succeeded(calipers("calibrate", llama, *options))
+    assert not (out / "mine.txt").exists()
+    assert quantization_of(out)["quantization_status"] == "compressed"
+
+
+def test_a_failed_write_leaves_nothing_behind(
+    calipers: Calipers, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk:
+        def save_pretrained(self, path: Path) -> None:
+            assert (path / "model.safetensors").exists()
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr("calipers.cli.calibrate.load_tokenizer", lambda path: FullDisk())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine", encoding="utf-8")
+    options = ("--observer", "memoryless_minmax", "--out", out, "--force", "--json")
+    assert "no space left" in error_of(calipers("calibrate", llama, *options))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+# -- errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--scheme", "W4A61"), "unknown scheme 'W4A61'. Did you mean 'W4A16'?"),
+        (("--scheme", "missing.yaml"), "no such scheme file: missing.yaml"),
+        (("--scheme", "FP8"), "needs data"),
+        (("--observer", "imatrix_mse"), "needs data"),
+        (("--observer", "mean"), "unknown observer 'mean'"),
+        (("--activation-observer", "mean", "--scheme", "FP8"), "unknown observer 'mean'"),
+        (("--option", "normm=2"), "unknown option 'normm' (did you mean 'norm'?)"),
+        (("--option", "norm"), "expected key=value, got 'norm'"),
+        (("--option", "norm=-1"), "norm=-1"),
+        (("--ignore", "lm_haed"), "lm_haed"),
+        (("--data", "missing.txt"), "missing.txt: no such file"),
+        (("--eval", "missing.txt"), "missing.txt: no such file"),
+        (("--data", "{texts}/wrong.jsonl"), "wrong.jsonl, line 2: expected an object with 'text'"),
+        (("--data", "{texts}/broken.jsonl"), "broken.jsonl, line 2: not JSON"),
+        (("--data", "{texts}/empty.txt"), "holds no sequence of at least two tokens"),
+        (("--data", "{llama}/config.json"), "expected a .txt or .jsonl file"),
+        (("--on-missing", "ignore"), "on_missing must be one of error, skip, fallback"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_errors_over_the_input(
+    calipers: Calipers,
+    llama: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    expected: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [option.format(texts=texts, llama=llama) for option in options]
+    message = error_of(calipers("calibrate", llama, *given, "--json"))
+    assert expected in " ".join(message.split())
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype", "float33"),
+        ("--dtype", "add"),
+        ("--device", "gpu"),
+        ("--option", "norm=["),
+    ],
+    ids=" ".join,
+)
+def test_values_that_name_nothing(
+    calipers: Calipers, llama: Path, options: tuple[str, ...]
+) -> None:
+    name, value = options
+    message = error_of(calipers("calibrate", llama, *options))
+    assert name.strip("-") in message
+    assert value in message
+
+
+def test_messages_stay_on_one_line(calipers: Calipers, llama: Path) -> None:
+    """However long: what reads standard error line by line must find all of it."""
+    message = error_of(calipers("calibrate", llama, "--scheme", "W4A61"))
+    assert len(message) > 200
+    assert "\n" not in message
+
+
+def test_a_folder_without_a_model(calipers: Calipers, tmp_path: Path) -> None:
+    message = error_of(calipers("calibrate", tmp_path))
+    assert message == (
+        f"error: {tmp_path}: expected a local transformers directory with a config.json"
+    )
+    assert error_of(calipers("calibrate", tmp_path / "none")).startswith("error: ")
+
+
+def test_messages_without_a_chat_template(
+    calipers: Calipers, llama: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = None
+    monkeypatch.setattr("calipers.cli.calibrate.load_tokenizer", lambda path: tokenizer)
+    message = error_of(calipers("calibrate", llama, "--data", texts / "chat.jsonl"))
+    assert "line 1" in message
+    assert "no chat template" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--samples", "0"),
+        ("--sequence-length", "1"),
+        ("--samples", "many"),
+        ("--no-such-option",),
+        ("another", "argument"),
+        ("--scheme",),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors(calipers: Calipers, llama: Path, options: tuple[str, ...]) -> None:
+    result = calipers("calibrate", llama, *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr
+
+
+def test_a_fault_of_ours_is_no_error_of_the_user(
+    calipers: Calipers, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr("calipers.cli.calibrate.calibrate_model", fail)
+    with pytest.raises(ZeroDivisionError):
+        calipers("calibrate", llama)
+
+
+def test_embedded_demo_model_is_the_default(
+    calipers: Calipers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All of the held-out text would take half a minute.
+    short = tmp_path / "heldout.txt"
+    short.write_text(HELDOUT_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    monkeypatch.setattr("calipers.cli.calibrate.HELDOUT_TEXT", short)
+    result = succeeded(
+        calipers(
+            *("calibrate", "--observer", "memoryless_minmax", "--samples", 1, "--json"),
+            *("--sequence-length", 128),
+        )
+    )
+    assert result["model"] == "demo"
+    assert 1 < result["perplexity_before"] < 100
+    assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.1)
+    assert result["calibration"]["batches"] == 1

@@ -1,0 +1,111 @@
+"""`calipers observers`, `calipers schemes`, `--help`, `--version`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from typing import Any
+
+import pytest
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
+
+import calipers as package
+from calipers import cli
+from calipers.observers import Observer
+from cli.conftest import Calipers, succeeded
+
+COMMANDS = ("calibrate", "demo", "observers", "schemes")
+
+
+def registered() -> dict[str, type[Observer]]:
+    """The observers of the package; tests register some of their own."""
+    found = {
+        name.replace("-", "_"): Observer.get_value_from_registry(name)
+        for name in Observer.registered_names()
+    }
+    return {name: cls for name, cls in found.items() if cls.__module__.startswith("calipers.")}
+
+
+def is_plain(text: str) -> bool:
+    return "\x1b" not in text and not any("─" <= char <= "╿" for char in text)
+
+
+def test_observers_as_json(calipers: Calipers) -> None:
+    listed = {each["name"]: each for each in succeeded(calipers("observers", "--json"))}
+    known = registered()
+    assert known.keys() <= listed.keys()
+    for name, cls in known.items():
+        entry = listed[name]
+        assert entry["needs_data"] is cls.needs_data
+        assert entry["summary"] == inspect.getdoc(cls).splitlines()[0]
+        options = {each["name"]: each for each in entry["options"]}
+        defaults = {key: field.default for key, field in cls.Options.model_fields.items()}
+        assert {key: each["default"] for key, each in options.items()} == defaults
+        assert all(each["description"] for each in options.values())
+
+
+def test_observers_as_text(calipers: Calipers) -> None:
+    result = calipers("observers")
+    assert result.exit_code == 0
+    assert is_plain(result.stdout)
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
+    for name, cls in registered().items():
+        assert lines[name][1] == ("yes" if cls.needs_data else "no")
+        for option, field in cls.Options.model_fields.items():
+            shown = field.default
+            shown = f"{shown:.4g}" if isinstance(shown, float) else str(shown)
+            assert f"{option}={shown}" in lines[name]
+
+
+def test_schemes_as_json(calipers: Calipers) -> None:
+    listed: dict[str, Any] = succeeded(calipers("schemes", "--json"))
+    assert listed.keys() == PRESET_SCHEMES.keys()
+    assert listed["W4A16"]["weights"]["num_bits"] == 4
+    assert listed["W4A16"]["weights"]["group_size"] == 128
+    assert listed["FP8"]["input_activations"]["type"] == "float"
+    assert "weights" not in listed["UNQUANTIZED"]
+
+
+def test_schemes_as_text(calipers: Calipers) -> None:
+    result = calipers("schemes")
+    assert result.exit_code == 0
+    assert is_plain(result.stdout)
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
+    assert lines.keys() >= PRESET_SCHEMES.keys()
+    assert lines["W4A16"] == ["W4A16", "int4", "group", "128", "-", "no"]
+    assert lines["W4A16_ASYM"][-3:] == ["asymmetric", "-", "no"]
+    assert lines["FP8_BLOCK"][1:4] == ["float8", "block", "128x128"]
+    assert {name for name in PRESET_SCHEMES if lines[name][-1] == "yes"} == {"FP8", "NVFP4"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples(calipers: Calipers, command: str) -> None:
+    result = calipers(command, "--help")
+    assert result.exit_code == 0
+    assert "Examples:" in result.stdout
+    assert result.stdout.count(f"calipers {command}") >= 2
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("args", [(), ("--help",)])
+def test_help_lists_the_commands(calipers: Calipers, args: tuple[str, ...]) -> None:
+    result = calipers(*args)
+    for command in COMMANDS:
+        assert f" {command} " in result.output
+
+
+def test_no_command_is_a_usage_error(calipers: Calipers) -> None:
+    assert calipers().exit_code == 2
+    result = calipers("quantize")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "quantize" in result.stderr
+
+
+def test_version(calipers: Calipers) -> None:
+    assert calipers("--version").stdout == f"{package.__version__}\n"
+
+
+def test_the_command_is_installed() -> None:
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="calipers")
+    assert [script.load() for script in scripts] == [cli.app]

@@ -1,0 +1,77 @@
+"""Everything that README.md and docs/*.md show is run."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calipers.cli import app
+from calipers.demo import HELDOUT_TEXT
+from docs.pages import PAGES, ROOT, read_blocks, read_commands, run_page
+
+WITH_PYTHON = [page for page in PAGES if any(b.language == "python" for b in read_blocks(page))]
+COMMANDS = sorted({command for page in PAGES for command in read_commands(page)})
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=page_name)
+def test_python(page: Path) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_blocks_say_what_they_are(page: Path) -> None:
+    """A misspelt language would take a block out of these tests without a word."""
+    # "py" is for fragments and "sh" for other programs: neither is run.
+    known = {"python", "py", "yaml", "console", "sh", "text"}
+    assert {block.language for block in read_blocks(page)} <= known
+
+
+def test_the_main_pages_show_python() -> None:
+    assert {page_name(page) for page in WITH_PYTHON} >= {
+        "README.md",
+        "docs/index.md",
+        "docs/tutorial.md",
+        "docs/write-your-own-observer.md",
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shell_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option exists and takes its value: only the work itself is left out."""
+    program, *args = shlex.split(command)
+    assert program == "calipers"
+    given = []
+    monkeypatch.setattr("calipers.cli.calibrate.load_model", lambda *a, **k: _stop(given))
+    monkeypatch.setattr("calipers.cli.demo.load_model", lambda *a, **k: _stop(given))
+    result = CliRunner().invoke(app, args)
+    if args[0] in ("calibrate", "demo"):
+        assert result.exit_code == 1, result.output
+        assert given == ["called"]
+    else:
+        assert result.exit_code == 0, result.output
+
+
+def _stop(given: list[str]) -> None:
+    given.append("called")
+    raise OSError("no model is loaded in this test")
+
+
+def test_the_tutorial_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = next(c for c in read_commands(ROOT / "docs" / "tutorial.md") if "--out" in c)
+    # All of the held-out text would take half a minute.
+    (tmp_path / "short.txt").write_text(HELDOUT_TEXT.read_text("utf-8")[:4000], "utf-8")
+    args = [*shlex.split(command)[1:], "--eval", "short.txt"]
+    result = CliRunner().invoke(app, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo-FP8" / "model.safetensors").is_file()

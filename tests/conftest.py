@@ -1,6 +1,7 @@
+"""Before any test module is imported: asserts of the shared suite explain themselves too."""
+
 import pytest
 
-# Not named test_*: pytest would leave their asserts without an explanation.
 pytest.register_assert_rewrite(
     "observers.contract_suite",
     "observers.part_construction",

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from loguru import logger
 from torch import nn
 
 from calibration.tiny_models import (
@@ -283,3 +284,24 @@ def test_a_copied_model_can_be_used_beside_the_first():
         copied(hidden_batches(1)[0])
         assert not model.layers[0].experts[0].up_proj.input_observer.has_statistics
         assert copied.layers[0].experts[0].up_proj.input_observer.has_statistics
+
+
+class FusedExperts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 8))
+
+
+def test_fused_experts_are_told_of_since_they_stay_unquantized():
+    model = nn.ModuleDict({"router": nn.Linear(8, 4), "experts": FusedExperts()})
+    messages: list[str] = []
+    sink = logger.add(messages.append, level="WARNING", format="{message}")
+    try:
+        with attach(model, "W8A8"):
+            pass
+        with attach(nn.Sequential(nn.Conv1d(2, 2, 3), nn.Linear(8, 4)), "W8A8"):
+            pass
+    finally:
+        logger.remove(sink)
+    assert len(messages) == 1
+    assert "1 modules hold experts fused into one parameter (experts, ...)" in messages[0]

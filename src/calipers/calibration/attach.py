@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationConfig
+from loguru import logger
 
 from calipers.calibration.checks import check_scheme
 from calipers.calibration.choice import ObserverChoice
@@ -71,7 +73,28 @@ def plan_observers(
     """
     _refuse_twice(model)
     config = resolve_config(scheme, ignore)
-    return config, build_observed(check_scheme(model, config), choice)
+    observed = build_observed(check_scheme(model, config), choice)
+    _warn_of_fused_experts(model)
+    return config, observed
+
+
+def _warn_of_fused_experts(model: torch.nn.Module) -> None:
+    """Say that experts kept in one parameter stay unquantized: it would show at loading only."""
+    with disable_onloading():
+        names = [
+            name
+            for name, module in model.named_modules()
+            if any(p is not None and p.ndim == 3 for p in module._parameters.values())
+            and not isinstance(module, torch.nn.modules.conv._ConvNd)
+        ]
+    if names:
+        logger.warning(
+            "{} modules hold experts fused into one parameter ({}, ...), which compressed-tensors "
+            "cannot quantize: they stay as they are, and transformers cannot load a checkpoint of "
+            "such a model back, since it expects quantized experts",
+            len(names),
+            names[0],
+        )
 
 
 def _refuse_twice(model: torch.nn.Module) -> None:

@@ -10,3 +10,9 @@ pytest.register_assert_rewrite(
     "observers.rig",
     "observers.samples",
 )
+
+
+@pytest.fixture(autouse=True)
+def _eager_unless_asked(monkeypatch):
+    """Which engine runs must not depend on what other tests have searched before."""
+    monkeypatch.setenv("CALIPERS_ENGINE", "eager")

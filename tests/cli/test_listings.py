@@ -14,7 +14,7 @@ from calipers import cli
 from calipers.observers import Observer
 from cli.conftest import Calipers, succeeded
 
-COMMANDS = ("calibrate", "demo", "observers", "schemes")
+COMMANDS = ("calibrate", "demo", "observers", "schemes", "doctor")
 
 
 def registered() -> dict[str, type[Observer]]:
@@ -109,3 +109,28 @@ def test_version(calipers: Calipers) -> None:
 def test_the_command_is_installed() -> None:
     scripts = importlib.metadata.entry_points(group="console_scripts", name="calipers")
     assert [script.load() for script in scripts] == [cli.app]
+
+
+def test_doctor_says_what_is_chosen_and_why(
+    calipers: Calipers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CALIPERS_ENGINE")
+    found = succeeded(calipers("doctor", "--json"))
+    usable = [each["name"] for each in found["engines"] if each["usable"]]
+    assert found["engine"] == usable[-1]
+    assert found["reason"] == "the fastest one that works here"
+    monkeypatch.setenv("CALIPERS_ENGINE", "eager")
+    assert succeeded(calipers("doctor", "--json"))["engine"] == "eager"
+    text = calipers("doctor")
+    assert text.exit_code == 0
+    assert is_plain(text.stdout)
+    assert "eager: CALIPERS_ENGINE=eager" in " ".join(text.stdout.split())
+
+
+def test_doctor_refuses_an_engine_that_there_is_not(
+    calipers: Calipers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CALIPERS_ENGINE", "warp")
+    result = calipers("doctor")
+    assert result.exit_code == 1
+    assert "engine must be one of eager, inductor, got 'warp'" in result.stderr

@@ -9,6 +9,7 @@ import typer
 from calipers import __version__
 from calipers.cli.calibrate import calibrate
 from calipers.cli.demo import demo
+from calipers.cli.doctor import doctor
 from calipers.cli.listings import observers, schemes
 
 __all__ = ["app"]
@@ -43,3 +44,4 @@ app.command()(calibrate)
 app.command()(demo)
 app.command()(observers)
 app.command()(schemes)
+app.command()(doctor)

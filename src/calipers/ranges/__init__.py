@@ -1,8 +1,9 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
-from calipers.ranges.grid import ShrinkGrid, search_grid_range, search_grid_ranges
+from calipers.ranges.grid import search_grid_range, search_grid_ranges
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
+from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import Arrangement, GroupedView
 
 __all__ = [

@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from calipers.ranges import grid_inductor
+from calipers.ranges.engines import choose_engine, give_up_engine
+from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["ShrinkGrid", "search_grid_range", "search_grid_ranges"]
-
-
-@dataclass(frozen=True)
-class ShrinkGrid:
-    """The candidates of a shrink grid: step i is the range times `expand * (1 - i / grid)`.
-
-    Args:
-        maxshrink: Largest part of the range to give up, 0 to 1.
-        grid: Number of steps that the whole range would have.
-        patience: Steps in a row without a better group after which the search ends; 0: never.
-        norm: Exponent of the absolute error.
-        expand: Factor on the range before it shrinks, at least 1.
-        include_end: Whether step `max(1, int(maxshrink * grid))` itself is a candidate.
-    """
-
-    maxshrink: float
-    grid: float
-    patience: int
-    norm: float
-    expand: float = 1.0
-    include_end: bool = False
-
-    @property
-    def num_steps(self) -> int:
-        """Number of candidates, at least one."""
-        steps = int(self.maxshrink * self.grid)
-        return max(1, steps) + 1 if self.include_end else max(1, steps)
-
-    def shrink(self, step: int) -> float:
-        """Factor on the expanded range at `step`."""
-        return 1 - step / self.grid
+__all__ = ["search_grid_range", "search_grid_ranges"]
 
 
 def search_grid_range(
@@ -54,11 +27,19 @@ def search_grid_range(
     *,
     importance: GroupedView | None = None,
     global_scale: Tensor | None = None,
+    engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Search one view; see `search_grid_ranges`."""
     weights = None if importance is None else [importance]
+    extremes = [(min_vals, max_vals)]
     return search_grid_ranges(
-        [view], [(min_vals, max_vals)], args, grid, importance=weights, global_scale=global_scale
+        [view],
+        extremes,
+        args,
+        grid,
+        importance=weights,
+        global_scale=global_scale,
+        engine=engine,
     )[0]
 
 
@@ -70,6 +51,7 @@ def search_grid_ranges(
     *,
     importance: list[GroupedView] | None = None,
     global_scale: Tensor | None = None,
+    engine: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Range with the smallest sum of |fake_quantize(x) - x|**norm in each group.
 
@@ -86,6 +68,7 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
+        engine: "eager" or "inductor"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         For each view minimum and maximum, float32, of its `qparam_shape`. A group whose errors are
@@ -93,10 +76,40 @@ def search_grid_ranges(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
-    weights_of_views = [None] * len(views) if importance is None else importance
+    weights = [None] * len(views) if importance is None else importance
+    expanded = [(low.float() * grid.expand, high.float() * grid.expand) for low, high in extremes]
+    values = sum(view.values.numel() for view in views)
+    chosen = choose_engine(views[0].values.device, engine, _count(args, grid, values))
+    if chosen == "inductor":
+        try:
+            return grid_inductor.search(views, expanded, args, grid, weights, global_scale)
+        except Exception as error:  # whatever the compiler may raise: the reference can do it
+            give_up_engine("inductor", error)
+    return _search_eagerly(views, expanded, args, grid, weights, global_scale)
+
+
+#: Values searched in this process by each kind of search, to know when compiling pays.
+_searched: Counter[tuple[object, ...]] = Counter()
+
+
+def _count(args: QuantizationArgs, grid: ShrinkGrid, values: int) -> int:
+    kind = (args.num_bits, args.type, args.symmetric, args.scale_dtype, args.group_size, grid.norm)
+    _searched[kind] += values
+    return _searched[kind]
+
+
+def _search_eagerly(
+    views: Sequence[GroupedView],
+    extremes: Sequence[tuple[Tensor, Tensor]],
+    args: QuantizationArgs,
+    grid: ShrinkGrid,
+    importance: Sequence[GroupedView | None],
+    global_scale: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """The reference: one candidate after the other, by compressed-tensors' own functions."""
     searches = [
-        _Search(view, low.float() * grid.expand, high.float() * grid.expand, weights)
-        for view, (low, high), weights in zip(views, extremes, weights_of_views, strict=True)
+        _Search(view, low, high, weights)
+        for view, (low, high), weights in zip(views, extremes, importance, strict=True)
     ]
     without_gain = 0
     for step in range(grid.num_steps):

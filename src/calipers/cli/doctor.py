@@ -1,0 +1,76 @@
+"""`calipers doctor`: what calipers finds on this machine, and what it will use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import torch
+import typer
+
+from calipers.cli.console import plain_errors, print_json, print_lines, print_table
+from calipers.ranges.engines import ENVIRONMENT, WORTH_COMPILING, choose_engine, explain_engines
+
+__all__ = ["doctor"]
+
+_PACKAGES = ("calipers", "torch", "compressed-tensors", "transformers", "llmcompressor")
+
+
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Say which search engines there are, which one is chosen, and why.
+
+    Examples:
+      calipers doctor
+
+      CALIPERS_ENGINE=eager calipers doctor
+
+      calipers doctor --json
+    """
+    with plain_errors():
+        chosen = choose_engine(torch.device("cpu"), values=WORTH_COMPILING)
+        asked = os.environ.get(ENVIRONMENT)
+        reason = f"{ENVIRONMENT}={asked}" if asked else "the fastest one that works here"
+        engines = explain_engines()
+        packages = {name: _version(name) for name in _PACKAGES}
+        devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if json:
+        print_json(
+            {
+                "engine": chosen,
+                "reason": reason,
+                "engines": [
+                    {"name": name, "usable": usable, "why": why} for name, usable, why in engines
+                ],
+                "packages": packages,
+                "python": platform.python_version(),
+                "threads": torch.get_num_threads(),
+                "gpus": devices,
+            }
+        )
+        return
+    print_table(
+        "Search engines",
+        ("engine", "usable", "why"),
+        [(name, "yes" if usable else "no", why) for name, usable, why in engines],
+    )
+    print_lines(
+        [
+            ("chosen", f"{chosen}: {reason}"),
+            ("small work", f"eager, up to {WORTH_COMPILING:,} values of one kind of search"),
+            ("packages", ", ".join(f"{name} {found or '-'}" for name, found in packages.items())),
+            ("python", platform.python_version()),
+            ("threads", str(torch.get_num_threads())),
+            ("GPUs", ", ".join(devices) or "none"),
+        ]
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

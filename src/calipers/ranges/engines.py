@@ -1,0 +1,95 @@
+"""Engines: what evaluates the candidates of a search, chosen by device and by what is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from typing import Literal, get_args
+
+import torch
+from loguru import logger
+
+from calipers.errors import CalipersError
+
+__all__ = ["Engine", "choose_engine", "explain_engines", "give_up_engine"]
+
+Engine = Literal["eager", "inductor"]
+
+ENVIRONMENT = "CALIPERS_ENGINE"
+#: Values searched in a process before compiling pays: eager takes some tenths of a second for a
+#: million values, a compilation ten to twenty seconds once and a few from the disk cache.
+WORTH_COMPILING = 2**24
+
+#: Why an engine that failed in this process is not tried again.
+_failures: dict[str, str] = {}
+
+
+def choose_engine(device: torch.device, asked: str | None = None, values: int = 0) -> Engine:
+    """The engine to search with.
+
+    Args:
+        device: Where the values are.
+        asked: An engine by name; None takes the environment variable CALIPERS_ENGINE, and where
+            that is not set the fastest one that works.
+        values: Number of values searched so far with the same kind of search, these included.
+
+    Returns:
+        "inductor" on the CPU where it works and enough is searched to make compiling pay; an
+        engine asked for by name is taken however little there is to search. "eager" otherwise,
+        with one warning where another one was asked for and does not work.
+
+    Raises:
+        CalipersError: An engine that there is not.
+    """
+    asked = asked or os.environ.get(ENVIRONMENT) or None
+    if asked is not None and asked not in get_args(Engine):
+        raise CalipersError(
+            f"engine must be one of {', '.join(get_args(Engine))}, got {asked!r} "
+            f"(by argument or {ENVIRONMENT})"
+        )
+    if asked == "eager":
+        return "eager"
+    problem = inductor_problem(device)
+    if asked == "inductor":
+        if problem is not None:
+            _warn_once(problem)
+        return "eager" if problem else "inductor"
+    return "inductor" if problem is None and values >= WORTH_COMPILING else "eager"
+
+
+def inductor_problem(device: torch.device) -> str | None:
+    """Why the Inductor engine cannot be used there; None where it can."""
+    if device.type != "cpu":
+        return f"the inductor engine works on the CPU, not on {device.type}"
+    if "inductor" in _failures:
+        return _failures["inductor"]
+    if _compiler() is None:
+        return "the inductor engine needs a C++ compiler (g++ or clang++), and none was found"
+    return None
+
+
+def give_up_engine(engine: str, error: Exception) -> None:
+    """Do not try an engine again in this process, and say so once."""
+    _failures[engine] = f"the {engine} engine failed: {type(error).__name__}: {error}"
+    _warn_once(_failures[engine])
+
+
+def explain_engines() -> list[tuple[str, bool, str]]:
+    """Name of each engine, whether it can be used on this machine, and why or why not."""
+    problem = inductor_problem(torch.device("cpu"))
+    return [
+        ("eager", True, "plain torch operations, on every device: the reference"),
+        ("inductor", problem is None, problem or f"torch.compile with {_compiler()}, on the CPU"),
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    logger.warning("{}; the eager engine takes over", problem)

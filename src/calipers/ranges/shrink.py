@@ -1,0 +1,38 @@
+"""The candidates of a shrink grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ShrinkGrid"]
+
+
+@dataclass(frozen=True)
+class ShrinkGrid:
+    """The candidates of a shrink grid: step i is the range times `expand * (1 - i / grid)`.
+
+    Args:
+        maxshrink: Largest part of the range to give up, 0 to 1.
+        grid: Number of steps that the whole range would have.
+        patience: Steps in a row without a better group after which the search ends; 0: never.
+        norm: Exponent of the absolute error.
+        expand: Factor on the range before it shrinks, at least 1.
+        include_end: Whether step `max(1, int(maxshrink * grid))` itself is a candidate.
+    """
+
+    maxshrink: float
+    grid: float
+    patience: int
+    norm: float
+    expand: float = 1.0
+    include_end: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """Number of candidates, at least one."""
+        steps = int(self.maxshrink * self.grid)
+        return max(1, steps) + 1 if self.include_end else max(1, steps)
+
+    def shrink(self, step: int) -> float:
+        """Factor on the expanded range at `step`."""
+        return 1 - step / self.grid

@@ -10,9 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 0
 # More arguments for pytest, as in `make test PYTEST_ARGS="-k imatrix -x"`.
 PYTEST_ARGS ?=
+BENCH_STAMP := $(VENV)/.calipers-bench
+# Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu bench clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +52,14 @@ test-gpu: $(STAMP) ## the tests marked gpu, slow ones included
 
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "installing the peer of the benchmarks into $(VENV)"
+	@$(PIP) install --editable ".[bench]" --constraint constraints.txt
+	@touch $@
+
+bench: $(BENCH_STAMP) ## time range search and min/max against llmcompressor, which it installs
+	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

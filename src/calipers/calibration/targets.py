@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import is_match, match_named_modules, match_targets
+from compressed_tensors.utils import match_named_modules, match_targets
 
 __all__ = ["Target", "is_quantizable", "match_targets_to_schemes", "schemes_by_target"]
 
@@ -50,9 +49,7 @@ def schemes_by_target(config: QuantizationConfig) -> dict[str, QuantizationSchem
     }
 
 
-def match_targets_to_schemes(
-    model: torch.nn.Module, config: QuantizationConfig, ignore: Iterable[str] = ()
-) -> list[Target]:
+def match_targets_to_schemes(model: torch.nn.Module, config: QuantizationConfig) -> list[Target]:
     """Quantizable modules that the config gives something to quantize, in the model's order.
 
     The scheme is chosen as `apply_quantization_config` chooses it: exact names before patterns
@@ -61,13 +58,11 @@ def match_targets_to_schemes(
     Args:
         model: Any model; nothing in it is changed.
         config: A resolved config.
-        ignore: Exact names or patterns to leave out beyond those of the config.
     """
     schemes = schemes_by_target(config)
-    patterns = list(ignore)
     found = []
     for name, module in match_named_modules(model, schemes, config.ignore):
-        if not is_quantizable(module) or is_match(name, module, patterns):
+        if not is_quantizable(module):
             continue
         target = Target(name, module, schemes[match_targets(name, module, schemes)[0]])
         if target.args:

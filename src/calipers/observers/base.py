@@ -102,7 +102,6 @@ class Observer(InternalModule, RegistryMixin):
     range_names: ClassVar[tuple[str, str]] = ("min_vals", "max_vals")
     global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
 
-    registry_requires_subclass = False
     _first_form: ClassVar[bool] = False
     _scale: Tensor | None
     _zero_point: Tensor | None

@@ -1,6 +1,6 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
-from calipers.ranges.grid import search_grid_range, search_grid_ranges
+from calipers.ranges.grid import search_grid_ranges
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
 from calipers.ranges.shrink import ShrinkGrid
@@ -13,6 +13,5 @@ __all__ = [
     "arrange",
     "arrange_whole",
     "min_max",
-    "search_grid_range",
     "search_grid_ranges",
 ]

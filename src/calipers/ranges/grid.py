@@ -15,32 +15,7 @@ from calipers.ranges.engines import choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["search_grid_range", "search_grid_ranges"]
-
-
-def search_grid_range(
-    view: GroupedView,
-    min_vals: Tensor,
-    max_vals: Tensor,
-    args: QuantizationArgs,
-    grid: ShrinkGrid,
-    *,
-    importance: GroupedView | None = None,
-    global_scale: Tensor | None = None,
-    engine: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Search one view; see `search_grid_ranges`."""
-    weights = None if importance is None else [importance]
-    extremes = [(min_vals, max_vals)]
-    return search_grid_ranges(
-        [view],
-        extremes,
-        args,
-        grid,
-        importance=weights,
-        global_scale=global_scale,
-        engine=engine,
-    )[0]
+__all__ = ["search_grid_ranges"]
 
 
 def search_grid_ranges(

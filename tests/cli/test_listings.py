@@ -44,6 +44,13 @@ def test_observers_as_json(calipers: Calipers) -> None:
         assert all(each["description"] for each in options.values())
 
 
+def test_an_observer_without_a_docstring_is_listed(calipers: Calipers) -> None:
+    if "silent-one" not in Observer.registered_names():
+        Observer.register("silent_one")(type("SilentOne", (Observer,), {}))
+    listed = {each["name"]: each for each in succeeded(calipers("observers", "--json"))}
+    assert listed["silent_one"]["summary"] == ""
+
+
 def test_observers_as_text(calipers: Calipers) -> None:
     result = calipers("observers")
     assert result.exit_code == 0

@@ -83,7 +83,7 @@ def _describe_observer(registered: str) -> dict[str, Any]:
             if Observer.get_value_from_registry(alias) is kind
         ],
         "needs_data": kind.needs_data,
-        "summary": (kind.__doc__ or "").strip().splitlines()[0],
+        "summary": (kind.__doc__ or "").strip().partition("\n")[0],
         "options": [
             {"name": option, "default": field.default, "description": field.description}
             for option, field in kind.Options.model_fields.items()

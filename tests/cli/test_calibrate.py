@@ -410,7 +410,7 @@ def test_a_fault_of_ours_is_no_error_of_the_user(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("calipers.cli.calibrate.calibrate_model", fail)
+    monkeypatch.setattr("calipers.cli.calibrate.Calibration", fail)
     with pytest.raises(ZeroDivisionError):
         calipers("calibrate", llama)
 

@@ -12,8 +12,12 @@ import typer
 import yaml
 from rich.filesize import decimal
 
-from calipers.calibration import CalibrationReport, ModuleReport, resolve_config
-from calipers.calibration import calibrate as calibrate_model
+from calipers.calibration import (
+    Calibration,
+    CalibrationReport,
+    ModuleReport,
+    resolve_config,
+)
 from calipers.calibration.attach import plan_observers
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
@@ -122,7 +126,7 @@ def calibrate(
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
-        _, observed = plan_observers(loaded, scheme, choice, patterns)
+        config, observed = plan_observers(loaded, scheme, choice, patterns)
         length = min(sequence_length, max_positions(loaded) or sequence_length)
         if data is not None or eval_file is not None or out is not None:
             tokenizer = load_tokenizer(path)
@@ -137,17 +141,10 @@ def calibrate(
             judged = read_batches(eval_file, tokenizer, sequence_length=length)
         size_before = model_bytes(loaded)
         before = None if judged is None else perplexity(loaded, judged, progress)
-        report = calibrate_model(
-            loaded,
-            scheme,
-            observer,
-            batches,
-            patterns,
-            observer_options=choice.options,
-            activation_observer=activation_observer,
-            on_missing=on_missing,  # type: ignore[arg-type]  # checked above
-            progress=progress,
-        )
+        with Calibration(loaded, config, observed, choice) as calibration:
+            if batches is not None:
+                calibration.run(batches, progress)
+            report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
         after = None if judged is None else perplexity(loaded, judged, progress)
         if out is not None:
             save(loaded, out, tokenizer=tokenizer, force=force)

@@ -10,7 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from calipers.observers.base import Observation, Observer
-from calipers.observers.mse import PATIENCE, GridOptions, GridSearchObserver
+from calipers.observers.mse import (
+    GridOptions,
+    GridSearchObserver,
+    NVFP4ExpandedMSEOptions,
+)
 from calipers.observers.statistics import COUNT, SUM, Statistic
 from calipers.ranges import GroupedView
 
@@ -139,16 +143,8 @@ class IMatrixMSEObserver(GridSearchObserver):
         return f"has seen inputs of {cols} columns, which do not fit a shape of {tuple(shape)}"
 
 
-class NVFP4ExpandedIMatrixOptions(IMatrixOptions):
+class NVFP4ExpandedIMatrixOptions(NVFP4ExpandedMSEOptions, IMatrixOptions):
     """A grid from 1.8 times the range down to 0.8 times the range."""
-
-    maxshrink: float = Field(
-        1 - 0.8 / 1.8, ge=0, le=1, description="largest part of the expanded range to give up"
-    )
-    patience: int = Field(1000, ge=0, description=PATIENCE)
-    grid: float = Field(200, gt=0, description="steps that the whole range would have")
-    norm: float = Field(2.4, gt=0, description="exponent of the absolute error")
-    expand: float = Field(1.8, ge=1, description="factor on the range before it shrinks")
 
 
 @Observer.register("nvfp4_expanded_imatrix")

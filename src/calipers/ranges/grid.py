@@ -11,6 +11,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from calipers.ranges import grid_inductor
+from calipers.ranges.compiling import SchemeKey
 from calipers.ranges.engines import choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -64,11 +65,11 @@ def search_grid_ranges(
 
 
 #: Values searched in this process by each kind of search, to know when compiling pays.
-_searched: Counter[tuple[object, ...]] = Counter()
+_searched: Counter[tuple[SchemeKey, float]] = Counter()
 
 
 def _count(args: QuantizationArgs, grid: ShrinkGrid, values: int) -> int:
-    kind = (args.num_bits, args.type, args.symmetric, args.scale_dtype, args.group_size, grid.norm)
+    kind = (SchemeKey(args), grid.norm)
     _searched[kind] += values
     return _searched[kind]
 

@@ -8,9 +8,7 @@ compilation serves the weights of a model.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -19,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from calipers.ranges.compiling import SchemeKey, compile_quietly
 from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -105,8 +104,8 @@ class _Search:
         self.min_vals, self.max_vals = min_vals, max_vals
         self.best_error = torch.full_like(min_vals, torch.inf)
         self.best_step = torch.zeros_like(min_vals, dtype=torch.int32)
-        self._scales = _compiled_scales(_Key(args), global_scale is not None)
-        self._errors = _compiled_errors(_Key(args), norm, importance is not None)
+        self._scales = _compiled_scales(SchemeKey(args), global_scale is not None)
+        self._errors = _compiled_errors(SchemeKey(args), norm, importance is not None)
         self._global_scale = global_scale
         self._symmetric = bool(args.symmetric)
         self._weight: tuple[tuple[object, ...], Tensor] | None = None
@@ -196,25 +195,8 @@ def _runs(length: int) -> int:
     return 1
 
 
-class _Key:
-    """Arguments as a key: what of them decides how a value is rounded and scaled."""
-
-    def __init__(self, args: QuantizationArgs) -> None:
-        self.args = args
-        decisive = args.model_dump(
-            include={"num_bits", "type", "symmetric", "group_size", "scale_dtype", "zp_dtype"}
-        )
-        self._tuple = tuple(map(str, decisive.values()))
-
-    def __hash__(self) -> int:
-        return hash(self._tuple)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._tuple == other._tuple
-
-
 @functools.lru_cache(maxsize=64)
-def _compiled_scales(key: _Key, has_global: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled_scales(key: SchemeKey, has_global: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     args = key.args
 
     def scales(
@@ -228,7 +210,7 @@ def _compiled_scales(key: _Key, has_global: bool) -> Callable[..., tuple[Tensor,
             scale = scale / global_scale
         return scale, zero_point.float()
 
-    compiled = _compile(scales)
+    compiled = compile_quietly(scales)
 
     def call(
         low: Tensor, high: Tensor, shrink: Tensor, global_scale: Tensor | None
@@ -242,7 +224,7 @@ def _compiled_scales(key: _Key, has_global: bool) -> Callable[..., tuple[Tensor,
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_errors(key: _Key, norm: float, weighted: bool) -> Callable[..., Tensor]:
+def _compiled_errors(key: SchemeKey, norm: float, weighted: bool) -> Callable[..., Tensor]:
     rounding = Rounding.of(key.args)
 
     def errors(
@@ -256,26 +238,4 @@ def _compiled_errors(key: _Key, norm: float, weighted: bool) -> Callable[..., Te
             sums.append((loss if weight is None else loss * weight).sum(-1))
         return torch.stack(sums)
 
-    return _compile(errors)
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # One rounding for a product and its sum: faster, and nearer to the exact value.
-    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
-    with _no_warnings():
-        compiled = torch.compile(function, options=options)
-
-    @functools.wraps(function)
-    def quiet(*inputs: Any) -> Any:
-        with _no_warnings():
-            return compiled(*inputs)
-
-    return quiet
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep to itself what torch.compile remarks upon while it works: it is not the user's code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return compile_quietly(errors)

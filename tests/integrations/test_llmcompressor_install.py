@@ -153,34 +153,42 @@ def test_a_changed_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     assert snapshot() == before
 
 
-def test_a_taken_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_REGISTRY[PeerObserver], "calipers-mse", dict)
-    before = snapshot()
-    with pytest.raises(IntegrationError, match="holds 'calipers_mse' already, from builtins"):
-        install(replace=True)
-    assert snapshot() == before
+def test_a_taken_name_is_refused() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_REGISTRY[PeerObserver], "calipers-mse", dict)
+        before = snapshot()
+        with pytest.raises(IntegrationError, match="holds 'calipers_mse' already, from builtins"):
+            install(replace=True)
+        assert snapshot() == before
 
 
 def test_a_failure_on_the_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     install()
     before = snapshot()[:2]
 
-    def fail() -> None:
-        raise OSError("on the way")
+    feed = installation._feed_data_to_our_observers
+    errors = [OSError("on the way")]
 
-    monkeypatch.setattr(installation, "_feed_data_to_our_observers", fail)
+    def fail_once() -> None:
+        if errors:
+            raise errors.pop()
+        feed()
+
+    monkeypatch.setattr(installation, "_feed_data_to_our_observers", fail_once)
     with pytest.raises(OSError, match="on the way"):
-        installation._apply(True, None)
-    monkeypatch.undo()
-    install()
+        install(replace=True)
     assert snapshot()[:2] == before
-
-
-def test_another_packages_observer_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_REGISTRY[PeerObserver], "mse", MemorylessMinMaxObserver)
-    install(replace=True)
-    assert PeerObserver.get_value_from_registry("mse") is MemorylessMinMaxObserver
+    assert not is_ours("mse")
     assert is_ours("calipers_mse")
+
+
+def test_another_packages_observer_is_not_replaced() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_REGISTRY[PeerObserver], "mse", MemorylessMinMaxObserver)
+        install(replace=True)
+        assert PeerObserver.get_value_from_registry("mse") is MemorylessMinMaxObserver
+        assert is_ours("calipers_mse")
+        uninstall()
 
 
 def test_a_missing_llmcompressor_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

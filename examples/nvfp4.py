@@ -3,7 +3,7 @@
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from side_by_side import run
 
-OBSERVER = "nvfp4_expanded_imatrix"
+OBSERVER = "memoryless_mse"
 
 
 def recipe() -> QuantizationModifier:

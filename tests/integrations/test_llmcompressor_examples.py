@@ -20,6 +20,7 @@ pytest.importorskip("llmcompressor")
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
+from calipers.errors import MissingDataError
 from calipers.integrations.llmcompressor import install, uninstall
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -123,7 +124,8 @@ def test_after_a_recipe_that_failed_half_way_the_next_one_gives_what_it_should(
 
 
 def test_an_observer_that_needs_data_is_told_so_without_any() -> None:
-    with install(replace=True), pytest.raises(Exception, match=r"(?i)data"):
+    wanted = r"observer 'calipers_imatrix_mse' measures weights by the inputs .*: give it a dataset"
+    with install(replace=True), pytest.raises(MissingDataError, match=wanted):
         oneshot(model=fresh(), recipe=recipe("calipers_imatrix_mse"))
 
 

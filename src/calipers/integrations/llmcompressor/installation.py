@@ -16,7 +16,7 @@ from compressed_tensors.registry.registry import (
     standardize_lookup_name,
 )
 
-from calipers.errors import IntegrationError
+from calipers.errors import IntegrationError, MissingDataError
 from calipers.integrations.llmcompressor.options import PREFIX
 from calipers.observers import Observer
 
@@ -205,17 +205,35 @@ def _feed_data_to_our_observers() -> None:
 
     @functools.wraps(original.__func__)
     def from_modifiers(cls: Any, modifiers: list[Any], *args: Any, **kwargs: Any) -> Any:
+        needy = set()
         for modifier in modifiers:
-            if not modifier.requires_calibration_data and _needs_data(modifier):
+            if name := _needing_data(modifier):
+                needy.add(name)
                 modifier.requires_calibration_data = True
-        return original.__func__(cls, modifiers, *args, **kwargs)
+        pipeline = original.__func__(cls, modifiers, *args, **kwargs)
+        return _asking_for_data(pipeline, sorted(needy)) if needy else pipeline
 
     _state.undo.append(lambda: setattr(CalibrationPipeline, "from_modifiers", original))
     CalibrationPipeline.from_modifiers = classmethod(from_modifiers)
 
 
-def _needs_data(modifier: Any) -> bool:
-    """Whether a modifier measures weights by an observer of ours that needs data.
+def _asking_for_data(pipeline: Any, observers: list[str]) -> Any:
+    """The same pipeline, which says what is missing where it is called without data."""
+
+    def call(model: Any, dataloader: Any, dataset_args: Any) -> Any:
+        if dataloader is None:
+            raise MissingDataError(
+                f"observer {', '.join(map(repr, observers))} measures weights by the inputs of "
+                "their modules, and the recipe runs without data: give it a dataset"
+            )
+        return pipeline(model, dataloader, dataset_args)
+
+    cls = type(pipeline)
+    return type(cls.__name__, (cls,), {"__call__": staticmethod(call)})()
+
+
+def _needing_data(modifier: Any) -> str | None:
+    """The observer of ours by which a modifier measures weights, if that one needs data.
 
     Raises:
         ValueError: An unknown or invalid option of such an observer, before any data is read.
@@ -233,8 +251,8 @@ def _needs_data(modifier: Any) -> bool:
         if isinstance(found, type) and issubclass(found, Adapter):
             adapter: Adapter = found("weight", args)
             if adapter.inner.needs_data:
-                return True
-    return False
+                return str(args.observer)
+    return None
 
 
 def _check_llmcompressor() -> None:

@@ -10,15 +10,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 JOBS ?= 0
 # More arguments for pytest, as in `make test PYTEST_ARGS="-k imatrix -x"`.
 PYTEST_ARGS ?=
-BENCH_STAMP := $(VENV)/.calipers-bench
+# The newest compressed-tensors that the package supports. llmcompressor does not work with it and is left out.
+LATEST := compressed-tensors==0.20.0
+LATEST_VENV := .venv-latest
+LATEST_STAMP := $(LATEST_VENV)/.calipers-setup
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu bench clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-latest bench clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything into it
 
@@ -50,15 +53,22 @@ test-slow: $(STAMP) ## the tests marked slow
 test-gpu: $(STAMP) ## the tests marked gpu, slow ones included
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
+$(LATEST_STAMP): pyproject.toml constraints.txt Makefile
+	@test -x $(LATEST_VENV)/bin/python || { echo "creating $(LATEST_VENV)"; $(PYTHON) -m venv $(LATEST_VENV); }
+	@echo "installing calipers and $(LATEST) into $(LATEST_VENV)"
+	@grep -v '^compressed-tensors==' constraints.txt > $(LATEST_VENV)/constraints.txt
+	@$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable ".[test]" "$(LATEST)" \
+		--constraint $(LATEST_VENV)/constraints.txt
+	@touch $@
+
+test-latest: $(LATEST_STAMP) ## the core's tests with the newest compressed-tensors, in an environment of its own
+	@$(LATEST_VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow" \
+		--ignore src/calipers/integrations/llmcompressor/adapter.py $(PYTEST_ARGS)
+
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-$(BENCH_STAMP): $(STAMP)
-	@echo "installing the peer of the benchmarks into $(VENV)"
-	@$(PIP) install --editable ".[bench]" --constraint constraints.txt
-	@touch $@
-
-bench: $(BENCH_STAMP) ## time range search and min/max against llmcompressor, which it installs
+bench: $(STAMP) ## time range search and min/max against llmcompressor
 	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
 
 clean: ## remove caches and build outputs
@@ -66,4 +76,4 @@ clean: ## remove caches and build outputs
 	@find src tests docs scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## clean, and remove .venv too
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(LATEST_VENV)

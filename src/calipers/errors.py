@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "CalipersError",
     "CheckpointError",
+    "IntegrationError",
     "MissingDataError",
     "SchemeError",
     "UnknownObserverError",
@@ -38,6 +39,10 @@ class MissingDataError(CalipersError):
 
 class CheckpointError(CalipersError):
     """A checkpoint that cannot be written: the model is not ready for it, or the place is taken."""
+
+
+class IntegrationError(CalipersError):
+    """Another library that calipers cannot work inside: missing, or of a version not known here."""
 
 
 class UnknownObserverError(CalipersError, KeyError):

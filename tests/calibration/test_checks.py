@@ -11,12 +11,12 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from torch import nn
 
 from calibration.tiny_models import tiny_llama
 from calipers.calibration import check_scheme, resolve_config
 from calipers.errors import SchemeError
+from presets import PRESETS
 
 
 class Model(nn.Module):
@@ -73,7 +73,7 @@ CASES = {
     "block": ({"weights": args(strategy="block", block_structure=[20, 20])}, True),
     "big block": ({"weights": args(strategy="block", block_structure=[128, 128])}, True),
     "attn_head": ({"weights": args(strategy="attn_head")}, False),
-    "fp6": ({"weights": args(num_bits=6, type="float", zp_dtype=torch.int8)}, False),
+    "fp5": ({"weights": args(num_bits=5, type="float", zp_dtype=torch.int8)}, False),
     "fp8": ({"weights": args(type="float")}, True),
     "dynamic group input": ({"input_activations": args(group_size=16, dynamic=True)}, True),
     "ragged dynamic group": ({"input_activations": args(group_size=20, dynamic=True)}, False),
@@ -120,7 +120,7 @@ def test_refuses_what_compressed_tensors_cannot_run_and_nothing_else(case):
         assert all(line.startswith("first: ") for line in problems(Model(), config))
 
 
-@pytest.mark.parametrize("preset", PRESET_SCHEMES)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_fits_a_model_of_suitable_size(preset):
     targets = check_scheme(tiny_llama(), resolve_config(preset))
     assert len(targets) == (0 if preset == "UNQUANTIZED" else 7)

@@ -12,7 +12,6 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 
@@ -20,9 +19,10 @@ from calibration.tiny_models import hidden_batches, picture, tiny_llama, tiny_mo
 from calipers.calibration import Calibration, attach, resolve_config
 from calipers.errors import CalipersError
 from calipers.observers import MemorylessMinMaxObserver, Observer
+from presets import PRESETS
 
 FIRST = "model.layers.0.self_attn.q_proj"
-DATA_FREE = [name for name in PRESET_SCHEMES if name not in ("FP8", "NVFP4", "UNQUANTIZED")]
+DATA_FREE = [name for name in PRESETS if name not in ("FP8", "NVFP4", "UNQUANTIZED")]
 
 
 def frozen(model: nn.Module, scheme, batches=None, observer="memoryless_minmax", **kwargs):

@@ -17,7 +17,9 @@ from calipers.calibration import attach
 
 def offloaded(model: nn.Module, where: str, directory) -> nn.Module:
     if where == "cpu":
-        return set_onload_device(model, torch.device("cpu"))
+        # What it returns differs between versions; the model is changed in place.
+        set_onload_device(model, torch.device("cpu"))
+        return model
     directory.mkdir()
     for module in model.modules():
         offload_module(module, torch.device("cpu"), "disk", offload_dir=str(directory))

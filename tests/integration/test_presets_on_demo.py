@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
-from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calipers
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.text import read_batches
+from presets import PRESETS
 
 #: The presets that quantize nothing; there is no quantized checkpoint to write.
 NOTHING = {"UNQUANTIZED"}
@@ -30,7 +30,7 @@ def batches():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", sorted(set(PRESET_SCHEMES) - NOTHING))
+@pytest.mark.parametrize("preset", sorted(set(PRESETS) - NOTHING))
 def test_a_saved_preset_gives_the_logits_of_the_model_in_memory(preset, demo, batches, tmp_path):
     data, ids = batches
     model = copy.deepcopy(demo)

@@ -1,5 +1,10 @@
 """Observers: nn.Modules that watch values and answer with a scale and a zero point."""
 
+from calipers.observers.aliases import (
+    MinMaxTuple,
+    MovingAverageMinMaxObserver,
+    ScaleZpTuple,
+)
 from calipers.observers.base import Observation, Observer
 from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
 from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
@@ -22,13 +27,16 @@ __all__ = [
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",
     "MinMaxObserver",
+    "MinMaxTuple",
     "MovingAverageMSEObserver",
+    "MovingAverageMinMaxObserver",
     "MovingAverageObserverBase",
     "NVFP4ExpandedIMatrixObserver",
     "NVFP4ExpandedMSEObserver",
     "Observation",
     "Observer",
     "ObserverOptions",
+    "ScaleZpTuple",
     "StaticMinMaxObserver",
     "Statistic",
     "flatten_for_calibration",

@@ -19,7 +19,14 @@ from torch import Tensor
 from calipers.errors import UnknownObserverError
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.statistics import COUNT, LAST, TOKENS, Statistic
-from calipers.ranges import Arrangement, GroupedView, arrange, arrange_whole, min_max
+from calipers.ranges import (
+    Arrangement,
+    GroupedView,
+    arrange,
+    arrange_whole,
+    min_max,
+    range_of_qparams,
+)
 
 __all__ = ["Observation", "Observer"]
 
@@ -292,6 +299,16 @@ class Observer(InternalModule, RegistryMixin):
         low, high = self.measure_global(observation)
         self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
 
+    def observe_input(self, inputs: Tensor) -> None:
+        """Take in a batch of the inputs of the module whose weight is observed.
+
+        Observers with `needs_data` implement it; `attach` and integrations call it.
+
+        Args:
+            inputs: Shape (..., cols).
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not look at inputs")
+
     def record_observed_tokens(self, observed: Tensor) -> None:
         """Count tokens: those of a 2-D `(tokens, features)` tensor; other ranks are not counted.
 
@@ -454,7 +471,29 @@ class Observer(InternalModule, RegistryMixin):
         scale: Tensor = generate_gparam(_cast(low, dtype), _cast(high, dtype))
         return scale
 
+    def get_range(self) -> Range | None:
+        """The minimum and maximum that the qparams follow from, of their shape.
+
+        Returns:
+            Both in the dtype of the observed values. Of an observer that finds scales
+            (`calculate_qparams`) the float64 range that stands for them, see
+            `calipers.ranges.range_of_qparams`. None while nothing was observed.
+        """
+        if not self.has_statistics:
+            return None
+        if self._first_form:
+            assert self._scale is not None
+            return range_of_qparams(self._scale, self._zero_point, self.args, self.global_scale)
+        assert self.observed_dtype is not None
+        low, high = self._range(self.range_names)
+        return _cast(low, self.observed_dtype), _cast(high, self.observed_dtype)
+
     # -- statistics --------------------------------------------------------------------------
+
+    @property
+    def observed_dtype(self) -> torch.dtype | None:
+        """The dtype in which values were read last, that of the scales; None before any."""
+        return None if self._observed_dtype is None else self._observed_dtype.dtype
 
     @property
     def has_statistics(self) -> bool:

@@ -134,6 +134,8 @@ class IMatrixMSEObserver(GridSearchObserver):
             return "has seen no input: attach it to the module and run data first"
         if not bool(self.input_square_sum.any()):
             return "has seen nothing but zeros as input"
+        if not bool(((self.input_square_sum >= 0) & self.input_square_sum.isfinite()).all()):
+            return "holds input statistics that are negative or not finite"
         cols, shape = self.input_square_sum.numel(), observation.value.shape
         # In the canonical layout of groups the columns are the last two dimensions.
         by_column = shape[-1:] == (cols,)

@@ -14,6 +14,7 @@ from calipers.observers.mse import (
     MovingAverageMSEObserver,
     NVFP4ExpandedMSEObserver,
 )
+from calipers.observers.optimal import OptimalObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
@@ -29,6 +30,7 @@ __all__ = [
     "Observation",
     "Observer",
     "ObserverOptions",
+    "OptimalObserver",
     "StaticMinMaxObserver",
     "Statistic",
     "flatten_for_calibration",

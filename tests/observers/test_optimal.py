@@ -186,7 +186,7 @@ def test_hessian_follows_g_idx() -> None:
 @pytest.mark.parametrize("preset", ["NVFP4A16", "MXFP4A16", "FP8_BLOCK"])
 def test_hessian_in_float_formats(preset: str) -> None:
     args = preset_name_to_scheme(preset, ["Linear"]).weights
-    module = linear(64, 16)
+    module = linear(64, 16).requires_grad_(False)
     observer = seen(module, args, objective="hessian")
     if args.strategy == "tensor_group":
         module.register_buffer("weight_global_scale", observer.get_global_scale(module.weight))

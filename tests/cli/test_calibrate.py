@@ -105,7 +105,7 @@ def test_defaults(calipers: Calipers, llama: Path) -> None:
     rows = modules(result)
     assert len(rows) == 2 * len(LAYER)
     assert not any("lm_head" in name for name in rows)
-    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_mse"}
+    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_minmax"}
 
 
 @pytest.mark.parametrize(
@@ -310,9 +310,12 @@ def test_a_failed_write_leaves_nothing_behind(
         (("--observer", "imatrix_mse"), "needs data"),
         (("--observer", "mean"), "unknown observer 'mean'"),
         (("--activation-observer", "mean", "--scheme", "FP8"), "unknown observer 'mean'"),
-        (("--option", "normm=2"), "unknown option 'normm' (did you mean 'norm'?)"),
+        (
+            ("--observer", "memoryless_mse", "--option", "normm=2"),
+            "unknown option 'normm' (did you mean 'norm'?)",
+        ),
         (("--option", "norm"), "expected key=value, got 'norm'"),
-        (("--option", "norm=-1"), "norm=-1"),
+        (("--observer", "memoryless_mse", "--option", "norm=-1"), "norm=-1"),
         (("--ignore", "lm_haed"), "lm_haed"),
         (("--data", "missing.txt"), "missing.txt: no such file"),
         (("--eval", "missing.txt"), "missing.txt: no such file"),

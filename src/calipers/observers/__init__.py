@@ -19,6 +19,7 @@ from calipers.observers.mse import (
     MovingAverageMSEObserver,
     NVFP4ExpandedMSEObserver,
 )
+from calipers.observers.optimal import OptimalObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
@@ -36,6 +37,7 @@ __all__ = [
     "Observation",
     "Observer",
     "ObserverOptions",
+    "OptimalObserver",
     "ScaleZpTuple",
     "StaticMinMaxObserver",
     "Statistic",

@@ -1,0 +1,290 @@
+"""Scales of formats whose scale may be any number: candidates, then projection onto their codes.
+
+For fixed codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and its error is
+sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, others about
+the best one are tried at a finer distance, and the winner is projected once more, which never makes
+it worse, and rounded as it will be stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
+from calipers.ranges.rounding import Rounding
+
+__all__ = [
+    "Scales",
+    "Scheme",
+    "candidate_ratios",
+    "candidate_scales",
+    "min_max_scales",
+    "project_batch",
+]
+
+#: Candidates of one pass over the values: their sums stay in registers.
+TILE = 14
+#: How often a zero point may move by one in search of a better one.
+ZERO_ROUNDS = 2
+#: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
+CANCELS = 6
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What is searched for.
+
+    Args:
+        args: Quantization arguments; the strategy does not count.
+        dtype: In which scales will be stored, unless `args.scale_dtype` says otherwise.
+        signed: Whether negative scales are candidates too (symmetric integers).
+        global_scale: TENSOR_GROUP only, shape (1,): scales are stored multiplied by it.
+    """
+
+    args: QuantizationArgs
+    dtype: torch.dtype
+    signed: bool = False
+    global_scale: Tensor | None = None
+
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        """The number format."""
+        return Rounding.of(self.args)
+
+    def store(self, scale: Tensor) -> Tensor:
+        """Scales as they come back from where they are stored, float32, the global scale aside."""
+        if self.global_scale is not None:
+            scale = scale * self.global_scale
+        if self.args.scale_dtype is not None:
+            scale = round_to_quantized_type_dtype(scale, self.args.scale_dtype)
+        if self.global_scale is not None:
+            return scale / self.global_scale
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        return scale.clamp(-limit, limit).to(self.dtype).float()
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales with their zero points, float32, of equal shapes; zero_point None: all zero."""
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Both."""
+        return self.scale, self.zero_point
+
+    def at(self, index: Tensor) -> Scales:
+        """For each group the entry of dimension 0 that `index` names, shape (groups,)."""
+        row = index.unsqueeze(0)
+        zero = None if self.zero_point is None else self.zero_point.gather(0, row)[0]
+        return Scales(self.scale.gather(0, row)[0], zero)
+
+    def where(self, condition: Tensor, other: Scales) -> Scales:
+        """These where the condition holds, else the others."""
+        zero = None
+        if self.zero_point is not None and other.zero_point is not None:
+            zero = torch.where(condition, self.zero_point, other.zero_point)
+        return Scales(torch.where(condition, self.scale, other.scale), zero)
+
+    def stacked_on(self, other: Scales) -> Scales:
+        """Both, one above the other in dimension 0."""
+        zero = None
+        if self.zero_point is not None and other.zero_point is not None:
+            zero = torch.stack([self.zero_point, other.zero_point])
+        return Scales(torch.stack([self.scale, other.scale]), zero)
+
+
+def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """What compressed-tensors makes of a range, the global scale divided out, float32.
+
+    Args:
+        low: Minimum of each group, in the dtype of the values; Inf for a group of nothing.
+        high: Maximum of each group; -Inf for a group of nothing.
+        scheme: What is searched for.
+    """
+    scale, zero_point = calculate_qparams(low, high, scheme.args, global_scale=scheme.global_scale)
+    scale = scale.float()
+    # A float64 scale may be too small for float32.
+    scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
+    if scheme.global_scale is not None:
+        scale = scale / scheme.global_scale
+    return Scales(scale, None if scheme.args.symmetric else zero_point.float())
+
+
+def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """Scale and zero point of each group with the smallest sum of w (x - dequantized x)^2.
+
+    Args:
+        batch: The groups.
+        low: Minimum of each group, in the dtype of the values, shape (groups,).
+        high: Maximum of each group.
+        scheme: What is searched for.
+
+    Returns:
+        Scales as they will be stored, the global scale divided out, shape (groups,). A group that
+        min/max serves as well or better keeps the scale of min/max.
+    """
+    plain = min_max_scales(low, high, scheme)
+    base, candidates = candidate_scales(low.float(), high.float(), scheme)
+    inverse = 1 / base
+    scored = _score(batch, inverse, candidates, scheme.rounding)
+    for _ in range(1 if scheme.args.symmetric else ZERO_ROUNDS):
+        fine = scored.about_the_best(candidate_spread(scheme.rounding), scheme.rounding)
+        scored = _score(batch, inverse, fine, scheme.rounding)
+    return _finish(batch, base, scored.best(), plain, scheme)
+
+
+def _finish(
+    batch: GroupBatch, base: Tensor, winner: Scales, plain: Scales, scheme: Scheme
+) -> Scales:
+    """The winner projected once more and rounded as stored, unless min/max is as good.
+
+    What the winner's codes give at the rounded scale is an upper bound on the error there, since
+    rounding to the nearest code is better still: so the comparison takes one pass over the values.
+    """
+    inverse = 1 / base
+    both = winner.stacked_on(Scales(plain.scale * inverse, plain.zero_point))
+    sums = batch.sum(Sums(scheme.rounding, "polish", 2), Candidates(inverse, *both.tensors))
+    (a, _), (b, _), (error, plain_error) = sums.double().chunk(3)
+    best = torch.where(b > 0, a / b, winner.scale.double())
+    stored = scheme.store((best * base).float())
+    gap, miss = a - winner.scale * b, stored * inverse - best
+    bound = error - gap * gap / b + miss * miss * b
+    # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
+    good = (bound < plain_error) & (stored != 0)
+    return Scales(stored, winner.zero_point).where(good, plain)
+
+
+def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Tensor:
+    """The unit in which a group's scales are searched: that of its range, and never zero."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        base = torch.maximum(-low, high) / ((rounding.high - rounding.low) / 2)
+    else:
+        base = high / (rounding.high - rounding.low) - low / (rounding.high - rounding.low)
+    return base.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
+    """A unit of scale for each group, and the candidates in that unit, (candidates, groups).
+
+    Asymmetric formats: each scale with the zero point of the range and one on each side, one code
+    away or, where the scale is so small that it leaves out much of the range, half way to keeping
+    one of its ends.
+    """
+    rounding = scheme.rounding
+    base = _bases(low, high, rounding, bool(scheme.args.symmetric))
+    ratio = candidate_ratios(rounding, scheme.signed).to(base.device)
+    if scheme.args.symmetric:
+        return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
+    zero = (rounding.low - low.clamp(max=0) / base).round()
+    left_out = (1 / ratio - 1) * ((rounding.high - rounding.low) / 2)
+    shift = (left_out / 2).round().clamp(min=1).unsqueeze(1) * zero.new_tensor([[-1.0, 0.0, 1.0]])
+    zeros = (zero + shift.unsqueeze(-1)).clamp(rounding.low, rounding.high)
+    return base, Scales(
+        ratio.view(-1, 1, 1).expand(-1, 3, base.numel()).reshape(-1, base.numel()),
+        zeros.reshape(-1, base.numel()),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def candidate_ratios(rounding: Rounding, signed: bool = False) -> Tensor:
+    """Candidate scales in units of the scale of the range, a multiple of TILE of them.
+
+    Integers: from where a few values of great importance pull the optimum (the fewer bits, the
+    lower) to 1.5, where the largest value takes a code below the largest. Floats: an octave up,
+    since doubling a scale that covers the range never pays, and some way down. Signed: those and
+    their negatives.
+    """
+    start, end, count = _window(rounding)
+    ratios = torch.logspace(math.log10(start), math.log10(end), count)
+    return torch.cat([ratios, -ratios]) if signed else ratios
+
+
+def _window(rounding: Rounding) -> tuple[float, float, int]:
+    """The smallest and the largest candidate, and how many there are, in logarithmic steps."""
+    if rounding.integer:
+        return _INTEGER_WINDOWS[min(max(rounding.num_bits, 2), 8)]
+    return (0.6, 1.96, 84) if rounding.num_bits == 8 else (0.3, 1.96, 28)
+
+
+_INTEGER_WINDOWS = {
+    2: (0.05, 1.52, 28),
+    3: (0.08, 1.52, 28),
+    4: (0.13, 1.50, 28),
+    5: (0.20, 1.52, 42),
+    6: (0.30, 1.52, 56),
+    7: (0.50, 1.50, 112),
+    8: (0.70, 1.45, 168),
+}
+
+
+def candidate_spread(rounding: Rounding) -> float:
+    """The relative distance of candidates."""
+    start, end, count = _window(rounding)
+    return math.pow(end / start, 1 / (count - 1)) - 1
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Candidates, projected where that costs nothing, and their gains, (candidates, groups)."""
+
+    scales: Scales
+    gain: Tensor
+
+    def best(self) -> Scales:
+        """The candidate of the greatest gain in each group, shape (groups,)."""
+        return self.scales.at(_first_largest(self.gain))
+
+    def about_the_best(self, spread: float, rounding: Rounding) -> Scales:
+        """A tile of scales about the best candidate, `spread` (relative) to both sides.
+
+        Where there are zero points, one tile for the best one and each of its neighbours.
+        """
+        best = self.best()
+        factors = 1 + spread * torch.linspace(-1, 1, TILE, device=self.gain.device).unsqueeze(1)
+        scales = best.scale * factors
+        if best.zero_point is None:
+            return Scales(scales)
+        zeros = torch.stack([best.zero_point - 1, best.zero_point, best.zero_point + 1])
+        zeros = zeros.clamp(rounding.low, rounding.high).repeat_interleave(TILE, dim=0)
+        return Scales(scales.repeat(3, 1), zeros)
+
+
+def _first_largest(gain: Tensor) -> Tensor:
+    """Index of the first largest entry along dimension 0: argmax, which is slow there."""
+    places = torch.arange(gain.shape[0], dtype=torch.float32, device=gain.device).unsqueeze(1)
+    found = torch.where(gain == gain.amax(0), places, torch.inf).amin(0)
+    return found.clamp(max=gain.shape[0] - 1).long()
+
+
+def _score(batch: GroupBatch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
+    """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
+    cancels = not rounding.integer or rounding.num_bits >= CANCELS
+    sums = Sums(rounding, "all" if cancels else "projection", TILE)
+    gains, ratios = [], []
+    for first in range(0, candidates.scale.shape[0], TILE):
+        part = slice(first, first + TILE)
+        ratio = candidates.scale[part].contiguous()
+        zero = None if candidates.zero_point is None else candidates.zero_point[part]
+        a, b, *error = batch.sum(sums, Candidates(inverse, ratio, zero)).chunk(3 if cancels else 2)
+        best = a / b
+        if error:
+            gap = a - ratio * b
+            gain = gap * gap / b - error[0]
+        else:
+            gain = a * best
+        some = b > 0
+        gains.append(torch.where(some, gain, -torch.inf))
+        ratios.append(torch.where(some, best, ratio))
+    return _Scored(Scales(torch.cat(ratios).float(), candidates.zero_point), torch.cat(gains))

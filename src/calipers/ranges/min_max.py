@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calipers.ranges.views import GroupedView
+from calipers.ranges.views import SMALLEST_PIECE, GroupedView
 
 __all__ = ["min_max"]
 
@@ -27,6 +27,9 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     if not view.finite_only and all(size == 1 for size in view.qparam_shape):
         low, high = torch.aminmax(_in_memory_order(view.gathered()))
         return low.reshape(view.qparam_shape), high.reshape(view.qparam_shape)
+    if not view.finite_only and view.values.numel() <= SMALLEST_PIECE:
+        values = view.gathered()
+        return values.amin(view.reduce_dims), values.amax(view.reduce_dims)
     low = view.values.new_full(view.qparam_shape, torch.inf)
     high = view.values.new_full(view.qparam_shape, -torch.inf)
     num_kept = len(view.qparam_shape)

@@ -82,6 +82,12 @@ class TestNVFP4ExpandedIMatrix(ObserverContract):
     needs_data = True
 
 
+class TestHistogram(ObserverContract):
+    name = "histogram"
+    remembers = "all"
+    defaults = Options({"method": "mse", "percentile": 99.99})
+
+
 def names_under_test() -> dict[str, type[ObserverContract]]:
     found = [c for c in globals().values() if isinstance(c, type)]
     return {c.name: c for c in found if issubclass(c, ObserverContract) and hasattr(c, "name")}

@@ -2,6 +2,7 @@
 
 from calipers.observers.base import Observation, Observer
 from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
+from calipers.observers.histogram import HistogramObserver
 from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from calipers.observers.min_max import (
     MemorylessMinMaxObserver,
@@ -18,6 +19,7 @@ from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
 __all__ = [
+    "HistogramObserver",
     "IMatrixMSEObserver",
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",

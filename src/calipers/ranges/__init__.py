@@ -1,6 +1,9 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
+from calipers.ranges.casting import cast_range
 from calipers.ranges.grid import search_grid_ranges
+from calipers.ranges.histogram import Histogram, count_patterns, percentile_range
+from calipers.ranges.histogram_search import search_histogram_range
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
 from calipers.ranges.shrink import ShrinkGrid
@@ -9,9 +12,14 @@ from calipers.ranges.views import Arrangement, GroupedView
 __all__ = [
     "Arrangement",
     "GroupedView",
+    "Histogram",
     "ShrinkGrid",
     "arrange",
     "arrange_whole",
+    "cast_range",
+    "count_patterns",
     "min_max",
+    "percentile_range",
     "search_grid_ranges",
+    "search_histogram_range",
 ]

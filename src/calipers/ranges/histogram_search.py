@@ -98,11 +98,15 @@ class _Objective:
         return (self.values.double().square() * self.weights).sum(-1)
 
     def _best(self, exponents: Tensor, keep: int) -> Tensor:
-        """The best few of (qparams, candidates, 2); the first ones of equals."""
+        """The best few of (qparams, candidates, 2), all of different errors where there are."""
         # As a part of the energy and in float32 errors that differ by rounding alone are equal.
         part = (self._errors(exponents) / self.energy.clamp(min=1e-300).unsqueeze(-1)).float()
-        order = part.sort(stable=True, dim=-1).indices[:, :keep]
-        return exponents.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+        part, order = part.sort(stable=True, dim=-1)
+        # Many candidates give one scale once it is rounded: the first of equals stands for them.
+        repeated = torch.zeros_like(part, dtype=torch.bool)
+        repeated[:, 1:] = part[:, 1:] == part[:, :-1]
+        order = order.gather(-1, repeated.to(torch.int8).sort(stable=True, dim=-1).indices)
+        return exponents.gather(1, order[:, :keep].unsqueeze(-1).expand(-1, -1, 2))
 
     def _ranges(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum for exponents (qparams, candidates, 2)."""
@@ -116,6 +120,7 @@ class _Objective:
         """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""
         low, high = (cast_range(t, self.dtype) for t in self._ranges(exponents))
         scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
+        scale = scale.float()  # else results would be rounded to the dtype of the scale
         token_args = self.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
         errors = torch.empty(low.shape, dtype=torch.float64, device=low.device)
         for rows, columns in self._pieces(low.shape):
@@ -153,12 +158,14 @@ def _pairs(ladder: Tensor) -> Tensor:
     return torch.cartesian_prod(ladder[:, 0], ladder[:, 1])
 
 
-#: How many of the best to go on with, and where to look around each of them, in octaves.
+#: How many of the best to go on with, and where to look around each of them, in octaves. The error
+#: of float8 has a dozen minima in an octave: the first round finds all of them.
 _ROUNDS_OF_ONE = [
-    (keep, _ladder(4 * step, -4 * step, 9))
-    for keep, step in ((4, 1 / 8), (2, 1 / 32), (1, 1 / 128), (1, 1 / 512))
+    (3, _ladder(1 / 2, -1 / 2, 33)),
+    (6, _ladder(1 / 32, -1 / 32, 9)),
+    (2, _ladder(1 / 128, -1 / 128, 9)),
 ]
 _ROUNDS_OF_TWO = [
     (keep, _pairs(_ladder(1 / 2**i, -1 / 2**i, 3)))
-    for i, keep in enumerate((4, 4, 4, 3, 2, 2, 1, 1, 1), start=1)
+    for i, keep in enumerate((4, 4, 4, 4, 3, 3, 2, 2, 1), start=1)
 ]

@@ -88,6 +88,14 @@ class TestHistogram(ObserverContract):
     defaults = Options({"method": "mse", "percentile": 99.99})
 
 
+class TestOptimal(ObserverContract):
+    name = "optimal"
+    remembers = "last"
+    defaults = Options({"objective": "imatrix", "signed": False})
+    options = Options({"objective": "mse"})
+    needs_data = True
+
+
 def names_under_test() -> dict[str, type[ObserverContract]]:
     found = [c for c in globals().values() if isinstance(c, type)]
     return {c.name: c for c in found if issubclass(c, ObserverContract) and hasattr(c, "name")}

@@ -54,14 +54,14 @@ class ObserverChoice:
             ValueError: Unknown or invalid options, from the observer itself.
         """
         chosen = self.name_for(base_name, args)
-        if Observer.get_value_from_registry(chosen).needs_data:
-            _refuse_without_inputs(chosen, name, base_name, module)
         observer: Observer = Observer.load_from_registry(
             chosen,
             base_name=base_name,
             args=self.recorded_args(base_name, args),
             module=module,
         )
+        if observer.needs_data:
+            _refuse_without_inputs(chosen, name, base_name, module)
         observer.name = f"{name}.{base_name}" if name else base_name
         return observer
 

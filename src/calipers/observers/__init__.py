@@ -15,6 +15,7 @@ from calipers.observers.mse import (
     MovingAverageMSEObserver,
     NVFP4ExpandedMSEObserver,
 )
+from calipers.observers.optimal import OptimalObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
@@ -31,6 +32,7 @@ __all__ = [
     "Observation",
     "Observer",
     "ObserverOptions",
+    "OptimalObserver",
     "StaticMinMaxObserver",
     "Statistic",
     "flatten_for_calibration",

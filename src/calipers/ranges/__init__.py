@@ -4,8 +4,10 @@ from calipers.ranges.casting import cast_range
 from calipers.ranges.grid import search_grid_ranges
 from calipers.ranges.histogram import Histogram, count_patterns, percentile_range
 from calipers.ranges.histogram_search import search_histogram_range
+from calipers.ranges.identities import range_of_scale
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
+from calipers.ranges.optimal import search_optimal_scales
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import Arrangement, GroupedView
 
@@ -20,6 +22,8 @@ __all__ = [
     "count_patterns",
     "min_max",
     "percentile_range",
+    "range_of_scale",
     "search_grid_ranges",
     "search_histogram_range",
+    "search_optimal_scales",
 ]

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
 
-__all__ = ["Rounding", "power_of_square", "quantization_error"]
+__all__ = ["Rounding", "power_of_square", "quantization_error", "round_to_codes"]
 
 #: log2(1 + m) / m and 2**f on [0, 1), least-squares fits at Chebyshev nodes: errors 2e-7 and 1e-7.
 _LOG2 = (
@@ -79,6 +79,23 @@ def quantization_error(
     size = codes.abs().clamp(max=rounding.high)
     rounded = _round_e2m1(size) if rounding.num_bits == 4 else _round_e4m3(size)
     return values.abs() - rounded * scale
+
+
+def round_to_codes(scaled: Tensor, zero_point: Tensor | None, rounding: Rounding) -> Tensor:
+    """Codes of values already divided by their scale, relative to the zero point.
+
+    Args:
+        scaled: Float32; for float formats sizes, >= 0.
+        zero_point: Float32, whole, broadcast to the values; None for zero.
+        rounding: The format.
+    """
+    if rounding.integer:
+        if zero_point is None:
+            return scaled.round().clamp(rounding.low, rounding.high)
+        shifted = (scaled + zero_point).round().clamp(rounding.low, rounding.high)
+        return shifted - zero_point
+    size = scaled.clamp(max=rounding.high)
+    return _round_e2m1(size) if rounding.num_bits == 4 else _round_e4m3(size)
 
 
 def _round_e2m1(size: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+"""`OptimalObserver`: the scale that minimises the error of the layer's output."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
+from compressed_tensors.quantization.utils import generate_gparam
+from pydantic import Field
+from torch import Tensor
+
+from calipers.errors import CalipersError, MissingDataError
+from calipers.observers.base import Observation, Observer, Range
+from calipers.observers.input_energy import InputEnergyObserver
+from calipers.observers.options import ObserverOptions
+from calipers.observers.statistics import LAST, Statistic
+from calipers.ranges import GroupedView, range_of_scale, search_optimal_scales
+
+__all__ = ["OptimalObserver"]
+
+_TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
+
+Objective = Literal["imatrix", "hessian", "mse"]
+
+
+class OptimalOptions(ObserverOptions):
+    """Options of the optimal scale."""
+
+    signed: bool = Field(
+        False, description="allow negative scales: symmetric integers, kernels that take them"
+    )
+    objective: Objective = Field(
+        "imatrix", description="what to minimise: error weighted by inputs, or plain (mse)"
+    )
+
+
+@Observer.register("optimal")
+class OptimalObserver(InputEnergyObserver):
+    """The scale with the smallest error of the layer's output, in every format.
+
+    The option `objective` says which error:
+
+    - "imatrix": squared error of a weight times E[x^2] of its input column;
+    - "mse": squared error of the values alone, for activations and where there is no data. On
+      weights it can make a model worse than minimum and maximum: use `memoryless_minmax` there.
+
+    Integers and floats with a free scale: candidates over a window around the range, ranked by the
+    error after projection (the best scale for given codes), the best two projected twice more.
+    NVFP4 and MX: all scale codes, short of those that two bounds exclude. In no group is the error
+    greater than that of minimum and maximum.
+
+    With `signed` a scale of symmetric integers may be negative, which gives the extra code of the
+    range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as do
+    kernels that multiply by the scale in floating point (Marlin and other weight-only kernels of
+    vLLM). Kernels that fold scales into integers (W4A8) or store them unsigned cannot.
+
+    NVFP4's global scale is 448 * 6 / amax / 2, half of what the largest value needs: local scales
+    of every group, also the one of the largest value, then have an octave of codes above them. It
+    follows from the largest value alone, so that members of a fused layer agree on the smallest.
+    """
+
+    Options = OptimalOptions
+    range_names = ("found_scale", "found_zero_point")
+    statistics: ClassVar[dict[str, Statistic]] = {"found_scale": LAST, "found_zero_point": LAST}
+
+    #: As stored, but float32 and with the global scale divided out.
+    found_scale: Tensor | None
+    found_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        base_name: str | QuantizationArgs | None = None,
+        args: QuantizationArgs | None = None,
+        module: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_name, args, module, **kwargs)
+        self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
+        if self.signed and not (self.args.symmetric and self.args.type == "int"):
+            raise CalipersError(
+                f"{self.name}: signed=True needs symmetric integers, got "
+                f"{self.args.type}{self.args.num_bits}, symmetric={self.args.symmetric}"
+            )
+
+    @property
+    def objective(self) -> Objective:
+        """The option `objective`."""
+        return cast(OptimalOptions, self.options).objective
+
+    @property
+    def signed(self) -> bool:
+        """The option `signed`."""
+        return cast(OptimalOptions, self.options).signed
+
+    @property
+    def has_data(self) -> bool:
+        """Whether any token has been seen; True where none is wanted."""
+        return self.objective == "mse" or super().has_data
+
+    def attach(self, module: torch.nn.Module) -> None:
+        """Collect what the objective needs of the inputs of `module`."""
+        if self.objective != "mse":
+            super().attach(module)
+
+    def measure(self, observation: Observation) -> list[Range]:
+        """Scale and zero point (in place of a range) of each view, float32."""
+        return search_optimal_scales(
+            observation.views,
+            observation.extremes,
+            self.args,
+            importance=self.importance(observation),
+            global_scale=self._global_scale_for(observation),
+            signed=self.signed,
+        )
+
+    def measure_global(self, observation: Observation) -> Range:
+        """Twice the extremes of the whole value: an octave of scale codes above its own."""
+        low, high = observation.extremes[0]
+        limit = torch.finfo(torch.float32).max
+        return tuple((2 * t.float()).clamp(-limit, limit) for t in (low, high))  # type: ignore[return-value]
+
+    def importance(self, observation: Observation) -> list[GroupedView] | None:
+        """E[x^2] of each value's column; None for the objective "mse".
+
+        Raises:
+            MissingDataError: No input was seen.
+            CalipersError: Inputs of another number of columns, or no weight at all.
+        """
+        if self.objective == "mse":
+            return None
+        problem = self._input_problem(observation.value.shape)
+        if problem is not None:
+            kind = CalipersError if self.has_data and self.base_name == "weight" else _MISSING
+            raise kind(f"{self.name}: objective {self.objective!r} {problem}{_REMEDY}")
+        return list(observation.view_alike(self._mean_squares(observation.value)))
+
+    def get_min_max(self, observed: Tensor) -> Range:
+        """The range that gives the optimal scale back, each of `qparam_shape`; float32.
+
+        Raises:
+            CalipersError: With `signed`: no range gives a negative scale.
+        """
+        if self.signed:
+            raise CalipersError(f"{self.name}: a negative scale cannot be stated as a range")
+        observation = self._look_at_canonical(observed)
+        self._remember(self.range_names, self.measure(observation)[0], observed.dtype)
+        return range_of_scale(*self._range(self.range_names), self.args)
+
+    def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
+        scale, zero_point = low, high
+        if self.args.strategy == _TENSOR_GROUP:
+            scale = scale * self._need_global_scale().to(scale.device)
+            if self.args.scale_dtype is not None:
+                scale = round_to_quantized_type_dtype(scale, self.args.scale_dtype)
+        else:
+            scale = scale.to(dtype)
+        return scale, round_to_quantized_type_dtype(
+            zero_point, self.args.zp_dtype, cast_to_original_dtype=False
+        )
+
+    def _global_scale_for(self, observation: Observation) -> Tensor | None:
+        """The module's; where it has none yet, the one that this value alone would get."""
+        if self.args.strategy != _TENSOR_GROUP:
+            return None
+        scale = self.global_scale
+        if scale is None:
+            low = torch.stack([pair[0].float().amin() for pair in observation.extremes]).amin()
+            high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
+            scale = generate_gparam(2 * low, 2 * high)
+        return scale.to(observation.value.device)
+
+
+_MISSING = MissingDataError
+_REMEDY = (
+    "; run calibration data through it, or choose objective='mse' or the observer "
+    "memoryless_minmax, which need none"
+)

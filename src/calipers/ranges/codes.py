@@ -1,0 +1,106 @@
+"""Scales that are codes themselves (NVFP4: float8; MX: powers of two): searched exhaustively.
+
+Two bounds make it short. If a scale s covers the largest value, the error at 2s is at least that
+at s, since the values of a float format at 2s are among those at s: no scale an octave or more
+above the smallest covering one wins. And the part of the error that clipping alone makes only
+grows as the scale falls: once it reaches the best error found, no smaller scale wins.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from torch import Tensor
+
+from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
+from calipers.ranges.projection import Scales, Scheme, min_max_scales
+
+__all__ = ["has_scale_codes", "search_codes"]
+
+#: Candidates of one pass. float8 has eight codes an octave: one octave above the smallest covering
+#: code and one below; of powers of two the covering one and three below.
+FLOAT8_TILE, MX_TILE = 16, 4
+
+
+def has_scale_codes(args: QuantizationArgs) -> bool:
+    """Whether scales are stored in a format of few codes (float8, or a power of two)."""
+    return bool(args.symmetric) and (
+        should_generate_mx_scales(args) or args.scale_dtype == torch.float8_e4m3fn
+    )
+
+
+def search_codes(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """The scale code of each group with the smallest sum of w (x - dequantized x)^2 of all codes.
+
+    Args:
+        batch: The groups.
+        low: Minimum of each group, in the dtype of the values, shape (groups,).
+        high: Maximum of each group.
+        scheme: What is searched for.
+
+    Returns:
+        Scales, the global scale divided out, float32, shape (groups,). A group of zeros gets the
+        scale that min/max gives it.
+    """
+    mx = should_generate_mx_scales(scheme.args)
+    table = _powers_of_two(scheme.dtype) if mx else _float8_codes()
+    table = table.to(low.device)
+    if scheme.global_scale is not None:
+        table = table / scheme.global_scale
+    amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
+    covering = torch.searchsorted(table, amax / scheme.rounding.high)
+    covering = covering.clamp(max=table.numel() - 1)
+    tile, above = (MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1)
+    found = _search_down(batch, covering, table, tile, above, scheme)
+    plain = min_max_scales(low, high, scheme)
+    return Scales(torch.where(amax > 0, table[found], plain.scale))
+
+
+def _search_down(
+    batch: GroupBatch, covering: Tensor, table: Tensor, tile: int, above: int, scheme: Scheme
+) -> Tensor:
+    """Index of the best code of each group: tile after tile downwards, until the bound says stop.
+
+    Subnormal float8 codes have no octave of eight codes, but the whole lowest tile covers theirs.
+    """
+    sums = Sums(scheme.rounding, "bounded residual", tile)
+    inverse = 1 / table[covering].clamp(min=torch.finfo(torch.float32).tiny)
+    steps = torch.arange(tile - 1, -1, -1, device=table.device).unsqueeze(1)
+    lowest = (covering + above - tile + 1).clamp(min=0)
+    best = covering.clone()
+    best_error = torch.full_like(inverse, torch.inf)
+    active = torch.arange(covering.numel(), device=table.device)
+    while True:
+        codes = (lowest + steps).clamp(max=table.numel() - 1)
+        found = batch.sum(sums, Candidates(inverse, table[codes] * inverse))
+        error, picked = found[:tile].float().min(0)
+        better = error < best_error[active]
+        best[active] = torch.where(better, codes.gather(0, picked.unsqueeze(0))[0], best[active])
+        best_error[active] = torch.where(better, error, best_error[active])
+        going = (lowest > 0) & (found[tile] < best_error[active])
+        if not going.any():
+            return best
+        if batch.values is not None:
+            left = going.nonzero().squeeze(1)
+            batch, active = batch.select(left), active[left]
+            inverse, lowest = inverse[left], lowest[left]
+        lowest = (lowest - tile).clamp(min=0)
+
+
+@functools.lru_cache(maxsize=1)
+def _float8_codes() -> Tensor:
+    """The positive values of float8_e4m3fn, ascending, float32."""
+    codes = torch.arange(1, 127, dtype=torch.uint8)
+    return codes.view(torch.float8_e4m3fn).float()
+
+
+@functools.lru_cache(maxsize=8)
+def _powers_of_two(dtype: torch.dtype) -> Tensor:
+    """The scales of MX, 2**-127 to 2**127, as far as `dtype` has them as normal numbers."""
+    powers = torch.exp2(torch.arange(-127, 128, dtype=torch.float64))
+    limits = torch.finfo(dtype)
+    least = max(limits.smallest_normal, torch.finfo(torch.float32).smallest_normal)
+    return powers[(powers >= least) & (powers <= limits.max)].float()

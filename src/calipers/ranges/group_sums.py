@@ -1,0 +1,276 @@
+"""Sums over groups for many candidate scales at once: what every scale search is made of.
+
+`GroupBatch` brings a view's values together as (groups, n) float32, some groups at a time, and
+evaluates sums of a candidate tile over them: eagerly, or by functions that torch.compile made, in
+which each value is loaded once for all candidates of the tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from calipers.ranges.compiling import compile_quietly
+from calipers.ranges.engines import Engine
+from calipers.ranges.rounding import Rounding, round_to_codes
+from calipers.ranges.views import GroupedView, piece_size
+
+__all__ = ["Candidates", "GroupBatch", "Sums", "group_batches"]
+
+#: Values of a piece of the compiled engine: it stays in the second-level cache, and calls cost
+#: little beside the work on it.
+COMPILED_PIECE = 2**19
+#: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
+LONGEST_RUN = 4096
+#: Sizes up to this are compiled as constants, which is worth it for short groups.
+LARGEST_CONSTANT = 512
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What to sum for each candidate, with x in units of its group's base and codes q of x / p.
+
+    Args:
+        rounding: The number format.
+        kind: "projection": sum w x q and sum w q^2; "residual": sum w (x - p q)^2;
+            "bounded residual": the same, and one more row, the sum of w (x - high p)_+^2 for the
+            last candidate p, which no smaller scale undercuts; "polish": all of the first two in
+            float64.
+        tile: Number of candidates of a call.
+    """
+
+    rounding: Rounding
+    kind: str
+    tile: int
+
+    def __call__(
+        self,
+        values: Tensor,
+        weight: Tensor | None,
+        inverse_base: Tensor,
+        ratio: Tensor,
+        zero_point: Tensor | None,
+    ) -> Tensor:
+        """Sums of each row for each candidate.
+
+        Args:
+            values: Shape (rows, n), float32.
+            weight: Of the same shape, >= 0; None weighs all alike.
+            inverse_base: Shape (rows,): x = value * inverse_base.
+            ratio: Candidate scales in units of the base, shape (tile, rows).
+            zero_point: Of the same shape; None for zero.
+
+        Returns:
+            Shape (sums * tile [+ 1], rows), one sum after the other.
+        """
+        x = values * inverse_base.unsqueeze(-1)
+        if not self.rounding.integer:
+            x = x.abs()  # codes are symmetric: sizes do
+        wx = x if weight is None else x * weight
+        per_candidate = [
+            self._of_candidate(
+                x, wx, weight, ratio[i], None if zero_point is None else zero_point[i]
+            )
+            for i in range(self.tile)
+        ]
+        rows = [sums[k] for k in range(len(per_candidate[0])) for sums in per_candidate]
+        if self.kind == "bounded residual":
+            over = (x - self.rounding.high * ratio[self.tile - 1].unsqueeze(-1)).clamp(min=0)
+            rows.append(_weighted(over, weight, over).sum(-1))
+        return torch.stack(rows)
+
+    def _of_candidate(
+        self,
+        x: Tensor,
+        wx: Tensor,
+        weight: Tensor | None,
+        ratio: Tensor,
+        zero_point: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        zero = None if zero_point is None else zero_point.unsqueeze(-1)
+        codes = round_to_codes(x * (1 / ratio).unsqueeze(-1), zero, self.rounding)
+        if self.kind == "projection":
+            return (wx * codes).sum(-1), _weighted(codes, weight, codes).sum(-1)
+        rest = x - codes * ratio.unsqueeze(-1)
+        if self.kind != "polish":
+            return (_weighted(rest, weight, rest).sum(-1),)
+        # Sums of the final projection: in float64 they are the same in any order.
+        return (
+            (wx * codes).sum(-1, dtype=torch.float64),
+            _weighted(codes, weight, codes).sum(-1, dtype=torch.float64),
+            _weighted(rest, weight, rest).sum(-1, dtype=torch.float64),
+        )
+
+
+def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
+    return a * b if weight is None else a * weight * b
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(sums: Sums) -> Callable[..., Tensor]:
+    return compile_quietly(sums.__call__)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidate scales of the groups of a batch.
+
+    Args:
+        inverse_base: Inverse of each group's unit of scale, shape (groups,), float32.
+        ratio: Scales in units of the base, shape (candidates, groups), float32.
+        zero_point: Of the same shape; None for zero.
+    """
+
+    inverse_base: Tensor
+    ratio: Tensor
+    zero_point: Tensor | None = None
+
+    def of(self, where: Tensor | tuple[slice, ...], shape: tuple[int, ...]) -> Candidates:
+        """Those of some groups, by index into groups of this shape."""
+
+        def part(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            lead = values.dim() - 1
+            whole = values.view(*values.shape[:lead], *shape)
+            index = (slice(None),) * lead + (where if isinstance(where, tuple) else (where,))
+            return whole[index].reshape(*values.shape[:lead], -1)
+
+        return Candidates(part(self.inverse_base), part(self.ratio), part(self.zero_point))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Some whole groups of a view: small ones in memory, large ones walked through in pieces.
+
+    Args:
+        where: Index of the groups in the view's `qparam_shape`.
+        shape: Shape of that part of the qparams.
+        values: Shape (groups, n), float32; None for groups that do not fit into a piece.
+        weight: Importance, of the same shape.
+        walk: For large groups: yields where each piece belongs, its values and its weights.
+        engine: What evaluates the sums.
+    """
+
+    where: tuple[slice, ...]
+    shape: tuple[int, ...]
+    values: Tensor | None
+    weight: Tensor | None
+    walk: Callable[[], Iterator[tuple[tuple[slice, ...], Tensor, Tensor | None]]] | None
+    engine: Engine
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return prod(self.shape)
+
+    def select(self, groups: Tensor) -> GroupBatch:
+        """Some of the groups, by index, as a batch of their own; of groups in memory only."""
+        assert self.values is not None
+        weight = None if self.weight is None else self.weight[groups]
+        return replace(
+            self, shape=(groups.numel(),), values=self.values[groups], weight=weight, where=()
+        )
+
+    def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
+        """The sums of every group, shape (number of sums, groups)."""
+        if self.values is not None:
+            return self._sum(sums, self.values, self.weight, candidates)
+        assert self.walk is not None
+        total: Tensor | None = None
+        for where, values, weight in self.walk():
+            part = self._sum(sums, values, weight, candidates.of(where, self.shape)).double()
+            if total is None:
+                total = part.new_zeros(part.shape[0], *self.shape)
+            target = total[(slice(None), *where)]
+            target += part.view(target.shape)
+        assert total is not None
+        return total.view(total.shape[0], -1)
+
+    def _sum(
+        self, sums: Sums, values: Tensor, weight: Tensor | None, candidates: Candidates
+    ) -> Tensor:
+        groups, inputs = values.shape[0], (candidates.ratio, candidates.zero_point)
+        inverse = candidates.inverse_base
+        runs = _runs(values.shape[1])
+        if runs > 1:
+            values = values.view(groups * runs, -1)
+            weight = None if weight is None else weight.view(values.shape)
+            inverse = inverse.repeat_interleave(runs)
+            inputs = tuple(t if t is None else t.repeat_interleave(runs, dim=1) for t in inputs)
+        if self.engine == "eager":
+            found = sums(values, weight, inverse, *inputs)
+        else:
+            torch._dynamo.maybe_mark_dynamic(values, 0)
+            if values.shape[1] > LARGEST_CONSTANT:
+                torch._dynamo.maybe_mark_dynamic(values, 1)
+            found = _compiled(sums)(values, weight, inverse, *inputs)
+        return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
+
+
+def group_batches(
+    view: GroupedView, importance: GroupedView | None, engine: Engine
+) -> Iterator[GroupBatch]:
+    """All groups of a view, some at a time, in bounded scratch memory.
+
+    Args:
+        view: The values, of any floating dtype; what is not finite becomes zero where the view
+            leaves it out.
+        importance: The weights of the values, of the same shape; None weighs all alike.
+        engine: What evaluates the sums.
+    """
+    limit = piece_size(view.values) if engine == "eager" else COMPILED_PIECE
+    shape = view.qparam_shape
+    whole = prod(view.shape) // max(1, prod(shape)) <= limit
+    cache = _SharedWeights()
+
+    def walk() -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor | None]]:
+        weights = None if importance is None else importance.pieces(limit)
+        for where, piece in view.pieces(limit):
+            values = piece.float()
+            if view.finite_only:
+                values = torch.where(values.isfinite(), values, 0)
+            groups = prod(piece.shape[: len(where)])
+            values, weight = values.reshape(groups, -1), None
+            if weights is not None:
+                part = next(weights)[1]
+                flat = cache.flat(part, where) if whole else part.reshape(-1)
+                weight = flat.view(values.shape)
+            yield where, values, weight
+
+    if not whole:
+        everything = tuple(slice(None) for _ in shape)
+        yield GroupBatch(everything, shape, None, None, walk, engine)
+        return
+    for where, values, weight in walk():
+        found = tuple(len(range(*s.indices(n))) for s, n in zip(where, shape, strict=True))
+        yield GroupBatch(where, found, values, weight, None, engine)
+
+
+class _SharedWeights:
+    """The weights of a piece one after the other; of pieces with the same ones, one copy."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[object, ...], Tensor] | None = None
+
+    def flat(self, weight: Tensor, where: tuple[slice, ...]) -> Tensor:
+        """The weights, contiguous."""
+        if weight.stride(0) != 0:
+            return weight.reshape(-1)
+        same = (weight.shape, *((part.start, part.stop) for part in where[1:]))
+        if self._last is None or self._last[0] != same:
+            self._last = same, weight.reshape(-1)
+        return self._last[1]
+
+
+def _runs(length: int) -> int:
+    """Number of equal runs, none longer than LONGEST_RUN, that a group is summed in."""
+    for runs in range(-(-length // LONGEST_RUN), length // 64 + 1):
+        if length % runs == 0:
+            return runs
+    return 1

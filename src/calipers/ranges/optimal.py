@@ -1,0 +1,100 @@
+"""`search_optimal_scales`: scales that minimise the error of a layer's output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from calipers.ranges.codes import has_scale_codes, search_codes
+from calipers.ranges.compiling import SchemeKey
+from calipers.ranges.engines import Engine, choose_engine, give_up_engine
+from calipers.ranges.group_sums import group_batches
+from calipers.ranges.projection import Scales, Scheme, project_batch
+from calipers.ranges.views import GroupedView
+
+__all__ = ["search_optimal_scales"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def search_optimal_scales(
+    views: Sequence[GroupedView],
+    extremes: Sequence[Pair],
+    args: QuantizationArgs,
+    *,
+    importance: Sequence[GroupedView] | None = None,
+    global_scale: Tensor | None = None,
+    signed: bool = False,
+    engine: str | None = None,
+) -> list[Pair]:
+    """Scale and zero point with the smallest sum of w (x - fake_quantize(x))^2 in each group.
+
+    Args:
+        views: The views of one value.
+        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`, in
+            the dtype of the values, in which scales will be stored.
+        args: Quantization arguments; the strategy does not count.
+        importance: For each view the weights w of its values, >= 0, broadcast to the same shape;
+            None weighs all alike.
+        global_scale: TENSOR_GROUP only, shape (1,).
+        signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
+            range then serves the positive side.
+        engine: "eager" or "inductor"; None chooses, see `calipers.ranges.engines`.
+
+    Returns:
+        For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,
+        the global scale divided out. In no group is the error greater than with the scale that
+        compressed-tensors makes of minimum and maximum, which also serves groups of zeros.
+    """
+    scheme = Scheme(args, extremes[0][0].dtype, signed, global_scale)
+    weights = [None] * len(views) if importance is None else importance
+    device = views[0].values.device
+    values = sum(view.values.numel() for view in views)
+    chosen = choose_engine(device, engine, _count(args, importance is not None, values))
+
+    def search(engine: Engine) -> list[Pair]:
+        return [
+            _search_view(view, low, high, weight, scheme, engine)
+            for view, (low, high), weight in zip(views, extremes, weights, strict=True)
+        ]
+
+    if chosen != "eager":
+        try:
+            return search(chosen)
+        except Exception as error:  # whatever the compiler may raise: the reference can do it
+            give_up_engine(chosen, error)
+    return search("eager")
+
+
+#: Values searched in this process by each kind of search, to know when compiling pays.
+_searched: Counter[tuple[SchemeKey, bool]] = Counter()
+
+
+def _count(args: QuantizationArgs, weighted: bool, values: int) -> int:
+    kind = (SchemeKey(args), weighted)
+    _searched[kind] += values
+    return _searched[kind]
+
+
+def _search_view(
+    view: GroupedView,
+    low: Tensor,
+    high: Tensor,
+    importance: GroupedView | None,
+    scheme: Scheme,
+    engine: Engine,
+) -> Pair:
+    scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
+    zero_point = torch.zeros_like(scale)
+    search = search_codes if has_scale_codes(scheme.args) else project_batch
+    for batch in group_batches(view, importance, engine):
+        part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
+        found: Scales = search(batch, *part, scheme)
+        scale[batch.where] = found.scale.view(batch.shape)
+        if found.zero_point is not None:
+            zero_point[batch.where] = found.zero_point.view(batch.shape)
+    return scale, zero_point

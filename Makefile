@@ -15,10 +15,10 @@ BENCH_STAMP := $(VENV)/.calipers-bench
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu bench clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu bench bench-quality clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything into it
 
@@ -60,6 +60,9 @@ $(BENCH_STAMP): $(STAMP)
 
 bench: $(BENCH_STAMP) ## time range search and min/max against llmcompressor, which it installs
 	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
+
+bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
+	@$(BIN)/python benchmarks/quality/run.py $(BENCH_ARGS)
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,14 +19,8 @@ from torch import Tensor
 from calipers.errors import UnknownObserverError
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.statistics import COUNT, LAST, TOKENS, Statistic
-from calipers.ranges import (
-    Arrangement,
-    GroupedView,
-    arrange,
-    arrange_whole,
-    cast_range,
-    min_max,
-)
+from calipers.ranges import Arrangement, GroupedView, arrange, arrange_whole, min_max
+from calipers.ranges.casting import cast_range
 
 __all__ = ["Observation", "Observer"]
 

@@ -1,6 +1,5 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
-from calipers.ranges.casting import cast_range
 from calipers.ranges.grid import search_grid_ranges
 from calipers.ranges.histogram import Histogram, count_patterns, percentile_range
 from calipers.ranges.histogram_search import search_histogram_range
@@ -18,7 +17,6 @@ __all__ = [
     "ShrinkGrid",
     "arrange",
     "arrange_whole",
-    "cast_range",
     "count_patterns",
     "min_max",
     "percentile_range",

@@ -220,10 +220,8 @@ def try_dense_scales(x: Tensor, w: Tensor, args: QuantizationArgs, _: Tensor | N
     best = torch.full(x.shape[:-1], torch.inf, dtype=torch.float64).unsqueeze(-1)
     best_scale, best_zero = whole.clone(), torch.zeros_like(whole)
     least = -(2 ** (args.num_bits - 1))
-    lowest = 0.3 if args.num_bits > 3 else 0.15
-    coarse = torch.linspace(
-        lowest, 1.2 if args.type == "int" else 2.0, 400 if len(near) == 1 else 120
-    )
+    # Over an octave above the smallest scale that covers all values none is better.
+    coarse = torch.linspace(0.15, 2, 600 if len(near) == 1 else 150)
     for shrink in coarse:
         for offset in near:
             zero = torch.full_like(whole, float(least + offset if len(near) > 1 else 0))

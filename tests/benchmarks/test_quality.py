@@ -29,7 +29,7 @@ def test_activations_and_oracles_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    parts = ["--parts", "activations", "oracles", "--formats", "^(int8|NVFP4)$", "--quick"]
+    parts = ["--parts", "activations", "oracles", "--formats", "^(int8|MXFP4)$", "--quick"]
     threads = ["--threads", str(torch.get_num_threads())]
     assert importlib.import_module("run").main([*parts, *threads, "--json", str(out)]) == 0
     report = json.loads(out.read_text())

@@ -120,7 +120,8 @@ def smallest_error(
     values: Tensor, counts: Tensor, args: QuantizationArgs, dtype: torch.dtype
 ) -> float:
     """By trying scales of a dense grid, rounded to the dtype of the values, then finer ones."""
-    # Rounded to bfloat16, float32 values are few enough for the dense grid, which shows where to look.
+    # Rounded to bfloat16, float32 values are few enough for the dense grid, which says where to
+    # look.
     places, which = values.bfloat16().unique(return_inverse=True)
     some = places, torch.zeros(len(places)).double().index_add_(0, which, counts.double())
     low, high = values.min().float(), values.max().float()

@@ -120,11 +120,11 @@ def measure_demo_model(quick: bool = False, only: str = "") -> Json:
 
 
 def texts(tokenizer: Any, length: int, quick: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches of the demo's calibration and held-out text."""
-    samples = 8 if quick else None
+    """Batches of the demo's calibration and held-out text, spread over it."""
+    samples = {CALIBRATION_TEXT: 8 if quick else 64, HELDOUT_TEXT: 8 if quick else 64}
     return tuple(
-        read_batches(path, tokenizer, sequence_length=length, samples=samples)
-        for path in (CALIBRATION_TEXT, HELDOUT_TEXT)
+        read_batches(path, tokenizer, sequence_length=length, samples=number)
+        for path, number in samples.items()
     )
 
 

@@ -37,10 +37,10 @@ class Sums:
 
     Args:
         rounding: The number format.
-        kind: "projection": sum w x q and sum w q^2; "residual": sum w (x - p q)^2;
-            "bounded residual": the same, and one more row, the sum of w (x - high p)_+^2 for the
-            last candidate p, which no smaller scale undercuts; "polish": all of the first two in
-            float64.
+        kind: "projection": sum w x q and sum w q^2; "all": these two and sum w (x - p q)^2;
+            "polish": the same, the first two in float64; "bounded residual": sum w (x - p q)^2,
+            and one more row, the sum of w (x - high p)_+^2 for the last candidate p, which no
+            smaller scale undercuts.
         tile: Number of candidates of a call.
     """
 
@@ -94,17 +94,17 @@ class Sums:
     ) -> tuple[Tensor, ...]:
         zero = None if zero_point is None else zero_point.unsqueeze(-1)
         codes = round_to_codes(x * (1 / ratio).unsqueeze(-1), zero, self.rounding)
-        if self.kind == "projection":
-            return (wx * codes).sum(-1), _weighted(codes, weight, codes).sum(-1)
-        rest = x - codes * ratio.unsqueeze(-1)
-        if self.kind != "polish":
+        if self.kind == "bounded residual":
+            rest = x - codes * ratio.unsqueeze(-1)
             return (_weighted(rest, weight, rest).sum(-1),)
-        # Sums of the final projection: in float64 they are the same in any order.
-        return (
-            (wx * codes).sum(-1, dtype=torch.float64),
-            _weighted(codes, weight, codes).sum(-1, dtype=torch.float64),
-            _weighted(rest, weight, rest).sum(-1, dtype=torch.float64),
-        )
+        # Sums of the last projection: in float64 they are the same in any order.
+        dtype = torch.float64 if self.kind == "polish" else torch.float32
+        a = (wx * codes).sum(-1, dtype=dtype)
+        b = _weighted(codes, weight, codes).sum(-1, dtype=dtype)
+        if self.kind == "projection":
+            return a, b
+        rest = x - codes * ratio.unsqueeze(-1)
+        return a, b, _weighted(rest, weight, rest).sum(-1).to(dtype)
 
 
 def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Candidates:
     ratio: Tensor
     zero_point: Tensor | None = None
 
-    def of(self, where: Tensor | tuple[slice, ...], shape: tuple[int, ...]) -> Candidates:
+    def of(self, where: tuple[slice, ...], shape: tuple[int, ...]) -> Candidates:
         """Those of some groups, by index into groups of this shape."""
 
         def part(values: Tensor | None) -> Tensor | None:
@@ -138,8 +138,7 @@ class Candidates:
                 return None
             lead = values.dim() - 1
             whole = values.view(*values.shape[:lead], *shape)
-            index = (slice(None),) * lead + (where if isinstance(where, tuple) else (where,))
-            return whole[index].reshape(*values.shape[:lead], -1)
+            return whole[(slice(None),) * lead + where].reshape(*values.shape[:lead], -1)
 
         return Candidates(part(self.inverse_base), part(self.ratio), part(self.zero_point))  # type: ignore[arg-type]
 
@@ -187,7 +186,8 @@ class GroupBatch:
             part = self._sum(sums, values, weight, candidates.of(where, self.shape)).double()
             if total is None:
                 total = part.new_zeros(part.shape[0], *self.shape)
-            target = total[(slice(None), *where)]
+            index = (slice(None), *where)
+            target = total[index]
             target += part.view(target.shape)
         assert total is not None
         return total.view(total.shape[0], -1)
@@ -195,21 +195,23 @@ class GroupBatch:
     def _sum(
         self, sums: Sums, values: Tensor, weight: Tensor | None, candidates: Candidates
     ) -> Tensor:
-        groups, inputs = values.shape[0], (candidates.ratio, candidates.zero_point)
-        inverse = candidates.inverse_base
+        groups, inverse = values.shape[0], candidates.inverse_base
+        ratio, zero_point = candidates.ratio, candidates.zero_point
         runs = _runs(values.shape[1])
         if runs > 1:
             values = values.view(groups * runs, -1)
             weight = None if weight is None else weight.view(values.shape)
             inverse = inverse.repeat_interleave(runs)
-            inputs = tuple(t if t is None else t.repeat_interleave(runs, dim=1) for t in inputs)
+            ratio = ratio.repeat_interleave(runs, dim=1)
+            if zero_point is not None:
+                zero_point = zero_point.repeat_interleave(runs, dim=1)
         if self.engine == "eager":
-            found = sums(values, weight, inverse, *inputs)
+            found = sums(values, weight, inverse, ratio, zero_point)
         else:
             torch._dynamo.maybe_mark_dynamic(values, 0)
             if values.shape[1] > LARGEST_CONSTANT:
                 torch._dynamo.maybe_mark_dynamic(values, 1)
-            found = _compiled(sums)(values, weight, inverse, *inputs)
+            found = _compiled(sums)(values, weight, inverse, ratio, zero_point)
         return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
 
 

@@ -1,8 +1,9 @@
 """Scales of formats whose scale may be any number: candidates, then projection onto their codes.
 
 For fixed codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and its error is
-sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, the best two are
-projected twice, which never makes them worse, and the better one is rounded as it will be stored.
+sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, those about the
+two best are tried once more at a finer distance, and the winner is projected, which never makes it
+worse, and rounded as it will be stored.
 """
 
 from __future__ import annotations
@@ -24,11 +25,7 @@ __all__ = ["Scales", "Scheme", "candidate_ratios", "min_max_scales", "project_ba
 
 #: Candidates of one pass over the values: their sums stay in registers.
 TILE = 16
-#: How many of the best candidates are projected: neighbours may end in different optima.
-TRACKS = 2
-#: Projections of each.
-STEPS = 2
-#: From so many bits on A^2 / B cancels in float32, and candidates are ranked by their own error.
+#: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
 CANCELS = 6
 
 
@@ -72,10 +69,16 @@ class Scales:
     scale: Tensor
     zero_point: Tensor | None = None
 
-    def gather(self, index: Tensor) -> Scales:
-        """For each group the entries of dimension 0 that `index` names, shape (picked, groups)."""
-        zero = None if self.zero_point is None else self.zero_point.gather(0, index)
-        return Scales(self.scale.gather(0, index), zero)
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """Both."""
+        return self.scale, self.zero_point
+
+    def at(self, index: Tensor) -> Scales:
+        """For each group the entry of dimension 0 that `index` names, shape (groups,)."""
+        row = index.unsqueeze(0)
+        zero = None if self.zero_point is None else self.zero_point.gather(0, row)[0]
+        return Scales(self.scale.gather(0, row)[0], zero)
 
     def where(self, condition: Tensor, other: Scales) -> Scales:
         """These where the condition holds, else the others."""
@@ -125,20 +128,31 @@ def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) 
     plain = min_max_scales(low, high, scheme)
     base = _bases(low.float(), high.float(), scheme.rounding, bool(scheme.args.symmetric))
     inverse = 1 / base
-    candidates = _candidates(low.float(), base, scheme)
-    best = _best_candidates(batch, inverse, candidates, scheme.rounding)
-    polish = Sums(scheme.rounding, "polish", TRACKS)
-    error = torch.zeros_like(best.scale, dtype=torch.float64)
-    for _ in range(STEPS):
-        best, error = _project(batch, polish, inverse, best)
-    found = best.gather(error.argmin(0, keepdim=True))
-    zero = None if found.zero_point is None else found.zero_point[0]
-    stored = Scales(scheme.store(found.scale[0] * base), zero)
-    both = stored.stacked_on(plain)
-    sums = batch.sum(polish, Candidates(inverse, both.scale * inverse, both.zero_point))
-    mine, others = sums[-TRACKS:]
-    # A comparison with NaN (a scale that overflowed, or rounded to zero) fails.
-    return stored.where(mine < others, plain)
+    scored = _score(batch, inverse, _candidates(low.float(), base, scheme), scheme.rounding)
+    fine = scored.about_the_best(_spread(scheme.rounding), 1 if scheme.args.symmetric else 3)
+    winner = _score(batch, inverse, fine, scheme.rounding).best()
+    return _finish(batch, base, winner, plain, scheme)
+
+
+def _finish(
+    batch: GroupBatch, base: Tensor, winner: Scales, plain: Scales, scheme: Scheme
+) -> Scales:
+    """The winner projected once more and rounded as stored, unless min/max is as good.
+
+    What the winner's codes give at the rounded scale is an upper bound on the error there, since
+    rounding to the nearest code is better still: so the comparison takes one pass over the values.
+    """
+    inverse = 1 / base
+    both = winner.stacked_on(Scales(plain.scale * inverse, plain.zero_point))
+    sums = batch.sum(Sums(scheme.rounding, "polish", 2), Candidates(inverse, *both.tensors))
+    (a, _), (b, _), (error, plain_error) = sums.double().chunk(3)
+    best = torch.where(b > 0, a / b, winner.scale.double())
+    stored = scheme.store((best * base).float())
+    gap, miss = a - winner.scale * b, stored * inverse - best
+    bound = error - gap * gap / b + miss * miss * b
+    # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
+    good = (bound < plain_error) & (stored != 0)
+    return Scales(stored, winner.zero_point).where(good, plain)
 
 
 def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Tensor:
@@ -169,67 +183,95 @@ def _candidates(low: Tensor, base: Tensor, scheme: Scheme) -> Scales:
 def candidate_ratios(rounding: Rounding, signed: bool = False) -> Tensor:
     """Candidate scales in units of the scale of the range, a multiple of TILE of them.
 
-    Integers: dense about where the optimum of bell-shaped values lies (the fewer bits, the lower),
-    sparse down to where a few values of great importance pull it and up to 1.5, where the largest
-    value takes a code below the largest. Floats: an octave up, since doubling a scale that covers
-    the range never pays, and a little below one. Signed: those and their negatives.
+    Integers: from where a few values of great importance pull the optimum (the fewer bits, the
+    lower) to 1.5, where the largest value takes a code below the largest. Floats: an octave up,
+    since doubling a scale that covers the range never pays, and some way down. Signed: those and
+    their negatives.
     """
-    if not rounding.integer:
-        parts = [(0.5, 0.85, 8), (0.88, 1.96, 24)] if rounding.num_bits == 8 else [(0.4, 1.96, 32)]
-    else:
-        parts = _WINDOWS[min(max(rounding.num_bits, 2), 8)]
-    ratios = torch.cat(
-        [torch.logspace(math.log10(a), math.log10(b), count) for a, b, count in parts]
-    )
+    start, end, count = _window(rounding)
+    ratios = torch.logspace(math.log10(start), math.log10(end), count)
     return torch.cat([ratios, -ratios]) if signed else ratios
 
 
-#: From, to, count; in logarithmic steps.
-_WINDOWS = {
-    2: [(0.05, 1.5, 32)],
-    3: [(0.08, 1.55, 32)],
-    4: [(0.12, 0.6, 9), (0.64, 1.14, 19), (1.2, 1.52, 4)],
-    5: [(0.15, 0.7, 7), (0.75, 1.1, 20), (1.15, 1.52, 5)],
-    6: [(0.25, 0.85, 10), (0.88, 1.08, 26), (1.1, 1.52, 12)],
-    7: [(0.4, 0.93, 12), (0.95, 1.08, 38), (1.09, 1.52, 14)],
-    8: [(0.6, 0.97, 24), (0.98, 1.1, 48), (1.11, 1.5, 24)],
+def _window(rounding: Rounding) -> tuple[float, float, int]:
+    """The smallest and the largest candidate, and how many there are, in logarithmic steps."""
+    if rounding.integer:
+        return _INTEGER_WINDOWS[min(max(rounding.num_bits, 2), 8)]
+    return (0.6, 1.96, 48) if rounding.num_bits == 8 else (0.3, 1.96, 32)
+
+
+_INTEGER_WINDOWS = {
+    2: (0.05, 1.52, 32),
+    3: (0.08, 1.52, 32),
+    4: (0.12, 1.52, 32),
+    5: (0.2, 1.52, 48),
+    6: (0.3, 1.52, 64),
+    7: (0.4, 1.52, 80),
+    8: (0.6, 1.52, 96),
 }
 
 
-def _best_candidates(
-    batch: GroupBatch, inverse: Tensor, candidates: Scales, rounding: Rounding
-) -> Scales:
-    """The TRACKS best of the candidates, projected where that costs nothing."""
-    cancels = rounding.num_bits >= CANCELS
-    sums = Sums(rounding, "residual" if cancels else "projection", TILE)
+def _spread(rounding: Rounding) -> float:
+    """The relative distance of candidates."""
+    start, end, count = _window(rounding)
+    return math.pow(end / start, 1 / (count - 1)) - 1
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Candidates, projected where that costs nothing, and their gains, (candidates, groups)."""
+
+    scales: Scales
+    gain: Tensor
+
+    def best(self) -> Scales:
+        """The candidate of the greatest gain in each group, shape (groups,)."""
+        return self.scales.at(_first_largest(self.gain))
+
+    def about_the_best(self, spread: float, stride: int) -> Scales:
+        """Half a tile of scales about the best candidate, and half about the best elsewhere.
+
+        Args:
+            spread: How far to go to both sides, relative; the candidates' own distance.
+            stride: The candidates next to one in scale are this far away.
+        """
+        index = _first_largest(self.gain)
+        places = torch.arange(self.gain.shape[0], device=index.device).unsqueeze(1)
+        away = (places - index).abs()
+        near = (away == 0) | (away == stride)
+        second = _first_largest(torch.where(near, -torch.inf, self.gain))
+        factors = 1 + spread * torch.linspace(-1, 1, TILE // 2, device=index.device).unsqueeze(1)
+        parts = [self.scales.at(index), self.scales.at(second)]
+        zeros = [s.zero_point.expand(TILE // 2, -1) for s in parts if s.zero_point is not None]
+        return Scales(
+            torch.cat([part.scale * factors for part in parts]), torch.cat(zeros) if zeros else None
+        )
+
+
+def _first_largest(gain: Tensor) -> Tensor:
+    """Index of the first largest entry along dimension 0: argmax, which is slow there."""
+    places = torch.arange(gain.shape[0], dtype=torch.float32, device=gain.device).unsqueeze(1)
+    found = torch.where(gain == gain.amax(0), places, torch.inf).amin(0)
+    return found.clamp(max=gain.shape[0] - 1).long()
+
+
+def _score(batch: GroupBatch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
+    """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
+    cancels = not rounding.integer or rounding.num_bits >= CANCELS
+    sums = Sums(rounding, "all" if cancels else "projection", TILE)
     gains, ratios = [], []
     for first in range(0, candidates.scale.shape[0], TILE):
         part = slice(first, first + TILE)
         ratio = candidates.scale[part].contiguous()
         zero = None if candidates.zero_point is None else candidates.zero_point[part]
-        found = batch.sum(sums, Candidates(inverse, ratio, zero))
-        if cancels:
-            gains.append(-found)
-            ratios.append(ratio)
+        a, b, *error = batch.sum(sums, Candidates(inverse, ratio, zero)).chunk(3 if cancels else 2)
+        best = a / b
+        if error:
+            gap = a - ratio * b
+            gain = gap * gap / b - error[0]
         else:
-            a, b = found.chunk(2)
-            gains.append((a * a / b).nan_to_num(0.0))
-            ratios.append(torch.where(b > 0, a / b, ratio).float())
-    gain = torch.cat(gains)
-    first = gain.argmax(0, keepdim=True)
-    second = gain.scatter(0, first, -torch.inf).argmax(0, keepdim=True)
-    return Scales(torch.cat(ratios), candidates.zero_point).gather(torch.cat([first, second]))
-
-
-def _project(
-    batch: GroupBatch, polish: Sums, inverse: Tensor, scales: Scales
-) -> tuple[Scales, Tensor]:
-    """Each scale moved to the best one for its codes, and the error it then has, in float64."""
-    found = batch.sum(polish, Candidates(inverse, scales.scale, scales.zero_point))
-    a, b, error = found.chunk(3)
-    ratio = scales.scale.double()
-    gap = a - ratio * b
-    better = b > 0
-    ratio = torch.where(better, a / b, ratio)
-    error = error - torch.where(better, gap * gap / b, 0)
-    return Scales(ratio.float(), scales.zero_point), error
+            gain = a * best
+        some = b > 0
+        gains.append(torch.where(some, gain, -torch.inf))
+        ratios.append(torch.where(some, best, ratio))
+    return _Scored(Scales(torch.cat(ratios).float(), candidates.zero_point), torch.cat(gains))

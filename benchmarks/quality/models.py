@@ -35,8 +35,8 @@ def measure_minilm(quick: bool = False, only: str = "") -> Json:
 
     The output error of a Linear is |X (W - W')'|^2 / |X W'|^2 with X its inputs in the float model
     on held-out text; summarised by the geometric mean over the Linears. The embedding is the mean
-    over the tokens of a sequence of 256, as sentence-transformers pools it, of 16 sequences spread
-    over the text.
+    over the tokens of a sequence, as sentence-transformers pools it, of 32 sequences spread over
+    the text.
 
     Args:
         quick: A few batches alone.
@@ -47,13 +47,13 @@ def measure_minilm(quick: bool = False, only: str = "") -> Json:
     path = Path(get_model_path())
     model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    calibration, judged = texts(tokenizer, 256, quick)
+    calibration, judged = texts(tokenizer, 128, 128, quick)
     # The pooler is not part of the embedding.
     modules = linears_of(model, ignore=("pooler.dense",))
     kinds = {name: args for name, args in formats().items() if re.search(only, name)}
     grams = gram_matrices(modules, lambda: [model(input_ids=ids) for ids in judged])
     embedded = torch.cat(judged)
-    embedded = embedded[torch.linspace(0, len(embedded) - 1, min(16, len(embedded))).long()]
+    embedded = embedded[torch.linspace(0, len(embedded) - 1, min(32, len(embedded))).long()]
     plain = embeddings(model, embedded)
     watched = attach_all(
         modules, kinds, choices(), lambda: [model(input_ids=ids) for ids in calibration]
@@ -94,7 +94,7 @@ def measure_demo_model(quick: bool = False, only: str = "") -> Json:
     """
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-    calibration, judged = texts(tokenizer, 256, quick)
+    calibration, judged = texts(tokenizer, 256, 64, quick)
     modules = linears_of(model, ignore=("lm_head",))
     kinds = {name: args for name, args in formats().items() if re.search(only, name)}
     watched = attach_all(
@@ -119,13 +119,33 @@ def measure_demo_model(quick: bool = False, only: str = "") -> Json:
     return {"perplexity": plain, "results": results}
 
 
-def texts(tokenizer: Any, length: int, quick: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches of the demo's calibration and held-out text, spread over it."""
-    samples = {CALIBRATION_TEXT: 8 if quick else 64, HELDOUT_TEXT: 8 if quick else 64}
-    return tuple(
-        read_batches(path, tokenizer, sequence_length=length, samples=number)
-        for path, number in samples.items()
-    )
+def texts(
+    tokenizer: Any, length: int, samples: int, quick: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of the demo's calibration and held-out text, spread over it.
+
+    Every sequence gets the tokens that the model expects around one: those of BERT have by far the
+    largest activations.
+    """
+    around = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    around = () if None in around else around
+    found = []
+    for path in (CALIBRATION_TEXT, HELDOUT_TEXT):
+        batches = read_batches(
+            path,
+            tokenizer,
+            sequence_length=length - len(around),
+            samples=8 if quick else samples,
+            batch_size=16,
+        )
+        if around:
+            first, last = (torch.full((1, 1), token) for token in around)
+            batches = [
+                torch.cat([first.expand(len(ids), 1), ids, last.expand(len(ids), 1)], 1)
+                for ids in batches
+            ]
+        found.append(batches)
+    return found[0], found[1]
 
 
 def gram_matrices(modules: dict[str, nn.Linear], run: Callable[[], object]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ def test_defaults_are_w4a16_without_data_and_without_the_head():
     report = calibrate(model)
     assert isinstance(report, CalibrationReport)
     assert len(report.modules) == 7
-    assert {row.weight_observer for row in report.modules} == {"memoryless_mse"}
+    assert {row.weight_observer for row in report.modules} == {"memoryless_minmax"}
     assert {row.weight_bits for row in report.modules} == {4}
     assert not hasattr(model.lm_head, "quantization_scheme")
 

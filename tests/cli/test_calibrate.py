@@ -105,7 +105,7 @@ def test_defaults(calipers: Calipers, llama: Path) -> None:
     rows = modules(result)
     assert len(rows) == 2 * len(LAYER)
     assert not any("lm_head" in name for name in rows)
-    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_mse"}
+    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_minmax"}
 
 
 @pytest.mark.parametrize(

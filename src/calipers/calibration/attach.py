@@ -41,7 +41,7 @@ def attach(
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name ("W4A16"), or the path
             of a YAML file; see `resolve_config`. Never changed.
         observer: Observer of weights; None takes the one that the scheme names, else
-            "memoryless_mse".
+            "memoryless_minmax", which needs no batches ("optimal" is better where there are some).
         observer_options: Options of the weight observers, over those of the scheme.
         activation_observer: Observer of static activations; None takes the one that the scheme
             names, else "static_minmax".

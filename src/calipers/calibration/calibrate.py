@@ -37,8 +37,8 @@ def calibrate(
         model: Any torch model with Linear or Embedding layers, offloaded or not.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name, or the path of a YAML
             file; see `resolve_config`.
-        observer: Observer of weights; None takes the one that the scheme names, else
-            "memoryless_mse".
+        observer: Observer of weights; None takes the one that the scheme names, else "optimal"
+            where there is data and "memoryless_minmax" where there is none.
         data: Batches; see `Calibration.run`. None where the observers and the scheme need none:
             weights alone, or dynamic activations.
         ignore: Modules left alone: names, class names or "re:" patterns.
@@ -60,7 +60,9 @@ def calibrate(
         ValueError: An unknown observer, an unknown or invalid option.
     """
     check_on_missing(on_missing)
-    choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
+    choice = ObserverChoice(
+        observer, activation_observer, dict(observer_options or {}), data is not None
+    )
     config, observed = plan_observers(model, scheme, choice, ignore)
     if data is None:
         refuse_without_data(observed)

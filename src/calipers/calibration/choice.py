@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from calipers.observers import Observer
 
 __all__ = ["ObserverChoice", "needs_observer"]
 
-_DEFAULT_WEIGHT_OBSERVER = "memoryless_mse"
+_DEFAULT_WEIGHT_OBSERVER = "optimal"
+#: Without data: on weights the smallest plain squared error can make a model worse than this.
+_DEFAULT_WITHOUT_DATA = "memoryless_minmax"
 _DEFAULT_ACTIVATION_OBSERVER = "static_minmax"
 
 
@@ -28,14 +30,17 @@ class ObserverChoice:
     """What the caller asked for; it comes before what the scheme names and before the defaults.
 
     Args:
-        weight: Observer of weights; None takes the scheme's, else "memoryless_mse".
+        weight: Observer of weights; None takes the scheme's, else "optimal" where there is data and
+            "memoryless_minmax" where there is none (and for an Embedding, which has no inputs).
         activation: Observer of static activations; None takes the scheme's, else "static_minmax".
         options: Options of the weight observers, over those of the scheme.
+        has_data: Whether batches will be run.
     """
 
     weight: str | None = None
     activation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    has_data: bool = False
 
     def build(
         self, name: str, base_name: str, args: QuantizationArgs, module: torch.nn.Module
@@ -53,11 +58,14 @@ class ObserverChoice:
                 inputs chosen for an activation or an Embedding.
             ValueError: Unknown or invalid options, from the observer itself.
         """
-        chosen = self.name_for(base_name, args)
+        choice = self
+        if base_name == "weight" and isinstance(module, torch.nn.Embedding):
+            choice = replace(self, has_data=False)
+        chosen = choice.name_for(base_name, args)
         observer: Observer = Observer.load_from_registry(
             chosen,
             base_name=base_name,
-            args=self.recorded_args(base_name, args),
+            args=choice.recorded_args(base_name, args),
             module=module,
         )
         if observer.needs_data:
@@ -68,7 +76,8 @@ class ObserverChoice:
     def name_for(self, base_name: str, args: QuantizationArgs) -> str:
         """The observer's name as registered, with underscores."""
         if base_name == "weight":
-            chosen = self.weight or args.observer or _DEFAULT_WEIGHT_OBSERVER
+            default = _DEFAULT_WEIGHT_OBSERVER if self.has_data else _DEFAULT_WITHOUT_DATA
+            chosen = self.weight or args.observer or default
         else:
             chosen = self.activation or args.observer or _DEFAULT_ACTIVATION_OBSERVER
         return _normal(chosen)

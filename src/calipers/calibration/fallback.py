@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from calipers.calibration.missing import Missing, find_missing
 from calipers.calibration.observed import ObservedModule, args_of
-from calipers.observers import Observer
+from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
 __all__ = ["Substitutes", "find_substitutes", "nearest_neighbours"]
 
@@ -111,6 +111,12 @@ def _merged(own: Observer, candidates: dict[str, Observer], missing: Missing) ->
 
 
 def _without_importance(own: Observer) -> Observer:
+    if isinstance(own, OptimalObserver):
+        # The plain squared error of a weight can be a worse guide than its range.
+        args = own.args.model_copy(update={"observer_kwargs": {}})
+        plain = MemorylessMinMaxObserver(own.base_name, args, own.module)
+        plain.name = own.name
+        return plain
     options = dict(own.args.observer_kwargs)
     if "strict" in own.Options.model_fields:
         options["strict"] = False  # strict refuses to go without importance

@@ -74,7 +74,7 @@ def freeze_modules(
         work.write_activations()
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
-    return [_report(each, choice, substitutes, errors.get(each.name)) for each in observed]
+    return [_report(each, substitutes, errors.get(each.name)) for each in observed]
 
 
 class _Work:
@@ -225,11 +225,10 @@ def _record_observers(scheme: QuantizationScheme, choice: ObserverChoice) -> Non
 
 def _report(
     each: ObservedModule,
-    choice: ObserverChoice,
     substitutes: Substitutes,
     weight_error: float | None,
 ) -> ModuleReport:
-    chosen = {name: choice.name_for(name, args_of(each.scheme, name)) for name in each.observers}
+    chosen = {name: observer.args.observer for name, observer in each.observers.items()}
     weights = each.scheme.weights
     fallback = tuple(name for name in each.observers if (each.name, name) in substitutes)
     for base_name in fallback:
@@ -242,4 +241,7 @@ def _report(
         activation_observer=chosen.get("input", chosen.get("output")),
         tokens=each.tokens,
         fallback=fallback,
+        objective=None
+        if "weight" in fallback
+        else getattr(each.weight_observer, "objective", None),
     )

@@ -23,6 +23,7 @@ class ModuleReport:
         tokens: Tokens that the module saw while it was observed; 0 where no data was needed.
         fallback: "weight", "input", "output": those whose own data was missing, so that the
             stated fallback was used.
+        objective: What the weight's observer minimised, where it has a choice ("imatrix").
     """
 
     name: str
@@ -32,6 +33,7 @@ class ModuleReport:
     activation_observer: str | None = None
     tokens: int = 0
     fallback: tuple[str, ...] = ()
+    objective: str | None = None
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def calibrate(
         str | None,
         typer.Option(
             help="Observer of weights (see `calipers observers`). "
-            "Default: the scheme's, else memoryless_mse."
+            "Default: the scheme's, else optimal with data, memoryless_minmax without."
         ),
     ] = None,
     option: Annotated[
@@ -119,12 +119,13 @@ def calibrate(
         if out is not None:
             refuse_taken(out, force=force)
         check_on_missing(on_missing)
-        choice = ObserverChoice(observer, activation_observer, parse_options(option or []))
+        options = parse_options(option or [])
         patterns = ("lm_head",) if ignore is None else tuple(ignore)
         resolve_config(scheme, patterns)
         path = MODEL_PATH if model is None else model
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
+        choice = ObserverChoice(observer, activation_observer, options, data is not None)
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
         config, observed = plan_observers(loaded, scheme, choice, patterns)
         length = min(sequence_length, max_positions(loaded) or sequence_length)
@@ -201,7 +202,10 @@ def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
     kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
     for row in modules:
         name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
-        key = (name, row.weight_observer, row.weight_bits, row.activation_observer, row.fallback)
+        observer = row.weight_observer
+        if observer is not None and row.objective is not None:
+            observer = f"{observer} ({row.objective})"
+        key = (name, observer, row.weight_bits, row.activation_observer, row.fallback)
         kinds[key].append(row)
     rows: list[tuple[str, ...]] = []
     for (name, observer, bits, activation, fallback), members in kinds.items():

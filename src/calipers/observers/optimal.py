@@ -15,8 +15,11 @@ from calipers.errors import CalipersError, MissingDataError
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.input_energy import InputEnergyObserver
 from calipers.observers.options import ObserverOptions
-from calipers.observers.statistics import LAST, Statistic
+from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.ranges import GroupedView, range_of_scale, search_optimal_scales
+from calipers.ranges.column_groups import column_groups
+from calipers.ranges.hessian import search_by_hessian
+from calipers.ranges.projection import Scheme
 
 __all__ = ["OptimalObserver"]
 
@@ -43,11 +46,15 @@ class OptimalObserver(InputEnergyObserver):
     The option `objective` says which error:
 
     - "imatrix": squared error of a weight times E[x^2] of its input column;
+    - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
+      its columns: the error of the output itself, up to products of different groups. At most
+      group_size values are kept for each column, 256 where groups are wider, and 128 for the
+      strategies channel and tensor, whose rows are taken in blocks of that many columns;
     - "mse": squared error of the values alone, for activations and where there is no data. On
       weights it can make a model worse than minimum and maximum: use `memoryless_minmax` there.
 
     Integers and floats with a free scale: candidates over a window around the range, ranked by the
-    error after projection (the best scale for given codes), the best two projected twice more.
+    error after projection (the best scale for given codes), then more of them about the best.
     NVFP4 and MX: all scale codes, short of those that two bounds exclude. In no group is the error
     greater than that of minimum and maximum.
 
@@ -63,11 +70,17 @@ class OptimalObserver(InputEnergyObserver):
 
     Options = OptimalOptions
     range_names = ("found_scale", "found_zero_point")
-    statistics: ClassVar[dict[str, Statistic]] = {"found_scale": LAST, "found_zero_point": LAST}
+    statistics: ClassVar[dict[str, Statistic]] = {
+        "found_scale": LAST,
+        "found_zero_point": LAST,
+        "input_products": SUM,
+    }
 
     #: As stored, but float32 and with the global scale divided out.
     found_scale: Tensor | None
     found_zero_point: Tensor | None
+    #: "hessian": sum of x x', (column groups, blocks, size, size), float64.
+    input_products: Tensor | None
 
     def __init__(
         self,
@@ -106,6 +119,8 @@ class OptimalObserver(InputEnergyObserver):
 
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""
+        if self.objective == "hessian":
+            return self._measure_by_hessian(observation)
         return search_optimal_scales(
             observation.views,
             observation.extremes,
@@ -125,16 +140,56 @@ class OptimalObserver(InputEnergyObserver):
         """E[x^2] of each value's column; None for the objective "mse".
 
         Raises:
-            MissingDataError: No input was seen.
-            CalipersError: Inputs of another number of columns, or no weight at all.
+            MissingDataError: No input was seen, none that fits, or this is no weight.
         """
         if self.objective == "mse":
             return None
-        problem = self._input_problem(observation.value.shape)
-        if problem is not None:
-            kind = CalipersError if self.has_data and self.base_name == "weight" else _MISSING
-            raise kind(f"{self.name}: objective {self.objective!r} {problem}{_REMEDY}")
+        self._refuse_without(observation.value.shape)
         return list(observation.view_alike(self._mean_squares(observation.value)))
+
+    def _refuse_without(self, shape: torch.Size) -> None:
+        problem = self._input_problem(shape)
+        if problem is not None:
+            raise MissingDataError(
+                f"{self.name}: objective {self.objective!r} {problem}; run calibration data "
+                "through it, or choose objective='mse' or the observer memoryless_minmax, which "
+                "need none"
+            )
+
+    def _measure_by_hessian(self, observation: Observation) -> list[Range]:
+        shape = observation.value.shape
+        self._refuse_without(shape)
+        assert self.input_products is not None
+        columns = column_groups(self.args, shape[-1], self._module_g_idx())
+        mean = self.input_products.diagonal(dim1=-2, dim2=-1).mean()
+        products = self.input_products / mean.clamp(min=torch.finfo(torch.float64).tiny)
+        products = products.float().to(observation.value.device)
+        scheme = Scheme(
+            self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
+        )
+        found = []
+        for view, (low, high) in zip(observation.views, observation.extremes, strict=True):
+            which = slice(None) if len(products) == 1 else cast("slice | Tensor", view.where[-1])
+            if len(shape) < 2 or not columns.fit(view, which):
+                raise CalipersError(
+                    f"{self.name}: objective 'hessian' needs a weight (..., rows, cols) in groups "
+                    f"of the columns that its inputs were summed by ({self.base_name}_g_idx of the "
+                    f"module, if any), got shape {tuple(shape)}"
+                )
+            found.append(search_by_hessian(view, products[which], low, high, scheme))
+        return found
+
+    def _module_g_idx(self) -> Tensor | None:
+        index: Tensor | None = getattr(self.module, f"{self.base_name}_g_idx", None)
+        return index
+
+    def _add_products(self, tokens: Tensor) -> None:
+        if self.objective != "hessian":
+            return
+        columns = column_groups(self.args, tokens.shape[-1], self._module_g_idx())
+        products = columns.products(tokens.float()).double()
+        past = self.input_products
+        self.input_products = products if past is None else past.to(products.device) + products
 
     def get_min_max(self, observed: Tensor) -> Range:
         """The range that gives the optimal scale back, each of `qparam_shape`; float32.
@@ -170,10 +225,3 @@ class OptimalObserver(InputEnergyObserver):
             high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
             scale = generate_gparam(2 * low, 2 * high)
         return scale.to(observation.value.device)
-
-
-_MISSING = MissingDataError
-_REMEDY = (
-    "; run calibration data through it, or choose objective='mse' or the observer "
-    "memoryless_minmax, which need none"
-)

@@ -18,7 +18,7 @@ from torch import Tensor
 from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 
-__all__ = ["has_scale_codes", "search_codes"]
+__all__ = ["codes_about_covering", "has_scale_codes", "search_codes"]
 
 #: Candidates of one pass. float8 has eight codes an octave: one octave above the smallest covering
 #: code and one below; of powers of two the covering one and three below.
@@ -45,6 +45,21 @@ def search_codes(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -
         Scales, the global scale divided out, float32, shape (groups,). A group of zeros gets the
         scale that min/max gives it.
     """
+    table, covering, tile, above = _covering_codes(low, high, scheme)
+    found = _search_down(batch, covering, table, tile, above, scheme)
+    plain = min_max_scales(low, high, scheme)
+    return Scales(torch.where((low < 0) | (high > 0), table[found], plain.scale))
+
+
+def codes_about_covering(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
+    """The first tile of scales that `search_codes` tries, shape (tile, groups), float32."""
+    table, covering, tile, above = _covering_codes(low, high, scheme)
+    steps = torch.arange(above, above - tile, -1, device=table.device).unsqueeze(1)
+    return table[(covering + steps).clamp(0, table.numel() - 1)]
+
+
+def _covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
+    """All scales, the smallest that covers each group, the tile, and how far it reaches above."""
     mx = should_generate_mx_scales(scheme.args)
     table = _powers_of_two(scheme.dtype) if mx else _float8_codes()
     table = table.to(low.device)
@@ -53,10 +68,7 @@ def search_codes(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -
     amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
     covering = torch.searchsorted(table, amax / scheme.rounding.high)
     covering = covering.clamp(max=table.numel() - 1)
-    tile, above = (MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1)
-    found = _search_down(batch, covering, table, tile, above, scheme)
-    plain = min_max_scales(low, high, scheme)
-    return Scales(torch.where(amax > 0, table[found], plain.scale))
+    return table, covering, *((MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1))
 
 
 def _search_down(

@@ -1,9 +1,9 @@
 """Scales of formats whose scale may be any number: candidates, then projection onto their codes.
 
 For fixed codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and its error is
-sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, those about the
-two best are tried once more at a finer distance, and the winner is projected, which never makes it
-worse, and rounded as it will be stored.
+sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, others about
+the best one are tried at a finer distance, and the winner is projected once more, which never makes
+it worse, and rounded as it will be stored.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from torch import Tensor
 from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
 from calipers.ranges.rounding import Rounding
 
-__all__ = ["Scales", "Scheme", "candidate_ratios", "min_max_scales", "project_batch"]
+__all__ = [
+    "Scales",
+    "Scheme",
+    "candidate_ratios",
+    "candidate_scales",
+    "min_max_scales",
+    "project_batch",
+]
 
 #: Candidates of one pass over the values: their sums stay in registers.
-TILE = 16
+TILE = 14
 #: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
 CANCELS = 6
 
@@ -126,10 +133,10 @@ def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) 
         min/max serves as well or better keeps the scale of min/max.
     """
     plain = min_max_scales(low, high, scheme)
-    base = _bases(low.float(), high.float(), scheme.rounding, bool(scheme.args.symmetric))
+    base, candidates = candidate_scales(low.float(), high.float(), scheme)
     inverse = 1 / base
-    scored = _score(batch, inverse, _candidates(low.float(), base, scheme), scheme.rounding)
-    fine = scored.about_the_best(_spread(scheme.rounding), 1 if scheme.args.symmetric else 3)
+    scored = _score(batch, inverse, candidates, scheme.rounding)
+    fine = scored.about_the_best(candidate_spread(scheme.rounding))
     winner = _score(batch, inverse, fine, scheme.rounding).best()
     return _finish(batch, base, winner, plain, scheme)
 
@@ -165,15 +172,19 @@ def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Te
     return base.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _candidates(low: Tensor, base: Tensor, scheme: Scheme) -> Scales:
-    """All candidates in units of the base, shape (candidates, groups)."""
+def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
+    """A unit of scale for each group, and the candidates in that unit, (candidates, groups).
+
+    Asymmetric formats: each scale with the zero point of the range, one less and one more.
+    """
     rounding = scheme.rounding
+    base = _bases(low, high, rounding, bool(scheme.args.symmetric))
     ratio = candidate_ratios(rounding, scheme.signed).to(base.device)
     if scheme.args.symmetric:
-        return Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
+        return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
     zero = (rounding.low - low.clamp(max=0) / base).round()
     zeros = torch.stack([zero - 1, zero, zero + 1]).clamp(rounding.low, rounding.high)
-    return Scales(
+    return base, Scales(
         ratio.view(-1, 1, 1).expand(-1, 3, base.numel()).reshape(-1, base.numel()),
         zeros.unsqueeze(0).expand(ratio.numel(), -1, -1).reshape(-1, base.numel()),
     )
@@ -197,21 +208,21 @@ def _window(rounding: Rounding) -> tuple[float, float, int]:
     """The smallest and the largest candidate, and how many there are, in logarithmic steps."""
     if rounding.integer:
         return _INTEGER_WINDOWS[min(max(rounding.num_bits, 2), 8)]
-    return (0.6, 1.96, 48) if rounding.num_bits == 8 else (0.3, 1.96, 32)
+    return (0.6, 1.96, 42) if rounding.num_bits == 8 else (0.3, 1.96, 28)
 
 
 _INTEGER_WINDOWS = {
-    2: (0.05, 1.52, 32),
-    3: (0.08, 1.52, 32),
-    4: (0.12, 1.52, 32),
-    5: (0.2, 1.52, 48),
-    6: (0.3, 1.52, 64),
-    7: (0.4, 1.52, 80),
-    8: (0.6, 1.52, 96),
+    2: (0.05, 1.52, 28),
+    3: (0.08, 1.52, 28),
+    4: (0.13, 1.50, 28),
+    5: (0.20, 1.52, 42),
+    6: (0.30, 1.52, 56),
+    7: (0.40, 1.52, 84),
+    8: (0.60, 1.52, 98),
 }
 
 
-def _spread(rounding: Rounding) -> float:
+def candidate_spread(rounding: Rounding) -> float:
     """The relative distance of candidates."""
     start, end, count = _window(rounding)
     return math.pow(end / start, 1 / (count - 1)) - 1
@@ -228,24 +239,12 @@ class _Scored:
         """The candidate of the greatest gain in each group, shape (groups,)."""
         return self.scales.at(_first_largest(self.gain))
 
-    def about_the_best(self, spread: float, stride: int) -> Scales:
-        """Half a tile of scales about the best candidate, and half about the best elsewhere.
-
-        Args:
-            spread: How far to go to both sides, relative; the candidates' own distance.
-            stride: The candidates next to one in scale are this far away.
-        """
-        index = _first_largest(self.gain)
-        places = torch.arange(self.gain.shape[0], device=index.device).unsqueeze(1)
-        away = (places - index).abs()
-        near = (away == 0) | (away == stride)
-        second = _first_largest(torch.where(near, -torch.inf, self.gain))
-        factors = 1 + spread * torch.linspace(-1, 1, TILE // 2, device=index.device).unsqueeze(1)
-        parts = [self.scales.at(index), self.scales.at(second)]
-        zeros = [s.zero_point.expand(TILE // 2, -1) for s in parts if s.zero_point is not None]
-        return Scales(
-            torch.cat([part.scale * factors for part in parts]), torch.cat(zeros) if zeros else None
-        )
+    def about_the_best(self, spread: float) -> Scales:
+        """A tile of scales about the best candidate, `spread` (relative) to both sides."""
+        best = self.best()
+        factors = 1 + spread * torch.linspace(-1, 1, TILE, device=self.gain.device).unsqueeze(1)
+        zero = None if best.zero_point is None else best.zero_point.expand(TILE, -1)
+        return Scales(best.scale * factors, zero)
 
 
 def _first_largest(gain: Tensor) -> Tensor:

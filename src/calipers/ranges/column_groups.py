@@ -1,0 +1,92 @@
+"""`column_groups`: which input columns share a scale, and sums of x x' over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+
+from calipers.errors import CalipersError
+from calipers.ranges.layout import arrange
+from calipers.ranges.views import GroupedView
+
+__all__ = ["ColumnGroups", "column_groups"]
+
+#: Widest block of columns of a group, and of a row where one scale spans whole rows.
+WIDEST, ROW_BLOCK = 256, 128
+
+
+@dataclass(frozen=True)
+class ColumnGroups:
+    """Columns by group, cut into blocks.
+
+    Args:
+        index: Column numbers, shape (groups, columns), -1 behind the end of a short group.
+        blocks: Number of equal blocks that the columns of a group are cut into.
+        size: Columns of a block; the last is filled up.
+    """
+
+    index: Tensor
+    blocks: int
+    size: int
+
+    def products(self, tokens: Tensor) -> Tensor:
+        """Sum of x x' over tokens (tokens, cols): (groups, blocks, size, size), float32."""
+        index = self.index.to(tokens.device)
+        padded = torch.nn.functional.pad(tokens, (0, 1))  # a column of zeros, which -1 names
+        by_group = padded[:, index]
+        filled = torch.nn.functional.pad(by_group, (0, self.blocks * self.size - index.shape[1]))
+        x = filled.reshape(tokens.shape[0], -1, self.size).transpose(0, 1)
+        return (x.transpose(1, 2) @ x).view(len(index), self.blocks, self.size, self.size)
+
+    def fit(self, view: GroupedView, which: slice | Tensor) -> bool:
+        """Whether the groups of a view are made of these columns."""
+        index = self.index[which.cpu() if isinstance(which, Tensor) else which]
+        if view.columns is None:
+            first = index[:, 0].unsqueeze(1) + torch.arange(view.shape[-1])
+            own = index[:, : view.shape[-1]]
+            return own.shape == first.shape and bool((own == first).all())
+        columns = view.columns.cpu()
+        own = index[:, : columns.shape[1]]
+        return own.shape == columns.shape and bool((own == columns).all())
+
+
+def column_groups(args: QuantizationArgs, cols: int, g_idx: Tensor | None) -> ColumnGroups:
+    """Which columns of a weight share a scale.
+
+    Args:
+        args: Quantization arguments of a weight.
+        cols: Number of columns.
+        g_idx: Group of each column; None for column order.
+
+    Raises:
+        CalipersError: Groups wider than group_size, which would need more memory than promised.
+    """
+    width = cols
+    if args.strategy == QuantizationStrategy.BLOCK and args.block_structure is not None:
+        width = min(cols, args.block_structure[1])
+    elif args.group_size is not None and args.group_size > 0:
+        width = min(cols, args.group_size)
+    index = torch.full((ceil(cols / width), width), -1)
+    index.view(-1)[:cols] = torch.arange(cols)
+    grouped = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+    if grouped and g_idx is not None:
+        row = torch.empty(1, cols, device=g_idx.device)
+        for view in arrange(row, "weight", args, g_idx).views:
+            if view.columns is None:
+                break
+            if view.columns.shape[1] > width:
+                raise CalipersError(
+                    f"objective 'hessian' takes groups of at most group_size {width} columns, got "
+                    f"one of {view.columns.shape[1]} by g_idx"
+                )
+            groups = view.where[-1]
+            index[groups.cpu() if isinstance(groups, Tensor) else groups] = -1
+            rows = groups.cpu() if isinstance(groups, Tensor) else groups
+            index[rows, : view.columns.shape[1]] = view.columns.cpu()
+    limit = WIDEST if width < cols or grouped else ROW_BLOCK
+    blocks = ceil(width / limit)
+    return ColumnGroups(index, blocks, ceil(width / blocks))

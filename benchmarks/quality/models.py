@@ -94,7 +94,7 @@ def measure_demo_model(quick: bool = False, only: str = "") -> Json:
     """
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-    calibration, judged = texts(tokenizer, 256, 64, quick)
+    calibration, judged = texts(tokenizer, 256, None, quick)
     modules = linears_of(model, ignore=("lm_head",))
     kinds = {name: args for name, args in formats().items() if re.search(only, name)}
     watched = attach_all(
@@ -120,9 +120,9 @@ def measure_demo_model(quick: bool = False, only: str = "") -> Json:
 
 
 def texts(
-    tokenizer: Any, length: int, samples: int, quick: bool
+    tokenizer: Any, length: int, samples: int | None, quick: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Batches of the demo's calibration and held-out text, spread over it.
+    """Batches of the demo's calibration and held-out text; `samples` sequences spread over each.
 
     Every sequence gets the tokens that the model expects around one: those of BERT have by far the
     largest activations.

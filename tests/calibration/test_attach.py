@@ -21,7 +21,6 @@ from calipers.errors import CalipersError, SchemeError
 from calipers.observers import (
     IMatrixMSEObserver,
     MemorylessMinMaxObserver,
-    MemorylessMSEObserver,
     MinMaxObserver,
     Observer,
     StaticMinMaxObserver,
@@ -107,13 +106,13 @@ def test_a_block_that_raises_detaches_too():
 @pytest.mark.parametrize(
     ("scheme_observer", "given", "expected"),
     [
-        (None, None, MemorylessMSEObserver),
+        (None, None, MemorylessMinMaxObserver),
         ("minmax", None, MinMaxObserver),
         ("minmax", "memoryless_minmax", MemorylessMinMaxObserver),
         (None, "Memoryless-MinMax", MemorylessMinMaxObserver),
     ],
 )
-def test_the_weight_observer_is_the_argument_else_the_schemes_else_mse(
+def test_the_weight_observer_is_the_argument_else_the_schemes_else_min_max(
     scheme_observer, given, expected
 ):
     scheme = QuantizationScheme(

@@ -129,6 +129,7 @@ def test_the_report_is_ready_for_json():
         "activation_observer": "static_minmax",
         "tokens": 0,
         "fallback": ["weight", "input"],
+        "objective": None,
     }
 
 

@@ -266,7 +266,7 @@ def test_frozen_modules_say_which_observer_and_options_were_used():
     model = tiny_llama()
     frozen(model, "W8A8", observer=None)
     scheme = model.get_submodule(FIRST).quantization_scheme
-    assert scheme.weights.observer == "memoryless_mse"
+    assert scheme.weights.observer == "memoryless_minmax"
     assert scheme.input_activations.observer is None
 
 

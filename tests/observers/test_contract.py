@@ -82,6 +82,12 @@ class TestNVFP4ExpandedIMatrix(ObserverContract):
     needs_data = True
 
 
+class TestHistogram(ObserverContract):
+    name = "histogram"
+    remembers = "all"
+    defaults = Options({"method": "mse", "percentile": 99.99})
+
+
 class TestOptimal(ObserverContract):
     name = "optimal"
     remembers = "last"

@@ -7,6 +7,7 @@ from calipers.observers.aliases import (
 )
 from calipers.observers.base import Observation, Observer
 from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
+from calipers.observers.histogram import HistogramObserver
 from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
 from calipers.observers.min_max import (
     MemorylessMinMaxObserver,
@@ -24,6 +25,7 @@ from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
 __all__ = [
+    "HistogramObserver",
     "IMatrixMSEObserver",
     "MemorylessMSEObserver",
     "MemorylessMinMaxObserver",

@@ -27,6 +27,7 @@ from calipers.ranges import (
     min_max,
     range_of_qparams,
 )
+from calipers.ranges.casting import cast_range
 
 __all__ = ["Observation", "Observer"]
 
@@ -284,8 +285,7 @@ class Observer(InternalModule, RegistryMixin):
         observation = self._look_at(
             value, arrangement.views, lambda other: self._arrange(other, g_idx).views
         )
-        low, high = arrangement.assemble(self.measure(observation))
-        self._remember(self.range_names, (low, high), value.dtype)
+        self._take_in(observation, arrangement)
 
     @torch.no_grad()
     def observe_global(self, observed: Tensor) -> None:
@@ -354,7 +354,8 @@ class Observer(InternalModule, RegistryMixin):
                 f"{type(self).__name__} must override calculate_qparams, get_min_max or measure"
             )
         observation = self._look_at_canonical(observed)
-        self._remember(self.range_names, self.measure(observation)[0], observed.dtype)
+        views = observation.views
+        self._take_in(observation, Arrangement(views[0].qparam_shape, views))
         return self._range(self.range_names)
 
     def get_global_min_max(self, observed: Tensor) -> Range:
@@ -468,7 +469,7 @@ class Observer(InternalModule, RegistryMixin):
         assert self._observed_dtype is not None
         low, high = self._range(self.global_range_names)
         dtype = self._observed_dtype.dtype
-        scale: Tensor = generate_gparam(_cast(low, dtype), _cast(high, dtype))
+        scale: Tensor = generate_gparam(cast_range(low, dtype), cast_range(high, dtype))
         return scale
 
     def get_range(self) -> Range | None:
@@ -486,7 +487,7 @@ class Observer(InternalModule, RegistryMixin):
             return range_of_qparams(self._scale, self._zero_point, self.args, self.global_scale)
         assert self.observed_dtype is not None
         low, high = self._range(self.range_names)
-        return _cast(low, self.observed_dtype), _cast(high, self.observed_dtype)
+        return cast_range(low, self.observed_dtype), cast_range(high, self.observed_dtype)
 
     # -- statistics --------------------------------------------------------------------------
 
@@ -584,6 +585,11 @@ class Observer(InternalModule, RegistryMixin):
         for name, value in merged.items():
             setattr(self, name, value)
         self._stale = self.has_statistics
+
+    def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
+        """Update the local statistics by a value: its range, unless a subclass keeps more."""
+        low, high = arrangement.assemble(self.measure(observation))
+        self._remember(self.range_names, (low, high), observation.value.dtype)
 
     def _remember(self, names: tuple[str, str], current: Range, dtype: torch.dtype) -> None:
         constant = getattr(self.options, "averaging_constant", 1.0)
@@ -697,7 +703,7 @@ class Observer(InternalModule, RegistryMixin):
         if self.args.strategy == _TENSOR_GROUP:
             global_scale = self._need_global_scale().to(low.device)
         scale, zero_point = calculate_qparams(
-            _cast(low, dtype), _cast(high, dtype), self.args, global_scale=global_scale
+            cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale=global_scale
         )
         return scale, zero_point
 
@@ -731,11 +737,3 @@ class Observer(InternalModule, RegistryMixin):
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _cast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast, with what the dtype cannot hold taken to its limits (an expanded float16 range)."""
-    limits = torch.finfo(dtype)
-    if limits.max < torch.finfo(values.dtype).max:
-        values = values.clamp(limits.min, limits.max)
-    return values.to(dtype)

@@ -1,6 +1,8 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
 from calipers.ranges.grid import search_grid_ranges
+from calipers.ranges.histogram import Histogram, count_patterns, percentile_range
+from calipers.ranges.histogram_search import search_histogram_range
 from calipers.ranges.identities import range_of_qparams
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
@@ -11,11 +13,15 @@ from calipers.ranges.views import Arrangement, GroupedView
 __all__ = [
     "Arrangement",
     "GroupedView",
+    "Histogram",
     "ShrinkGrid",
     "arrange",
     "arrange_whole",
+    "count_patterns",
     "min_max",
+    "percentile_range",
     "range_of_qparams",
     "search_grid_ranges",
+    "search_histogram_range",
     "search_optimal_scales",
 ]

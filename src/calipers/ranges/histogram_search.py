@@ -1,0 +1,171 @@
+"""The range with the smallest squared error over a histogram."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
+from torch import Tensor
+
+from calipers.ranges.casting import cast_range
+from calipers.ranges.histogram import NUM_PATTERNS, Histogram
+from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
+
+__all__ = ["search_histogram_range"]
+
+#: Qparams whose points are laid side by side at once.
+_QPARAMS_AT_ONCE = 32
+
+
+def search_histogram_range(
+    histogram: Histogram,
+    low: Tensor,
+    high: Tensor,
+    args: QuantizationArgs,
+    dtype: torch.dtype,
+    *,
+    global_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Range with the smallest sum of count * (fake_quantize(x) - x)**2 for each qparam.
+
+    Candidates are the extremes, each times a power of two with a fraction: the whole scale down to
+    the smallest values at first, then ever finer around the best few. Each candidate is judged by
+    the scale and zero point that it gives in `dtype`, so the result is never worse than the
+    extremes themselves. The cost depends on how many patterns occur, not on the number of values.
+
+    Args:
+        histogram: The values.
+        low: Smallest value of each qparam, of `qparam_shape`.
+        high: Largest value, likewise.
+        args: Quantization arguments; the strategy does not count.
+        dtype: Dtype of the observed values, in which scales are computed.
+        global_scale: TENSOR_GROUP only, shape (1,). Without it local scales are left unrounded.
+
+    Returns:
+        Minimum and maximum, of the shape and dtype of `low`. Where nothing was counted, or all
+        values are zero, the extremes are returned.
+    """
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
+        args = args.model_copy(update={"scale_dtype": None})
+    shape, parts = low.shape, []
+    low, high = low.flatten(), high.flatten()
+    counts = histogram.counts.view(-1, NUM_PATTERNS)
+    offsets = histogram.offsets
+    for start in range(0, low.numel(), _QPARAMS_AT_ONCE):
+        some = slice(start, start + _QPARAMS_AT_ONCE)
+        lower = None if offsets is None else offsets.view(-1, NUM_PATTERNS)[some]
+        points = Histogram(counts[some], lower, histogram.dtype).points()
+        objective = _Objective(*points, low[some], high[some], args, dtype, global_scale)
+        parts.append(objective.best_range())
+    best_low, best_high = (torch.cat(ends).reshape(shape) for ends in zip(*parts, strict=True))
+    return best_low, best_high
+
+
+@dataclass(frozen=True)
+class _Objective:
+    """Squared error of some qparams as a function of the exponents that shrink their extremes."""
+
+    values: Tensor
+    weights: Tensor
+    low: Tensor
+    high: Tensor
+    args: QuantizationArgs
+    dtype: torch.dtype
+    global_scale: Tensor | None
+
+    def best_range(self) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of each qparam."""
+        one_sided = self.args.symmetric
+        first = _ladder() if one_sided else _pairs(_ladder(0.0, -14.0, 15))
+        exponents = first.to(self.low.device).expand(self.low.numel(), -1, -1)
+        for keep, offsets in _ROUNDS_OF_ONE if one_sided else _ROUNDS_OF_TWO:
+            best = self._best(exponents, keep)
+            near = best.unsqueeze(2) + offsets.to(best.device)
+            exponents = near.flatten(1, 2)
+        low, high = self._ranges(self._best(exponents, 1))
+        found = self.energy > 0
+        return (
+            torch.where(found, low[:, 0], self.low),
+            torch.where(found, high[:, 0], self.high),
+        )
+
+    @property
+    def energy(self) -> Tensor:
+        """Sum of count * x**2 of each qparam, shape (qparams,), float64."""
+        return (self.values.double().square() * self.weights).sum(-1)
+
+    def _best(self, exponents: Tensor, keep: int) -> Tensor:
+        """The best few of (qparams, candidates, 2), all of different errors where there are."""
+        # As a part of the energy and in float32 errors that differ by rounding alone are equal.
+        part = (self._errors(exponents) / self.energy.clamp(min=1e-300).unsqueeze(-1)).float()
+        part, order = part.sort(stable=True, dim=-1)
+        # Many candidates give one scale once it is rounded: the first of equals stands for them.
+        repeated = torch.zeros_like(part, dtype=torch.bool)
+        repeated[:, 1:] = part[:, 1:] == part[:, :-1]
+        order = order.gather(-1, repeated.to(torch.int8).sort(stable=True, dim=-1).indices)
+        return exponents.gather(1, order[:, :keep].unsqueeze(-1).expand(-1, -1, 2))
+
+    def _ranges(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum for exponents (qparams, candidates, 2)."""
+        counted = self.low <= self.high  # else Inf and -Inf: nothing was counted
+        factors = exponents.exp2()
+        low = torch.where(counted, self.low, 0).unsqueeze(-1) * factors[..., 0].to(self.low.dtype)
+        high = torch.where(counted, self.high, 0).unsqueeze(-1) * factors[..., 1].to(self.low.dtype)
+        return low, high
+
+    def _errors(self, exponents: Tensor) -> Tensor:
+        """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""
+        low, high = (cast_range(t, self.dtype) for t in self._ranges(exponents))
+        scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
+        scale = scale.float()  # else results would be rounded to the dtype of the scale
+        token_args = self.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
+        errors = torch.empty(low.shape, dtype=torch.float64, device=low.device)
+        for rows, columns in self._pieces(low.shape):
+            values = self.values if self.values.shape[0] == 1 else self.values[rows]
+            values = values.unsqueeze(1)
+            rounded = fake_quantize(
+                values,
+                scale[rows, columns].unsqueeze(-1),
+                zero_point[rows, columns].unsqueeze(-1),
+                token_args,
+                self.global_scale,
+            )
+            square = rounded.double().sub_(values).square_()
+            errors[rows, columns] = (square @ self.weights[rows].unsqueeze(-1)).squeeze(-1)
+        return errors
+
+    def _pieces(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+        """Qparams and candidates of a step whose scratch memory stays in the cache."""
+        on_cpu = self.values.device.type == "cpu"
+        room = max(1, (CPU_PIECE if on_cpu else ACCELERATOR_PIECE) // self.values.shape[-1])
+        columns = min(shape[1], room)
+        rows = max(1, room // columns)
+        for row in range(0, shape[0], rows):
+            for column in range(0, shape[1], columns):
+                yield slice(row, row + rows), slice(column, column + columns)
+
+
+def _ladder(top: float = 1.0, bottom: float = -20.0, steps: int = 43) -> Tensor:
+    """The same exponent for both ends, shape (steps, 2)."""
+    return torch.linspace(top, bottom, steps, dtype=torch.float64).unsqueeze(-1).expand(-1, 2)
+
+
+def _pairs(ladder: Tensor) -> Tensor:
+    """All combinations of the two ends' exponents, shape (steps * steps, 2)."""
+    return torch.cartesian_prod(ladder[:, 0], ladder[:, 1])
+
+
+#: How many of the best to go on with, and where to look around each of them, in octaves. The error
+#: of float8 has a dozen minima in an octave: the first round finds all of them.
+_ROUNDS_OF_ONE = [
+    (3, _ladder(1 / 2, -1 / 2, 33)),
+    (6, _ladder(1 / 32, -1 / 32, 9)),
+    (2, _ladder(1 / 128, -1 / 128, 9)),
+]
+_ROUNDS_OF_TWO = [
+    (keep, _pairs(_ladder(1 / 2**i, -1 / 2**i, 3)))
+    for i, keep in enumerate((4, 4, 4, 4, 3, 3, 2, 2, 1), start=1)
+]

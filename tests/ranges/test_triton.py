@@ -158,7 +158,7 @@ class TestLikeTheReference:
     @pytest.mark.parametrize("name", FORMATS)
     def test_formats(self, name, device):
         args, grid = FORMATS[name]
-        assert_like_the_reference(awkward(100, 128), args, device, grid)
+        assert_like_the_reference(awkward(50, 128), args, device, grid)
 
     @pytest.mark.parametrize("name", ["NVFP4", "MXFP4"])
     def test_values_on_the_lattice(self, name, device):
@@ -174,7 +174,7 @@ class TestLikeTheReference:
 
     @pytest.mark.parametrize("size", [1, 2, 3, 16, 100, 128, 1000])
     def test_groups_of_any_length(self, size, device):
-        assert_like_the_reference(awkward(12, 1001), group(4, size), device)
+        assert_like_the_reference(awkward(12 if size > 16 else 2, 1001), group(4, size), device)
 
     @pytest.mark.parametrize(
         "args",
@@ -241,7 +241,7 @@ class TestLikeTheReference:
     def test_patience_cuts_at_the_same_step(self, patience, device):
         """Few groups, so that runs of steps without a gain come."""
         grid = ShrinkGrid(0.9, 40, patience, 2.4)
-        for seed in range(8):
+        for seed in range(5):
             value = torch.randn(2, 32, generator=torch.Generator().manual_seed(seed))
             assert_like_the_reference(value, group(4, 32), device, grid)
 
@@ -250,24 +250,28 @@ class TestLikeTheReference:
         from calipers.ranges import grid_triton
 
         monkeypatch.setattr(grid_triton, "TILE", 16)
-        for seed in range(8):
+        for seed in range(3):
             value = torch.randn(1, 48, generator=torch.Generator().manual_seed(seed))
             grid = ShrinkGrid(0.9, 40, 2, 2.4)
             assert_like_the_reference(value, group(4, 32), device, grid)
 
-    def test_late_gains_are_taken_back(self, device):
-        """The cut matters: without it another step would have won."""
-        value = torch.tensor([[0.0, 0.1, 0.2, 0.3, 4.0, 10.0, 0.0, 0.0]])
-        args, steps = group(3, 8), {}
-        views = arrange(value.to(device), "weight", args).views
-        for patience in (2, 0):
-            grid = ShrinkGrid(0.9, 40, patience, 1.0)
-            found = search_grid_ranges(
-                views, [min_max(v) for v in views], args, grid, engine="triton"
-            )
-            steps[patience] = round((1 - float(found[0][1]) / 10) * 40)
-            assert_like_the_reference(value, args, device, grid)
-        assert steps[2] != steps[0]
+    @pytest.mark.parametrize("tile", [4096, 16], ids=["short groups", "long groups"])
+    def test_late_gains_are_taken_back(self, tile, device, monkeypatch):
+        """Values for which the cut matters: without it another step would have won."""
+        from calipers.ranges import grid_triton
+
+        monkeypatch.setattr(grid_triton, "TILE", tile)
+        for seed in (34, 51, 52):
+            value = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)).to(device)
+            views = arrange(value, "weight", group(4, 32)).views
+            extremes = [min_max(view) for view in views]
+            found = {}
+            for engine, patience in (("triton", 2), ("eager", 2), ("triton", 0)):
+                grid = ShrinkGrid(0.9, 40, patience, 2.4)
+                ranges = search_grid_ranges(views, extremes, group(4, 32), grid, engine=engine)
+                found[engine, patience] = float(ranges[0][1])
+            assert found["triton", 2] == found["eager", 2]
+            assert found["triton", 2] != found["triton", 0]
 
     def test_nothing_at_all(self, device):
         value = torch.empty(0, 32, device=device)
@@ -415,7 +419,8 @@ def test_in_the_interpreter():
 def test_every_kernel_compiles(capability, monkeypatch):
     """To machine code by Triton's own assembler, for an old GPU and a newer one; none is needed."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile as compile_kernel
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
 
     from calipers.ranges import grid_triton
 

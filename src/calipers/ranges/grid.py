@@ -60,7 +60,10 @@ def search_grid_ranges(
     search = _compiled_search(chosen, args)
     if search is not None:
         try:
-            return search(views, expanded, args, grid, weights, global_scale)
+            found: list[tuple[Tensor, Tensor]] = search(
+                views, expanded, args, grid, weights, global_scale
+            )
+            return found
         except torch.OutOfMemoryError:  # the reference needs more
             raise
         except Exception as error:  # whatever the compiler may raise: the reference can do it

@@ -6,7 +6,8 @@ compressed-tensors' `calculate_qparams`, so that none of them goes through memor
 features of Triton are used: the same text has to compile with every release from 3.3 on.
 """
 # mypy: ignore-errors
-# ruff: noqa: D103
+# Plain branches and ranges, which every release compiles.
+# ruff: noqa: SIM108, PIE808
 
 from __future__ import annotations
 
@@ -311,7 +312,10 @@ def _qparams(
         if SCALE_TYPE == "fp8":
             scale = _to_float_code(scale, 1572864.0, 121 << 23)
         elif SCALE_TYPE == "bf16":
-            scale = scale.to(tl.bfloat16).to(tl.float32)
+            # By bits, ties to even: casts to bfloat16 have not always rounded.
+            bits = scale.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            scale = bits.to(tl.float32, bitcast=True)
         elif SCALE_TYPE == "fp16":
             scale = scale.to(tl.float16).to(tl.float32)
         scale = tl.where(scale == 0, SCALE_EPS, scale)
@@ -393,9 +397,13 @@ def _power(error, NORM: tl.constexpr):
         power = square * tl.abs(error)
     elif NORM == 4:
         power = square * square
-    else:
+    elif NORM > 2:
         # The smaller the exponent, the less of the logarithm's rounding comes through.
         power = square * tl.exp2(_log2(square) * (NORM / 2 - 1))
+    else:
+        # Squares of tiny errors vanish, which lower powers of them do not.
+        size = tl.abs(error)
+        power = size * tl.exp2(_log2(size) * (NORM - 1))
     return power
 
 

@@ -11,14 +11,15 @@ JOBS ?= 0
 # More arguments for pytest, as in `make test PYTEST_ARGS="-k imatrix -x"`.
 PYTEST_ARGS ?=
 BENCH_STAMP := $(VENV)/.calipers-bench
+TRITON_STAMP := $(VENV)/.calipers-triton
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu bench clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton bench clean distclean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install everything into it
 
@@ -49,6 +50,14 @@ test-slow: $(STAMP) ## the tests marked slow
 
 test-gpu: $(STAMP) ## the tests marked gpu, slow ones included
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+$(TRITON_STAMP): $(STAMP)
+	@echo "installing triton into $(VENV) (1 GB)"
+	@$(PIP) install --no-deps triton --constraint constraints.txt
+	@touch $@
+
+test-triton: $(TRITON_STAMP) ## the Triton engine without a GPU: interpreted and compiled; installs triton
+	@$(BIN)/python -m pytest -q -n $(JOBS) tests/ranges/test_triton.py $(PYTEST_ARGS)
 
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -432,7 +432,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
     }
     compiled = set()
 
-    def launch(kernel, programs, arguments, warps=grid_triton.WARPS):
+    def launch(kernel, programs, arguments):
         assert set(arguments) == {p.name for p in kernel.params}
         signature, constants, hints = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
@@ -445,8 +445,8 @@ def test_every_kernel_compiles(capability, monkeypatch):
             if is_tensor or value % 16 == 0:
                 hints[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, hints)
-        options = {"num_warps": warps, "num_stages": 1}
-        done = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+        target = GPUTarget("cuda", capability, 32)
+        done = compile_kernel(source, target=target, options=grid_triton.OPTIONS)
         assert done.asm["cubin"]
         compiled.add(kernel.__name__)
 

@@ -26,7 +26,10 @@ from calipers.ranges.views import GroupedView
 __all__ = ["search", "supports"]
 
 #: Values of a program: 32 in each of 128 threads.
-TILE, WARPS = 4096, 4
+TILE = 4096
+#: How kernels are compiled. The loops load nothing that is worth loading ahead. A product and its
+#: sum are rounded once, as Triton does by itself up to 3.9.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 #: Most groups of a program: their ranges and best steps lie in registers too.
 MOST_GROUPS = 256
 #: Bits of a word in which it is noted which steps made a group better.
@@ -104,10 +107,9 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any], warps: int = WARPS) -> None:
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     """Start a kernel: the one place, so that tests can look at what is started."""
-    # One stage: the loops load nothing that is worth loading ahead.
-    kernel[(programs,)](**arguments, num_warps=warps, num_stages=1)
+    kernel[(programs,)](**arguments, **OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ class _Steps:
     def cut(self, patience: int) -> None:
         """Keep the steps up to the end of the patience; none where later ones changed nothing."""
         arguments = {"state": self.state, "num_steps": self.number, "patience": patience}
-        _launch(kernels.cut_steps, 1, arguments, warps=1)
+        _launch(kernels.cut_steps, 1, arguments)
 
 
 class _Search:

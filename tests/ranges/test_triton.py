@@ -169,6 +169,7 @@ class TestLikeTheReference:
 
     def test_global_scale(self, device):
         value = awkward(100, 128)
+        value[20:40] *= 2e-5  # their scales are below the normal numbers of E4M3
         scale = 2688 / value.abs().max().reshape(1)
         assert_like_the_reference(value, preset("NVFP4"), device, global_scale=scale)
 

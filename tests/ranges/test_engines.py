@@ -171,7 +171,7 @@ class TestLayouts:
 def test_many_shapes_of_a_scheme_need_two_compilations():
     torch._dynamo.reset()
     grid.grid_inductor._compiled_errors.cache_clear()
-    grid.grid_inductor._compiled_scales.cache_clear()
+    grid.grid_inductor._compiled_advance.cache_clear()
     counted = torch._dynamo.utils.counters["stats"]
     before = counted["unique_graphs"]
     for rows, cols in [(64, 128), (96, 512), (32, 1376), (256, 64), (48, 4096), (1024, 32)]:
@@ -200,7 +200,7 @@ class TestRounding:
         token = args.model_copy(update={"strategy": "token"})
         zero = torch.zeros(1, dtype=torch.int8)
         expected = values - fake_quantize(values, torch.ones(1), zero, token)
-        error = quantization_error(values, torch.ones(1), None, Rounding.of(args))
+        error = quantization_error(values, torch.ones(1), torch.ones(1), None, Rounding.of(args))
         assert torch.equal(error.abs(), expected.abs())
 
     @pytest.mark.parametrize("norm", [0.5, 1.0, 2.0, 2.4, 3.0, 4.0])
@@ -208,8 +208,8 @@ class TestRounding:
         square = torch.logspace(-17, 12, 20_000)
         expected = square.double() ** (norm / 2)
         relative = (power_of_square(square, norm).double() / expected - 1).abs()
-        # The logarithm, up to 80 in size, is rounded to float32: 4e-6 of an octave at most.
-        assert float(relative.max()) < 6e-6
+        # The polynomials are off by 7e-6 of an octave and 4e-7.
+        assert float(relative.max()) < 1e-5
         assert float(power_of_square(torch.zeros(1), norm)) == 0
 
 

@@ -1,22 +1,27 @@
 """The shrink grid on the CPU by torch.compile: each value is loaded once for a tile of candidates.
 
 Two small functions are compiled for a kind of search: one makes the scales of a tile of candidates,
-one sums the errors of all of them in one loop over the values. Sizes are dynamic, so that one
-compilation serves the weights of a model.
+one sums the errors of all of them in one loop over the values and keeps the best of each group.
+Sizes are dynamic, so that one compilation serves the weights of a model.
+
+Compiled errors are off by some millionths. Groups whose two best candidates lie closer than `CLOSE`
+are searched again by the reference, so that it is the reference's step that is chosen there too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from calipers.ranges import grid_eager
 from calipers.ranges.compiling import SchemeKey, compile_quietly
 from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
 from calipers.ranges.shrink import ShrinkGrid
@@ -27,6 +32,11 @@ __all__ = ["search"]
 #: Candidates of one pass over the values: their sums stay in registers. Powers other than squares
 #: take longer to compile than it takes to load the values once more.
 TILE, TILE_OF_SQUARES = 5, 10
+#: From so many groups on, `patience` steps in a row without a gain are rare enough to take all
+#: steps with a piece at hand; with fewer groups all pieces take a tile of steps first.
+MANY_GROUPS = 512
+#: Part of the smallest error by which the next one must be larger to leave no doubt.
+CLOSE = 2e-5
 #: Values of a piece: large enough that calls cost nothing, small enough to bound scratch memory.
 PIECE = 2**20
 #: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
@@ -56,39 +66,40 @@ def search(
         global_scale: TENSOR_GROUP only, shape (1,).
     """
     searches = [
-        _Search(view, low, high, weights, args, grid.norm, global_scale)
+        _Search(view, low, high, weights, args, grid, global_scale)
         for view, (low, high), weights in zip(views, extremes, importance, strict=True)
     ]
-    without_gain, tile = 0, _tile_size(grid.norm)
-    for first in range(0, grid.num_steps, tile):
-        steps = list(range(first, min(first + tile, grid.num_steps)))
-        before = [(s.best_error.clone(), s.best_step.clone()) for s in searches]
-        for position, gain in enumerate(gains := _try_tile(searches, steps, grid)):
+    many = sum(low.numel() for low, _ in extremes) >= MANY_GROUPS
+    steps_of_round = grid.num_steps if many else _tile_size(grid.norm)
+    without_gain = 0
+    for first in range(0, grid.num_steps, steps_of_round):
+        steps = range(first, min(first + steps_of_round, grid.num_steps))
+        before = [each.state.clone() if first else None for each in searches]
+        for position, gain in enumerate(gains := _try_steps(searches, steps)):
             without_gain = 0 if gain else without_gain + 1
             if grid.patience and without_gain >= grid.patience:
                 if any(gains[position + 1 :]):
                     # Steps that the search would not have come to: back, and without them.
-                    for each, (error, best) in zip(searches, before, strict=True):
-                        each.best_error, each.best_step = error, best
-                    _try_tile(searches, steps[: position + 1], grid)
-                return [s.result(grid) for s in searches]
-    return [s.result(grid) for s in searches]
+                    for each, state in zip(searches, before, strict=True):
+                        each.state = each.start() if state is None else state
+                    _try_steps(searches, steps[: position + 1])
+                return [each.result(steps[position] + 1) for each in searches]
+    return [each.result(grid.num_steps) for each in searches]
 
 
-def _try_tile(searches: list[_Search], steps: list[int], grid: ShrinkGrid) -> list[bool]:
+def _try_steps(searches: list[_Search], steps: range) -> list[bool]:
     """Try the steps in every view; for each whether it made any group better."""
-    # A short tile repeats its last step: equals do not win.
-    padded = steps + steps[-1:] * (_tile_size(grid.norm) - len(steps))
-    shrink = torch.tensor([grid.shrink(step) for step in padded], dtype=torch.float32)
-    gains = torch.zeros(len(padded), dtype=torch.bool)
-    for each in searches:
-        gains |= each.try_tile(shrink, steps[0])
-    flags: list[bool] = gains.tolist()
-    return flags[: len(steps)]
+    gains = torch.stack([each.try_steps(steps) for each in searches])
+    flags: list[bool] = gains.any(0).tolist()
+    return flags
 
 
 class _Search:
-    """The state of the search in one view."""
+    """The search in one view.
+
+    `state` holds four numbers of each group: the smallest error, the next one of another scale,
+    the scale of the smallest, and its step.
+    """
 
     def __init__(
         self,
@@ -97,52 +108,126 @@ class _Search:
         max_vals: Tensor,
         importance: GroupedView | None,
         args: QuantizationArgs,
-        norm: float,
+        grid: ShrinkGrid,
         global_scale: Tensor | None,
     ) -> None:
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals, max_vals
-        self.best_error = torch.full_like(min_vals, torch.inf)
-        self.best_step = torch.zeros_like(min_vals, dtype=torch.int32)
-        self._scales = _compiled_scales(SchemeKey(args), global_scale is not None)
-        self._errors = _compiled_errors(SchemeKey(args), norm, importance is not None)
-        self._global_scale = global_scale
-        self._symmetric = bool(args.symmetric)
+        self.args, self.grid, self.global_scale = args, grid, global_scale
+        self.state = self.start()
+        self._advance = _compiled_advance(SchemeKey(args), _tile_size(grid.norm))
+        self._errors = _compiled_errors(SchemeKey(args), grid.norm)
+        self._clip_limit = None if importance is not None else ClipLimit.of(args)
         self._weight: tuple[tuple[object, ...], Tensor] | None = None
 
-    def try_tile(self, shrink: Tensor, first: int) -> Tensor:
-        """Take in the errors of a tile of candidates; which of them made a group better."""
-        group_size = prod(self.view.shape) // max(1, prod(self.view.qparam_shape))
-        if group_size <= PIECE:
-            gains = torch.zeros(len(shrink), dtype=torch.bool)
-            for where, errors in self._pieces(shrink):
-                gains |= self._take(where, errors, first)
-            return gains
-        # Groups come in several pieces: their errors are brought together first.
-        total = self.min_vals.new_zeros(len(shrink), *self.view.qparam_shape)
-        for where, errors in self._pieces(shrink):
-            index = (slice(None), *where)
-            total[index] += errors
-        return self._take((), total, first)
+    def start(self) -> Tensor:
+        """The state before the first step."""
+        state = self.min_vals.new_full((4, *self.min_vals.shape), torch.inf)
+        state[2:] = 0
+        return state
 
-    def result(self, grid: ShrinkGrid) -> Range:
-        """The range of the best step of each group."""
-        factors = torch.tensor([grid.shrink(step) for step in range(grid.num_steps)])
-        best = factors[self.best_step.long()]
-        return self.min_vals * best, self.max_vals * best
+    def try_steps(self, steps: range) -> Tensor:
+        """Take candidates in; which of them made a group better, shape (steps,)."""
+        gains = torch.zeros(len(steps), dtype=torch.bool)
+        for block in self._blocks():
+            low, high = self.min_vals[block.where], self.max_vals[block.where]
+            index = (slice(None), *block.where)
+            state = self.state[index].reshape(4, -1).contiguous()
+            gains |= self._search_block(block, low.reshape(-1), high.reshape(-1), state, steps)
+            self.state[index] = state.view(self.state[index].shape)
+        return gains
 
-    def _pieces(self, shrink: Tensor) -> Any:
+    def _search_block(
+        self, block: _Block, low: Tensor, high: Tensor, state: Tensor, steps: range
+    ) -> Tensor:
+        size = _tile_size(self.grid.norm)
+        gains = torch.zeros(-(-len(steps) // size) * size, dtype=torch.bool)
+        errors = torch.full((size, low.numel()), torch.inf)
+        scale = torch.zeros_like(errors)
+        first = steps[0]
+        while True:
+            # A short tile repeats its last step: equals do not win.
+            tile = [min(first + i, steps[-1]) for i in range(size)]
+            shrink = torch.tensor([self.grid.shrink(step) for step in tile], dtype=torch.float32)
+            found, gained, *scales = self._advance(
+                low, high, shrink, self.global_scale, state, errors, scale, float(first - size)
+            )
+            state.copy_(found)
+            if first > steps[0]:
+                gains[first - size - steps[0] : first - steps[0]] = gained < 0
+            if first > steps[-1] or self._is_decided(state, low, high, first):
+                return gains[: len(steps)]
+            errors, scale = self._sum_errors(block, scales), scales[0]
+            first += size
+
+    def _is_decided(self, state: Tensor, low: Tensor, high: Tensor, step: int) -> bool:
+        """Whether no step from this one on can make any group of the block better."""
+        if self._clip_limit is None or step == 0:
+            return False
+        shrink = self.grid.shrink(step)
+        # Most often a few groups show that there is more to do.
+        for groups in (slice(64), slice(None)):
+            best = state[0, groups]
+            least = self._clip_limit.least_error(low[groups], high[groups], shrink, self.grid)
+            if not bool(((least > best) | (best == 0)).all()):
+                return False
+        return True
+
+    def result(self, num_steps: int) -> Range:
+        """The range of the best of the first `num_steps` steps in each group."""
+        factors = torch.tensor([self.grid.shrink(step) for step in range(self.grid.num_steps)])
+        best = factors[self.state[3].long()]
+        low, high = self.min_vals * best, self.max_vals * best
+        close = self.state[1] <= self.state[0] * (1 + CLOSE)
+        if bool(close.any()):
+            self._search_again(close, low, high, num_steps)
+        return low, high
+
+    def _search_again(self, close: Tensor, low: Tensor, high: Tensor, num_steps: int) -> None:
+        """Let the reference decide in the groups marked; what it finds goes into the range."""
         weights = None if self.importance is None else self.importance.pieces(PIECE)
         for where, piece in self.view.pieces(PIECE):
-            low, high = self.min_vals[where], self.max_vals[where]
-            scale, zero_point = self._scales(
-                low.reshape(-1), high.reshape(-1), shrink, self._global_scale
+            weight = None if weights is None else next(weights)[1]
+            marked = close[where]
+            if piece.numel() < self._group_size() * marked.numel() or not bool(marked.any()):
+                continue  # parts of groups: sums of so many values leave little doubt
+            some = GroupedView(piece[marked].flatten(1), (1,), finite_only=self.view.finite_only)
+            its_weight = None if weight is None else GroupedView(weight[marked].flatten(1), (1,))
+            ((low[where][marked], high[where][marked]),) = grid_eager.search(
+                [some],
+                [(self.min_vals[where][marked], self.max_vals[where][marked])],
+                self.args,
+                replace(self.grid, patience=0),
+                [its_weight],
+                self.global_scale,
+                num_steps,
             )
+
+    def _group_size(self) -> int:
+        return prod(self.view.shape) // max(1, prod(self.view.qparam_shape))
+
+    def _blocks(self) -> Iterator[_Block]:
+        """Groups to search together: those of a piece, or all where groups are larger than one."""
+        if self._group_size() > PIECE:
+            yield _Block(tuple(slice(None) for _ in self.view.qparam_shape), self._pieces)
+            return
+        for piece in self._pieces():
+            everything = tuple(slice(None) for _ in piece.where)
+            alone = replace(piece, where=everything)
+            yield _Block(piece.where, lambda alone=alone: iter((alone,)))  # type: ignore[misc]
+
+    def _pieces(self) -> Iterator[_Piece]:
+        weights = None if self.importance is None else self.importance.pieces(PIECE)
+        for where, piece in self.view.pieces(PIECE):
+            # In float32 a piece stays in the cache; sixteen-bit loads beside integer arithmetic
+            # would not be vectorized.
+            values = piece.float()
             if self.view.finite_only:
-                piece = torch.where(piece.isfinite(), piece, 0)
+                values = torch.where(values.isfinite(), values, 0)
+            groups = prod(piece.shape[: len(where)])
             weight = None if weights is None else self._flat(next(weights)[1], where)
-            errors = self._sum_errors(piece, scale, zero_point, weight, low.numel())
-            yield where, errors.view(-1, *low.shape)
+            values = values.reshape(groups, -1)
+            yield _Piece(where, values, None if weight is None else weight.view(values.shape))
 
     def _flat(self, weight: Tensor, where: tuple[slice, ...]) -> Tensor:
         """The weights of a piece one after the other; of pieces with the same ones, one copy."""
@@ -153,34 +238,96 @@ class _Search:
             self._weight = same, weight.reshape(-1)
         return self._weight[1]
 
-    def _sum_errors(
-        self, piece: Tensor, scale: Tensor, zero_point: Tensor, weight: Tensor | None, groups: int
+    def _sum_errors(self, block: _Block, scales: list[Tensor]) -> Tensor:
+        """Errors of a tile of candidates in each group of the block, shape (tile, groups)."""
+        total: Tensor | None = None
+        shape = self.min_vals[block.where].shape
+        for piece in block.pieces():
+            index = (slice(None), *piece.where)
+            its_scales = [each.view(-1, *shape)[index].reshape(len(each), -1) for each in scales]
+            errors = self._sum_piece(piece, *its_scales)
+            if piece.values.numel() == self._group_size() * errors.shape[1] and total is None:
+                return errors
+            if total is None:
+                total = errors.new_zeros(len(errors), *shape)
+            total[index] += errors.view(total[index].shape)
+        assert total is not None
+        return total.view(len(total), -1)
+
+    def _sum_piece(
+        self, piece: _Piece, scale: Tensor, inverse: Tensor, zero_point: Tensor
     ) -> Tensor:
-        # A piece in float32 stays in the cache; bfloat16 loads beside integer arithmetic would not
-        # be vectorized.
-        values = piece.float().reshape(groups, -1)
-        runs = _runs(values.shape[1])
+        values, weight = piece.values, piece.weight
+        groups, runs = len(values), _runs(values.shape[1])
         if runs > 1:
-            scale = scale.repeat_interleave(runs, dim=1)
-            zero_point = zero_point.repeat_interleave(runs, dim=1)
+            scale, inverse, zero_point = (
+                each.repeat_interleave(runs, dim=1) for each in (scale, inverse, zero_point)
+            )
             values = values.view(groups * runs, -1)
-        if weight is not None:
-            weight = weight.view(values.shape)
-        torch._dynamo.maybe_mark_dynamic(values, 0)
-        if values.shape[1] > LARGEST_CONSTANT:
-            torch._dynamo.maybe_mark_dynamic(values, 1)
-        errors = self._errors(values, scale, None if self._symmetric else zero_point, weight)
+            weight = None if weight is None else weight.view(values.shape)
+        # Without the tensors that they are views of, on whose sizes the compiler would depend.
+        values, weight = values.data, None if weight is None else weight.data
+        for tensor in (values, weight):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                if tensor.shape[1] > LARGEST_CONSTANT:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for each in (scale, inverse, zero_point):
+            torch._dynamo.maybe_mark_dynamic(each, 1)
+        zero = None if self.args.symmetric else zero_point
+        errors = self._errors(values, scale, inverse, zero, weight)
         return errors.view(-1, groups, runs).sum(-1) if runs > 1 else errors
 
-    def _take(self, where: tuple[slice, ...], errors: Tensor, first: int) -> Tensor:
-        best, steps = self.best_error[where], self.best_step[where]
-        gains = torch.zeros(len(errors), dtype=torch.bool)
-        for position, error in enumerate(errors.unbind(0)):
-            better = error < best
-            gains[position] = better.any()
-            torch.minimum(best, error, out=best)
-            steps.masked_fill_(better, first + position)
-        return gains
+
+@dataclass(frozen=True)
+class _Piece:
+    """Values by group, shape (groups, n), float32, their weights, and where the groups belong."""
+
+    where: tuple[slice, ...]
+    values: Tensor
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some groups of a view, and a way to walk through their values."""
+
+    where: tuple[slice, ...]
+    pieces: Callable[[], Iterator[_Piece]]
+
+
+@dataclass(frozen=True)
+class ClipLimit:
+    """The error that clipping the largest value costs at least: it grows from step to step.
+
+    Args:
+        steps: Number of scales that the whole range spans.
+    """
+
+    steps: float
+
+    @classmethod
+    def of(cls, args: QuantizationArgs) -> ClipLimit | None:
+        """The limit for a number format; None where scales are rounded up to a range far larger."""
+        if args.scale_dtype is not None or args.num_bits < 4:
+            return None
+        levels = 2**args.num_bits - 1
+        return cls(levels if args.type == QuantizationType.INT else 2 * 448 if levels > 15 else 12)
+
+    def least_error(self, low: Tensor, high: Tensor, shrink: float, grid: ShrinkGrid) -> Tensor:
+        """No step from the one of this factor on has a smaller error; shape of `low`.
+
+        Args:
+            low: Expanded minimum of each group.
+            high: Expanded maximum.
+            shrink: Factor of the first step in question.
+            grid: The candidates.
+        """
+        # Codes reach no further than the shrunk range and one scale, whatever the zero point is.
+        largest = torch.maximum(high, -low)
+        reach = largest * shrink * (1 + 2 / self.steps)
+        over = (largest / grid.expand - reach).clamp(min=0)
+        return over.pow(grid.norm) * (1 - 1e-4)
 
 
 def _tile_size(norm: float) -> int:
@@ -196,44 +343,78 @@ def _runs(length: int) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_scales(key: SchemeKey, has_global: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled_advance(key: SchemeKey, tile: int) -> Callable[..., tuple[Tensor, ...]]:
+    """What happens between two passes over the values.
+
+    The best of the last tile's candidates is kept, and the next tile's scales are made.
+    """
     args = key.args
 
-    def scales(
-        low: Tensor, high: Tensor, shrink: Tensor, global_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def advance(
+        low: Tensor,
+        high: Tensor,
+        shrink: Tensor,
+        global_scale: Tensor | None,
+        state: Tensor,
+        errors: Tensor,
+        scale: Tensor,
+        first: float,
+    ) -> tuple[Tensor, ...]:
+        best, following, best_scale, step = state.unbind(0)
+        gains = []
+        for position in range(tile):
+            error, its_scale = errors[position], scale[position]
+            better = error < best
+            gains.append(torch.where(better, -1.0, 0.0).amin())
+            loser = torch.maximum(best, error)
+            # The same scale again, as rounded scales come, is no other candidate.
+            nearer = (its_scale != best_scale) & (loser < following)
+            following = torch.where(nearer, loser, following)
+            best = torch.where(better, error, best)
+            best_scale = torch.where(better, its_scale, best_scale)
+            step = torch.where(better, first + position, step)
         factors = shrink.unsqueeze(1)
-        scale, zero_point = calculate_qparams(
+        next_scale, zero_point = calculate_qparams(
             low * factors, high * factors, args, global_scale=global_scale
         )
         if global_scale is not None:
-            scale = scale / global_scale
-        return scale, zero_point.float()
+            next_scale = next_scale / global_scale
+        state = torch.stack((best, following, best_scale, step))
+        return state, torch.stack(gains), next_scale, 1 / next_scale, zero_point.float()
 
-    compiled = compile_quietly(scales)
+    compiled = compile_quietly(advance)
 
-    def call(
-        low: Tensor, high: Tensor, shrink: Tensor, global_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def call(low: Tensor, high: Tensor, shrink: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        global_scale, state, errors, scale, first = rest
         torch._dynamo.maybe_mark_dynamic(low, 0)
         torch._dynamo.maybe_mark_dynamic(high, 0)
-        found: tuple[Tensor, Tensor] = compiled(low, high, shrink, global_scale)
+        for tensor in (state, errors, scale):
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        found: tuple[Tensor, ...] = compiled(
+            low, high, shrink, global_scale, state, errors, scale, torch.tensor(first)
+        )
         return found
 
     return call
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_errors(key: SchemeKey, norm: float, weighted: bool) -> Callable[..., Tensor]:
+def _compiled_errors(key: SchemeKey, norm: float) -> Callable[..., Tensor]:
     rounding = Rounding.of(key.args)
 
     def errors(
-        values: Tensor, scale: Tensor, zero_point: Tensor | None, weight: Tensor | None
+        values: Tensor,
+        scale: Tensor,
+        inverse: Tensor,
+        zero_point: Tensor | None,
+        weight: Tensor | None,
     ) -> Tensor:
         sums = []
-        for candidate in range(_tile_size(norm)):
-            zero = None if zero_point is None else zero_point[candidate].unsqueeze(-1)
-            error = quantization_error(values, scale[candidate].unsqueeze(-1), zero, rounding)
+        for i in range(_tile_size(norm)):
+            zero = None if zero_point is None else zero_point[i].unsqueeze(-1)
+            error = quantization_error(
+                values, scale[i].unsqueeze(-1), inverse[i].unsqueeze(-1), zero, rounding
+            )
             loss = power_of_square(error * error, norm)
             sums.append((loss if weight is None else loss * weight).sum(-1))
         return torch.stack(sums)

@@ -15,11 +15,12 @@ LATEST := compressed-tensors==0.20.0
 LATEST_VENV := .venv-latest
 LATEST_STAMP := $(LATEST_VENV)/.calipers-setup
 BENCH_STAMP := $(VENV)/.calipers-bench
+TRITON_STAMP := $(VENV)/.calipers-triton
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-latest bench bench-quality clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest bench bench-quality clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +66,14 @@ $(LATEST_STAMP): pyproject.toml constraints.txt Makefile
 test-latest: $(LATEST_STAMP) ## the core's tests with the newest compressed-tensors, in an environment of its own
 	@$(LATEST_VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow" \
 		--ignore src/calipers/integrations/llmcompressor/adapter.py $(PYTEST_ARGS)
+
+$(TRITON_STAMP): $(STAMP)
+	@echo "installing triton into $(VENV) (1 GB)"
+	@$(PIP) install --no-deps triton --constraint constraints.txt
+	@touch $@
+
+test-triton: $(TRITON_STAMP) ## the Triton engine without a GPU: interpreted and compiled; installs triton
+	@$(BIN)/python -m pytest -q -n $(JOBS) tests/ranges/test_triton.py $(PYTEST_ARGS)
 
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

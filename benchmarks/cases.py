@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-__all__ = ["SMALL", "Case", "all_cases"]
+__all__ = ["SMALL", "Case", "all_cases", "gpu_cases"]
 
 Json = dict[str, Any]
 #: Rows and columns of the weight on which the cost of a call is measured.
@@ -121,3 +121,15 @@ def all_cases() -> list[Case]:
         title = f"{SMALL}x{SMALL} {name}"
         cases.append(Case(title, args, observer, size=SMALL, at_most=1.5))
     return cases
+
+
+def gpu_cases() -> list[Case]:
+    """Searches in bfloat16 on a GPU, all to be twice as fast as the peer's own kernels."""
+    cases = [
+        Case("mse int4 g128", INT4_G128),
+        Case("mse int4 g128 norm 2", INT4_G128, options={"norm": 2}),
+        Case("mse int8 channel", INT8_CHANNEL),
+        Case("mse nvfp4 g16", NVFP4),
+        Case("imatrix_mse int4 g128", INT4_G128, "imatrix_mse"),
+    ]
+    return [replace(case, dtype=torch.bfloat16, at_least=2) for case in cases]

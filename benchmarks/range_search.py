@@ -4,6 +4,7 @@
 
     python benchmarks/range_search.py --cases "int4 g128" --json out.json
     python benchmarks/range_search.py --cold
+    python benchmarks/range_search.py --device cuda
 
 What is timed: theirs `update_statistics_from_observed(flatten_for_calibration(weight))`, ours
 `observer.observe(weight)`, or, for min/max, `torch.aminmax(weight)` against
@@ -28,9 +29,9 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from cases import Case, all_cases
+from cases import Case, all_cases, gpu_cases
 from compressed_tensors.quantization import QuantizationArgs
-from scratch import peak_allocated, peak_resident
+from scratch import peak_allocated, peak_on_gpu, peak_resident
 from sides import (
     Side,
     canonical,
@@ -43,7 +44,7 @@ from sides import (
     peer_observer,
     steps_of,
 )
-from timing import Timing, alternate
+from timing import Call, Timing, alternate
 from torch import Tensor
 
 import calipers
@@ -87,7 +88,7 @@ class Setting:
     importance: Tensor | None
 
     @classmethod
-    def of(cls, case: Case, size: int) -> Setting:
+    def of(cls, case: Case, size: int, device: str = "cpu") -> Setting:
         size = case.size or size
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(size, size, generator=generator).mul_(0.02).to(case.dtype)
@@ -95,7 +96,9 @@ class Setting:
         if case.observer == "imatrix_mse":
             # Inputs of a language model: a few columns carry most of the energy.
             importance = torch.randn(size, generator=generator).mul_(2).exp_()
-        return cls(case, case.quantization_args(size), weight, importance)
+        if importance is not None:
+            importance = importance.to(device)
+        return cls(case, case.quantization_args(size), weight.to(device), importance)
 
     def ours(self, weight: Tensor | None = None) -> Side:
         weight = self.weight if weight is None else weight
@@ -121,10 +124,17 @@ class Setting:
 
 
 def run_case(
-    case: Case, size: int, *, engine: str | None, pairs: int | None, with_peer: bool
+    case: Case,
+    size: int,
+    *,
+    engine: str | None,
+    pairs: int | None,
+    with_peer: bool,
+    device: str = "cpu",
 ) -> Json:
     """Check, time and measure the memory of a case; everything that the JSON says of it."""
-    setting = Setting.of(case, size)
+    setting = Setting.of(case, size, device)
+    on_gpu = device != "cpu"
     engine = case.engine or engine
     compiled = compilations()
     with chosen_engine(engine):
@@ -135,11 +145,16 @@ def run_case(
             if case.is_search
             else [check_extremes(setting, ours)]
         )
-        timing = alternate(ours.call, None if theirs is None else theirs.call, pairs)
+        call, other = ours.call, None if theirs is None else theirs.call
+        read_ms = None
+        if on_gpu:
+            call, other = waited_for(call), None if other is None else waited_for(other)
+            read_ms = alternate(waited_for(setting.read().call), None, pairs).ours_ms
+        timing = alternate(call, other, pairs)
         ours.call.prepare()
-        allocated = peak_allocated(ours.call.run)
+        allocated = (peak_on_gpu if on_gpu else peak_allocated)(ours.call.run)
         ours.call.prepare()
-        resident = peak_resident(ours.call.run)
+        resident = None if on_gpu else peak_resident(ours.call.run)
     speedup = timing.speedup
     return {
         "case": case.name,
@@ -155,6 +170,8 @@ def run_case(
         "compilations": compilations() - compiled,
         "theirs": None if theirs is None else "aminmax" if case.against_read else "llmcompressor",
         **asdict(timing),
+        # Of one `torch.aminmax` of the tensor; on a GPU only.
+        "read_ms": read_ms,
         "theirs_over_ours": speedup,
         "ours_over_theirs": None if speedup is None else 1 / speedup,
         "at_least": case.at_least,
@@ -166,6 +183,16 @@ def run_case(
         "scratch_resident_mib": resident,
         "scratch_met": max(allocated, resident or 0) <= SCRATCH_LIMIT,
     }
+
+
+def waited_for(call: Call) -> Call:
+    """The same call, at the end of which the GPU has done what it was told."""
+
+    def run() -> None:
+        call.run()
+        torch.cuda.synchronize()
+
+    return Call(run, call.prepare)
 
 
 def compilations() -> int:
@@ -286,10 +313,10 @@ def first_search(case: Case, size: int, engine: str | None) -> Json:
 # -- output ---------------------------------------------------------------------------------------
 
 
-def describe_environment(threads: int) -> Json:
+def describe_environment(threads: int, device: str = "cpu") -> Json:
     """Machine, versions and commit."""
     return {
-        "device": "cpu",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(),
         "cpu": cpu_name(),
         "threads": threads,
         "system": platform.platform(),
@@ -297,7 +324,7 @@ def describe_environment(threads: int) -> Json:
         "torch": torch.__version__,
         **{
             name.replace("-", "_"): version(name)
-            for name in ("compressed-tensors", "llmcompressor")
+            for name in ("compressed-tensors", "llmcompressor", "triton")
         },
         "calipers": calipers.__version__,
         "commit": git_commit(),
@@ -373,6 +400,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--repeats", type=int, metavar="N", help="pairs of samples for each case")
     parser.add_argument("--engine", choices=ENGINES, help="as CALIPERS_ENGINE; default: its choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--no-peer", action="store_true", help="do not look for llmcompressor")
     parser.add_argument(
@@ -382,7 +410,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--first-search", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    options.selected = [c for c in all_cases() if re.search(options.cases, c.name)]
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    if on_gpu and options.cold:
+        parser.error("--cold is measured on the CPU only")
+    cases = gpu_cases() if on_gpu else all_cases()
+    options.selected = [c for c in cases if re.search(options.cases, c.name)]
     if not options.selected:
         parser.error(f"no case matches {options.cases!r}; --list prints them")
     return options
@@ -398,7 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.first_search:
         print(json.dumps(first_search(options.selected[0], options.size, options.engine)))
         return 0
-    report: Json = {"environment": describe_environment(options.threads), "cases": [], "cold": []}
+    environment = describe_environment(options.threads, options.device)
+    report: Json = {"environment": environment, "cases": [], "cold": []}
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), "\n")
     if options.cold:
         measure_cold(options, report)
@@ -417,10 +452,18 @@ def measure_warm(options: argparse.Namespace, report: Json) -> None:
     print(table_line(HEADER))
     for case in options.selected:
         result = run_case(
-            case, options.size, engine=options.engine, pairs=options.repeats, with_peer=with_peer
+            case,
+            options.size,
+            engine=options.engine,
+            pairs=options.repeats,
+            with_peer=with_peer,
+            device=options.device,
         )
         report["cases"].append(result)
         print(table_line(as_cells(result)), flush=True)
+        if result["read_ms"] is not None:
+            reads = result["ours_ms"] / result["read_ms"]
+            print(f"  one read: {result['read_ms']:.3f} ms; ours: {reads:.2f} times that")
     bounded = [result for result in report["cases"] if result["met"] is not None]
     print(
         f"\n{sum(r['met'] for r in bounded)} of {len(bounded)} required ratios reached"

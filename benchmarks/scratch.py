@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["peak_allocated", "peak_resident"]
+__all__ = ["peak_allocated", "peak_on_gpu", "peak_resident"]
 
 MIB = 2**20
 
@@ -42,6 +42,16 @@ def peak_allocated(run: Callable[[], object]) -> float:
         held += size
         peak = max(peak, held)
     return max(0, peak - max(0, held)) / MIB
+
+
+def peak_on_gpu(run: Callable[[], object]) -> float:
+    """MiB that tensors took on the GPU at the peak of `run()`, less those left at its end."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    left = torch.cuda.memory_allocated()
+    del kept
+    return (torch.cuda.max_memory_allocated() - max(before, left)) / MIB
 
 
 def peak_resident(run: Callable[[], object]) -> float | None:

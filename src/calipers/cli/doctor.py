@@ -15,7 +15,7 @@ from calipers.ranges.engines import ENVIRONMENT, WORTH_COMPILING, choose_engine,
 
 __all__ = ["doctor"]
 
-_PACKAGES = ("calipers", "torch", "compressed-tensors", "transformers", "llmcompressor")
+_PACKAGES = ("calipers", "torch", "compressed-tensors", "transformers", "llmcompressor", "triton")
 
 
 def doctor(
@@ -31,7 +31,8 @@ def doctor(
       calipers doctor --json
     """
     with plain_errors():
-        chosen = choose_engine(torch.device("cpu"), values=WORTH_COMPILING)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = choose_engine(device, values=WORTH_COMPILING)
         asked = os.environ.get(ENVIRONMENT)
         reason = f"{ENVIRONMENT}={asked}" if asked else "the fastest one that works here"
         engines = explain_engines()
@@ -60,7 +61,10 @@ def doctor(
     print_lines(
         [
             ("chosen", f"{chosen}: {reason}"),
-            ("small work", f"eager, up to {WORTH_COMPILING:,} values of one kind of search"),
+            (
+                "small work",
+                f"eager on the CPU, up to {WORTH_COMPILING:,} values of one kind of search",
+            ),
             ("packages", ", ".join(f"{name} {found or '-'}" for name, found in packages.items())),
             ("python", platform.python_version()),
             ("threads", str(torch.get_num_threads())),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from loguru import logger
@@ -14,12 +15,15 @@ from calipers.errors import CalipersError
 
 __all__ = ["Engine", "choose_engine", "explain_engines", "give_up_engine"]
 
-Engine = Literal["eager", "inductor"]
+Engine = Literal["eager", "inductor", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
 #: Values searched in a process before compiling pays: eager takes some tenths of a second for a
 #: million values, a compilation ten to twenty seconds once and a few from the disk cache.
 WORTH_COMPILING = 2**24
+
+#: Oldest compute capability that Triton compiles for.
+OLDEST_GPU = (7, 5)
 
 #: Why an engine that failed in this process is not tried again.
 _failures: dict[str, str] = {}
@@ -35,9 +39,10 @@ def choose_engine(device: torch.device, asked: str | None = None, values: int = 
         values: Number of values searched so far with the same kind of search, these included.
 
     Returns:
-        "inductor" on the CPU where it works and enough is searched to make compiling pay; an
-        engine asked for by name is taken however little there is to search. "eager" otherwise,
-        with one warning where another one was asked for and does not work.
+        "triton" on a CUDA device and "inductor" on the CPU, where they work; the latter once
+        enough is searched to make compiling pay. An engine asked for by name is taken however
+        little there is to search. "eager" otherwise, with one warning where another one was asked
+        for and does not work.
 
     Raises:
         CalipersError: An engine that there is not.
@@ -50,12 +55,14 @@ def choose_engine(device: torch.device, asked: str | None = None, values: int = 
         )
     if asked == "eager":
         return "eager"
-    problem = inductor_problem(device)
-    if asked == "inductor":
+    if asked is not None:
+        problem = _PROBLEMS[asked](device)
         if problem is not None:
             _warn_once(problem)
-        return "eager" if problem else "inductor"
-    return "inductor" if problem is None and values >= WORTH_COMPILING else "eager"
+        return "eager" if problem else cast(Engine, asked)
+    if device.type == "cuda":
+        return "eager" if triton_problem(device) else "triton"
+    return "eager" if values < WORTH_COMPILING or inductor_problem(device) else "inductor"
 
 
 def inductor_problem(device: torch.device) -> str | None:
@@ -69,6 +76,32 @@ def inductor_problem(device: torch.device) -> str | None:
     return None
 
 
+def triton_problem(device: torch.device) -> str | None:
+    """Why the Triton engine cannot be used there; None where it can.
+
+    With TRITON_INTERPRET=1 in the environment Triton runs kernels by numpy, slowly and on every
+    device, which is how they are tested where there is no GPU.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"the triton engine works on CUDA devices, not on {device.type}"
+    if "triton" in _failures:
+        return _failures["triton"]
+    if importlib.util.find_spec("triton") is None:
+        return "the triton engine needs the package triton, which is not installed"
+    if device.type == "cuda" and not interpreted and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < OLDEST_GPU:
+            return (
+                f"the triton engine needs compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]}, "
+                f"and {device} has {capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+_PROBLEMS = {"inductor": inductor_problem, "triton": triton_problem}
+
+
 def give_up_engine(engine: str, error: Exception) -> None:
     """Do not try an engine again in this process, and say so once."""
     _failures[engine] = f"the {engine} engine failed: {type(error).__name__}: {error}"
@@ -78,9 +111,14 @@ def give_up_engine(engine: str, error: Exception) -> None:
 def explain_engines() -> list[tuple[str, bool, str]]:
     """Name of each engine, whether it can be used on this machine, and why or why not."""
     problem = inductor_problem(torch.device("cpu"))
+    if torch.cuda.is_available():
+        no_triton = triton_problem(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        no_triton = "the triton engine needs a CUDA device, and torch sees none"
     return [
         ("eager", True, "plain torch operations, on every device: the reference"),
         ("inductor", problem is None, problem or f"torch.compile with {_compiler()}, on the CPU"),
+        ("triton", no_triton is None, no_triton or "Triton kernels, on CUDA devices"),
     ]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
 from calipers.ranges import grid_eager, grid_inductor
 from calipers.ranges.compiling import SchemeKey
-from calipers.ranges.engines import choose_engine, give_up_engine
+from calipers.ranges.engines import Engine, choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
@@ -41,7 +44,7 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
-        engine: "eager" or "inductor"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "inductor" or "triton"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         For each view minimum and maximum, float32, of its `qparam_shape`. A group whose errors are
@@ -53,12 +56,32 @@ def search_grid_ranges(
     expanded = [(low.float() * grid.expand, high.float() * grid.expand) for low, high in extremes]
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, _count(args, grid, values))
-    if chosen == "inductor":
+    search = _compiled_search(chosen, args)
+    if search is not None:
         try:
-            return grid_inductor.search(views, expanded, args, grid, weights, global_scale)
+            found: list[tuple[Tensor, Tensor]] = search(
+                views, expanded, args, grid, weights, global_scale
+            )
+            return found
+        except torch.OutOfMemoryError:  # the reference needs more
+            raise
         except Exception as error:  # whatever the compiler may raise: the reference can do it
-            give_up_engine("inductor", error)
+            give_up_engine(chosen, error)
     return grid_eager.search(views, expanded, args, grid, weights, global_scale)
+
+
+def _compiled_search(engine: Engine, args: QuantizationArgs) -> Callable[..., Any] | None:
+    """The search by an engine; None where it is left to the reference."""
+    if engine == "inductor":
+        return grid_inductor.search
+    if engine == "triton":
+        try:
+            from calipers.ranges import grid_triton
+        except ImportError as error:  # an installation of Triton that does not work
+            give_up_engine("triton", error)
+            return None
+        return grid_triton.search if grid_triton.supports(args) else None
+    return None
 
 
 #: Values searched in this process by each kind of search, to know when compiling pays.

@@ -1,0 +1,366 @@
+"""The shrink grid on CUDA by Triton: one pass over the values, nothing of it waits for the host.
+
+Each group's values are loaded once and tried with all steps of the grid (groups too long for that
+are searched in runs, whose errors are brought together in a fixed order). The search notes which
+steps made any group better, a kernel finds where the patience ends, and a second search, which ends
+at once where there is nothing to do, takes back what later steps have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.utils import calculate_range
+from torch import Tensor
+
+from calipers.ranges import grid_triton_kernels as kernels
+from calipers.ranges.shrink import ShrinkGrid
+from calipers.ranges.views import GroupedView
+
+__all__ = ["search", "supports"]
+
+#: Values of a program: 32 in each of 128 threads.
+TILE = 4096
+#: How kernels are compiled. The loops load nothing that is worth loading ahead. A product and its
+#: sum are rounded once, as Triton does by itself up to 3.9.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+#: Most groups of a program: their ranges and best steps lie in registers too.
+MOST_GROUPS = 256
+#: Bits of a word in which it is noted which steps made a group better.
+WORD = 32
+#: Dimensions that the kernel can walk through, kept and reduced ones each.
+MOST_DIMS = 3
+
+Range = tuple[Tensor, Tensor]
+
+#: How the kernel rounds scales: name, largest scale, what stands for a scale of zero.
+_SCALE_TYPES: dict[torch.dtype | None, tuple[str, float, float]] = {
+    None: ("none", 0.0, torch.finfo(torch.float32).eps),
+    **{
+        dtype: (name, torch.finfo(dtype).max, torch.finfo(dtype).eps)
+        for dtype, name in (
+            (torch.float32, "fp32"),
+            (torch.bfloat16, "bf16"),
+            (torch.float16, "fp16"),
+            (torch.float8_e4m3fn, "fp8"),
+        )
+    },
+    # As the MX exponents are made, no scale is zero.
+    torch.uint8: ("mx", 0.0, 0.0),
+}
+
+
+def supports(args: QuantizationArgs) -> bool:
+    """Whether the kernels know how these arguments scale and round."""
+    if args.scale_dtype not in _SCALE_TYPES:
+        return False
+    if args.type == QuantizationType.INT:
+        whole = args.zp_dtype is not None and not args.zp_dtype.is_floating_point
+        return args.num_bits <= 16 and args.scale_dtype != torch.uint8 and (args.symmetric or whole)
+    is_mx = args.scale_dtype == torch.uint8
+    return args.num_bits in (4, 8) and args.symmetric and (not is_mx or args.group_size == 32)
+
+
+def search(
+    views: Sequence[GroupedView],
+    extremes: Sequence[Range],
+    args: QuantizationArgs,
+    grid: ShrinkGrid,
+    importance: Sequence[GroupedView | None],
+    global_scale: Tensor | None,
+) -> list[Range]:
+    """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
+
+    Args:
+        views: The views of one value.
+        extremes: For each view the minimum and maximum of its groups, float32, expanded.
+        args: Quantization arguments that the engine `supports`, without the scale's dtype where it
+            is not to be rounded.
+        grid: The candidates.
+        importance: For each view the weights of its values, or None.
+        global_scale: TENSOR_GROUP only, shape (1,).
+    """
+    device = views[0].values.device
+    with _on(device):
+        steps = _Steps.of(grid, device)
+        searches = [
+            _Search(view, low, high, weights, steps)
+            for view, (low, high), weights in zip(views, extremes, importance, strict=True)
+        ]
+        constants = _constants(args, grid.norm, global_scale)
+        for each in searches:
+            each.try_steps(constants, global_scale)
+        if 0 < grid.patience < grid.num_steps:
+            steps.cut(grid.patience)
+            for each in searches:
+                each.try_again(constants, global_scale)
+    return [each.result() for each in searches]
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+    """Start a kernel: the one place, so that tests can look at what is started."""
+    kernel[(programs,)](**arguments, **OPTIONS)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of a search, on the device.
+
+    Args:
+        number: How many there are.
+        factors: Factor on the range at each step, float32.
+        state: What the kernels tell each other, int32: the number of steps to try, and a bit for
+            each step that made a group better.
+    """
+
+    number: int
+    factors: Tensor
+    state: Tensor
+
+    @classmethod
+    def of(cls, grid: ShrinkGrid, device: torch.device) -> _Steps:
+        number = grid.num_steps
+        # Made there, since a copy would wait; as `ShrinkGrid.shrink` does it, in doubles. (Divided
+        # by a number, CUDA would multiply with its inverse.)
+        index = torch.arange(number, dtype=torch.float64, device=device)
+        factors = (1 - index / torch.full_like(index, grid.grid)).float()
+        state = torch.zeros(1 + -(-number // WORD), dtype=torch.int32, device=device)
+        state[:1].fill_(number)
+        return cls(number, factors, state)
+
+    @property
+    def words(self) -> int:
+        return self.state.numel() - 1
+
+    def cut(self, patience: int) -> None:
+        """Keep the steps up to the end of the patience; none where later ones changed nothing."""
+        arguments = {"state": self.state, "num_steps": self.number, "patience": patience}
+        _launch(kernels.cut_steps, 1, arguments)
+
+
+class _Search:
+    """The search in one view."""
+
+    def __init__(
+        self,
+        view: GroupedView,
+        min_vals: Tensor,
+        max_vals: Tensor,
+        importance: GroupedView | None,
+        steps: _Steps,
+    ) -> None:
+        self._shape = view.qparam_shape
+        self._steps = steps
+        self._groups = prod(self._shape)
+        self._length = prod(view.shape) // max(1, self._groups)
+        self._runs, self._run_length = _runs(self._length)
+        self._box = _Box.of(view, importance)
+        self._finite_only = view.finite_only
+        self._low, self._high = min_vals.contiguous(), max_vals.contiguous()
+        self._best_low, self._best_high = self._low.clone(), self._high.clone()
+        self._errors: Tensor | None = None
+
+    def try_steps(self, constants: dict[str, Any], global_scale: Tensor | None) -> None:
+        """Try as many steps as the state says; note which ones made a group better."""
+        if not self._groups:
+            return
+        partial = None
+        if self._runs > 1:
+            partial = self._low.new_empty(self._steps.number, self._groups, self._runs)
+        block = _power_of_two(self._run_length)
+        per_program = 1
+        if partial is None:
+            per_program = min(MOST_GROUPS, TILE // block, _power_of_two(self._groups))
+        arguments = {
+            **self._ranges(),
+            **self._box.arguments(),
+            **constants,
+            "global_scale": self._low if global_scale is None else global_scale,
+            "partial": self._low if partial is None else partial,
+            "length": self._length,
+            "run_length": self._run_length,
+            "num_runs": self._runs,
+            "FINITE_ONLY": self._finite_only,
+            "WIDE": self._length >= 2**31 - TILE,
+            "LONG": partial is not None,
+            "BLOCK_G": per_program,
+            "BLOCK_N": block,
+        }
+        programs = -(-self._groups // per_program) * self._runs
+        _launch(kernels.search_steps, programs, arguments)
+        if partial is not None:
+            self._errors = partial.sum(-1)
+            self._pick()
+
+    def try_again(self, constants: dict[str, Any], global_scale: Tensor | None) -> None:
+        """The same with the steps that are left; the errors of long groups are still known."""
+        if self._errors is None:
+            self.try_steps(constants, global_scale)
+        else:
+            self._pick()
+
+    def result(self) -> Range:
+        """The range of the best step of each group."""
+        return self._best_low.view(self._shape), self._best_high.view(self._shape)
+
+    def _pick(self) -> None:
+        block = min(128, _power_of_two(self._groups))
+        arguments = {**self._ranges(), "errors": self._errors, "BLOCK_G": block}
+        _launch(kernels.pick_steps, -(-self._groups // block), arguments)
+
+    def _ranges(self) -> dict[str, Any]:
+        return {
+            "low": self._low,
+            "high": self._high,
+            "best_low": self._best_low,
+            "best_high": self._best_high,
+            "factors": self._steps.factors,
+            "state": self._steps.state,
+            "num_groups": self._groups,
+            "num_words": self._steps.words,
+        }
+
+
+def _runs(length: int) -> tuple[int, int]:
+    """Number and length of the runs in which a group is searched; one run where it fits a tile."""
+    if length <= TILE:
+        return 1, length
+    runs = -(-length // TILE)
+    # A multiple of 16, so that runs can be loaded in wide words.
+    run_length = -(-length // runs // 16) * 16
+    return -(-length // run_length), run_length
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is at least `number`, and 2."""
+    return 1 << max(1, (number - 1).bit_length())
+
+
+def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None) -> dict[str, Any]:
+    """The format, as the constants that the kernel is compiled for."""
+    lowest, highest = (float(limit) for limit in calculate_range(args, torch.device("cpu")))
+    name, limit, eps = _SCALE_TYPES[args.scale_dtype]
+    # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
+    mantissa, smallest = (1, 127 << 23) if args.num_bits == 4 else (3, 121 << 23)
+    return {
+        "NORM": float(norm),
+        "INTEGER": args.type == QuantizationType.INT,
+        "SYMMETRIC": bool(args.symmetric),
+        "LOWEST": lowest,
+        "HIGHEST": highest,
+        "HALF_RANGE": (highest - lowest) / 2,
+        "SHIFT": 1.5 * 2**23 / 2**mantissa,
+        "SMALLEST": smallest,
+        "MX_OFFSET": 2 if args.num_bits == 4 else 8,
+        "SCALED_GLOBALLY": global_scale is not None,
+        "SCALE_TYPE": name,
+        "SCALE_LIMIT": limit,
+        "SCALE_EPS": eps,
+    }
+
+
+# -- where the values lie -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Dim:
+    """A dimension: its size and the strides of values and weights along it."""
+
+    size: int
+    value: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class _Box:
+    """Values and weights as a box of dimensions, those that tell groups apart and the others."""
+
+    values: Tensor
+    weights: Tensor | None
+    columns: Tensor | None
+    kept: list[_Dim]
+    reduced: list[_Dim]
+
+    @classmethod
+    def of(cls, view: GroupedView, importance: GroupedView | None) -> _Box:
+        weights = None if importance is None else importance.values
+        behind = view.values.dim() - 1
+        dims = [
+            _Dim(size, view.values.stride(d), 0 if weights is None else weights.stride(d))
+            for d, size in enumerate(view.values.shape)
+        ]
+        if view.columns is not None:
+            # A list of columns is the innermost kept dimension; it gives the place in the row.
+            lists = _Dim(view.columns.shape[0], 0, 0)
+            kept = [*_merge(dims[:behind]), lists]
+            reduced = [dims[behind]]
+        else:
+            kept = _merge([dims[d] for d in view.kept_dims])
+            reduced = _merge([dims[d] for d in view.reduce_dims])
+        if max(len(kept), len(reduced)) <= MOST_DIMS:
+            columns = view.columns.contiguous() if view.columns is not None else None
+            return cls(view.values, weights, columns, kept, reduced)
+        # A layout of none of the strategies: brought into order by a copy.
+        return cls._copied(view, importance)
+
+    @classmethod
+    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> _Box:
+        groups = prod(view.qparam_shape)
+        length = prod(view.shape) // max(1, groups)
+        order = (*view.kept_dims, *view.reduce_dims)
+        copies = [
+            None if each is None else each.gathered().permute(order).contiguous()
+            for each in (view, importance)
+        ]
+        assert copies[0] is not None
+        kept, reduced = [_Dim(groups, length, length)], [_Dim(length, 1, 1)]
+        return cls(copies[0], copies[1], None, kept, reduced)
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel has to know of it."""
+        found: dict[str, Any] = {
+            "values": self.values,
+            "weights": self.values if self.weights is None else self.weights,
+            "columns": self.values if self.columns is None else self.columns,
+            "num_column_groups": 1 if self.columns is None else self.columns.shape[0],
+            "KEPT": len(self.kept),
+            "REDUCED": len(self.reduced),
+            "GATHERED": self.columns is not None,
+            "WEIGHTED": self.weights is not None,
+        }
+        for name, dims in (("kept", self.kept), ("reduced", self.reduced)):
+            padded = [_Dim(1, 0, 0)] * (MOST_DIMS - len(dims)) + dims
+            for position, dim in enumerate(padded):
+                found[f"value_{name}_{position}"] = dim.value
+                found[f"weight_{name}_{position}"] = dim.weight
+                if position > 0:
+                    found[f"{name}_size_{position}"] = dim.size
+        return found
+
+
+def _merge(dims: Sequence[_Dim]) -> list[_Dim]:
+    """The same box with as few dimensions as the strides allow, at least one."""
+    merged: list[_Dim] = []
+    for dim in dims:
+        if dim.size == 1:
+            continue
+        last = merged[-1] if merged else None
+        if (
+            last is not None
+            and last.value == dim.value * dim.size
+            and last.weight == dim.weight * dim.size
+        ):
+            merged[-1] = _Dim(last.size * dim.size, dim.value, dim.weight)
+        else:
+            merged.append(dim)
+    return merged or [_Dim(1, 0, 0)]

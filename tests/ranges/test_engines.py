@@ -10,7 +10,15 @@ from loguru import logger
 
 from calipers.errors import CalipersError
 from calipers.observers import Observer
-from calipers.ranges import ShrinkGrid, arrange, engines, grid, min_max, search_grid_ranges
+from calipers.ranges import (
+    ShrinkGrid,
+    arrange,
+    compiling,
+    engines,
+    grid,
+    min_max,
+    search_grid_ranges,
+)
 from calipers.ranges.engines import choose_engine, explain_engines
 from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
 
@@ -224,11 +232,20 @@ class TestChoice:
         assert choose_engine(CPU, values=engines.WORTH_COMPILING - 1) == "eager"
         assert choose_engine(CPU, values=engines.WORTH_COMPILING) == "inductor"
 
-    def test_work_of_one_kind_adds_up(self, monkeypatch):
-        monkeypatch.setattr(grid, "_searched", type(grid._searched)())
-        assert grid._count(group(4, 32), DEFAULTS, 10) == 10
-        assert grid._count(group(4, 32), DEFAULTS, 5) == 15
-        assert grid._count(group(4, 64), DEFAULTS, 5) == 5
+    def test_what_was_compiled_before_is_loaded_sooner(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        work = compiling.count_work("a kind of search", engines.WORTH_LOADING)
+        assert not work.compiled_before
+        work.note_compiled()
+        assert work.compiled_before
+        assert not compiling.count_work("another kind", 1).compiled_before
+        assert choose_engine(CPU, values=work.values, compiled_before=True) == "inductor"
+        assert choose_engine(CPU, values=work.values - 1, compiled_before=True) == "eager"
+
+    def test_work_of_one_kind_adds_up(self):
+        assert compiling.count_work("adds up", 10).values == 10
+        assert compiling.count_work("adds up", 5).values == 15
+        assert compiling.count_work("does not", 5).values == 5
 
     def test_argument_before_environment(self, monkeypatch):
         monkeypatch.setenv("CALIPERS_ENGINE", "eager")

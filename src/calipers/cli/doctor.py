@@ -11,7 +11,12 @@ import torch
 import typer
 
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
-from calipers.ranges.engines import ENVIRONMENT, WORTH_COMPILING, choose_engine, explain_engines
+from calipers.ranges.engines import (
+    ENVIRONMENT,
+    WORTH_COMPILING,
+    choose_engine,
+    explain_engines,
+)
 
 __all__ = ["doctor"]
 

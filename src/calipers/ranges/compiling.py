@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-__all__ = ["SchemeKey", "compile_quietly"]
+__all__ = ["SchemeKey", "Work", "compile_quietly", "count_work"]
 
 
 class SchemeKey:
@@ -24,11 +30,52 @@ class SchemeKey:
         )
         self._tuple = tuple(map(str, decisive.values()))
 
+    def __str__(self) -> str:
+        return " ".join(self._tuple)
+
     def __hash__(self) -> int:
         return hash(self._tuple)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SchemeKey) and self._tuple == other._tuple
+
+
+#: Values searched in this process by each kind of search.
+_searched: Counter[str] = Counter()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of a kind of search when an engine is chosen for it.
+
+    Args:
+        kind: A name, different for all that is compiled on its own.
+        values: Number of values searched in this process so far.
+    """
+
+    kind: str
+    values: int
+
+    @property
+    def compiled_before(self) -> bool:
+        """Whether this machine has compiled it, so that its disk cache is warm."""
+        return self._marker().exists()
+
+    def note_compiled(self) -> None:
+        """Remember that it was compiled, beside what the compiler remembers."""
+        with suppress(OSError):  # a cache that cannot be written is a cache that stays cold
+            self._marker().parent.mkdir(parents=True, exist_ok=True)
+            self._marker().touch()
+
+    def _marker(self) -> Path:
+        made_by = f"{torch.__version__} {version('calipers')} {self.kind}"
+        return Path(cache_dir()) / "calipers" / sha256(made_by.encode()).hexdigest()[:20]
+
+
+def count_work(kind: str, values: int) -> Work:
+    """Add values to what was searched with this kind of search."""
+    _searched[kind] += values
+    return Work(kind, _searched[kind])
 
 
 def compile_quietly(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,9 +18,11 @@ __all__ = ["Engine", "choose_engine", "explain_engines", "give_up_engine"]
 Engine = Literal["eager", "inductor", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
-#: Values searched in a process before compiling pays: eager takes some tenths of a second for a
-#: million values, a compilation ten to twenty seconds once and a few from the disk cache.
-WORTH_COMPILING = 2**24
+#: Values searched in a process before an engine pays that was never compiled for this kind of
+#: search on this machine (eager takes a tenth of a second for a million values, a compilation some
+#: twenty seconds), and one that only has to be loaded from the disk cache.
+WORTH_COMPILING = 2**28
+WORTH_LOADING = 2**24
 
 #: Oldest compute capability that Triton compiles for.
 OLDEST_GPU = (7, 5)
@@ -29,7 +31,13 @@ OLDEST_GPU = (7, 5)
 _failures: dict[str, str] = {}
 
 
-def choose_engine(device: torch.device, asked: str | None = None, values: int = 0) -> Engine:
+def choose_engine(
+    device: torch.device,
+    asked: str | None = None,
+    values: int = 0,
+    *,
+    compiled_before: bool = False,
+) -> Engine:
     """The engine to search with.
 
     Args:
@@ -37,6 +45,7 @@ def choose_engine(device: torch.device, asked: str | None = None, values: int = 
         asked: An engine by name; None takes the environment variable CALIPERS_ENGINE, and where
             that is not set the fastest one that works.
         values: Number of values searched so far with the same kind of search, these included.
+        compiled_before: Whether this kind of search was compiled on this machine before.
 
     Returns:
         "triton" on a CUDA device and "inductor" on the CPU, where they work; the latter once
@@ -62,7 +71,8 @@ def choose_engine(device: torch.device, asked: str | None = None, values: int = 
         return "eager" if problem else cast(Engine, asked)
     if device.type == "cuda":
         return "eager" if triton_problem(device) else "triton"
-    return "eager" if values < WORTH_COMPILING or inductor_problem(device) else "inductor"
+    enough = WORTH_LOADING if compiled_before else WORTH_COMPILING
+    return "eager" if values < enough or inductor_problem(device) else "inductor"
 
 
 def inductor_problem(device: torch.device) -> str | None:

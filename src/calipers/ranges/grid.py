@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.ranges import grid_eager, grid_inductor
-from calipers.ranges.compiling import SchemeKey
+from calipers.ranges.compiling import SchemeKey, count_work
 from calipers.ranges.engines import Engine, choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -55,13 +54,17 @@ def search_grid_ranges(
     weights = [None] * len(views) if importance is None else importance
     expanded = [(low.float() * grid.expand, high.float() * grid.expand) for low, high in extremes]
     values = sum(view.values.numel() for view in views)
-    chosen = choose_engine(views[0].values.device, engine, _count(args, grid, values))
+    work = count_work(f"grid {SchemeKey(args)} {grid.norm} {importance is not None}", values)
+    chosen = choose_engine(
+        views[0].values.device, engine, work.values, compiled_before=work.compiled_before
+    )
     search = _compiled_search(chosen, args)
     if search is not None:
         try:
             found: list[tuple[Tensor, Tensor]] = search(
                 views, expanded, args, grid, weights, global_scale
             )
+            work.note_compiled()
             return found
         except torch.OutOfMemoryError:  # the reference needs more
             raise
@@ -82,13 +85,3 @@ def _compiled_search(engine: Engine, args: QuantizationArgs) -> Callable[..., An
             return None
         return grid_triton.search if grid_triton.supports(args) else None
     return None
-
-
-#: Values searched in this process by each kind of search, to know when compiling pays.
-_searched: Counter[tuple[SchemeKey, float]] = Counter()
-
-
-def _count(args: QuantizationArgs, grid: ShrinkGrid, values: int) -> int:
-    kind = (SchemeKey(args), grid.norm)
-    _searched[kind] += values
-    return _searched[kind]

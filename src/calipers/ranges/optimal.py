@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.ranges.codes import has_scale_codes, search_codes
-from calipers.ranges.compiling import SchemeKey
+from calipers.ranges.compiling import SchemeKey, count_work
 from calipers.ranges.engines import Engine, choose_engine, give_up_engine
 from calipers.ranges.group_sums import group_batches
 from calipers.ranges.projection import Scales, Scheme, project_batch
@@ -54,7 +53,8 @@ def search_optimal_scales(
     weights = [None] * len(views) if importance is None else importance
     device = views[0].values.device
     values = sum(view.values.numel() for view in views)
-    chosen = choose_engine(device, engine, _count(args, importance is not None, values))
+    work = count_work(f"optimal {SchemeKey(args)} {signed} {importance is not None}", values)
+    chosen = choose_engine(device, engine, work.values, compiled_before=work.compiled_before)
 
     def search(engine: Engine) -> list[Pair]:
         return [
@@ -62,22 +62,14 @@ def search_optimal_scales(
             for view, (low, high), weight in zip(views, extremes, weights, strict=True)
         ]
 
-    if chosen != "eager":
+    if chosen == "inductor":
         try:
-            return search(chosen)
+            found = search(chosen)
+            work.note_compiled()
+            return found
         except Exception as error:  # whatever the compiler may raise: the reference can do it
             give_up_engine(chosen, error)
     return search("eager")
-
-
-#: Values searched in this process by each kind of search, to know when compiling pays.
-_searched: Counter[tuple[SchemeKey, bool]] = Counter()
-
-
-def _count(args: QuantizationArgs, weighted: bool, values: int) -> int:
-    kind = (SchemeKey(args), weighted)
-    _searched[kind] += values
-    return _searched[kind]
 
 
 def _search_view(

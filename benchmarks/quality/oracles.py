@@ -17,7 +17,7 @@ from calipers.observers import Observer
 __all__ = ["measure_excess"]
 
 Json = dict[str, Any]
-ROWS, GROUP = 64, 128
+ROWS, GROUP = 16, 128
 #: Those that can be fed E[x^2] or need nothing; the error of "hessian" is another one.
 CHOICES = [
     c for c in OURS if not c.options.get("signed") and c.options.get("objective") != "hessian"
@@ -68,7 +68,7 @@ def measure_excess(quick: bool = False, only: str = "") -> Json:
         quick: A few rows alone.
         only: Regular expression that the formats' names must match.
     """
-    shape = (ROWS // 8 if quick else ROWS, 4 * GROUP)
+    shape = (ROWS // 2 if quick else ROWS, 4 * GROUP)
     generator = torch.Generator().manual_seed(3)
     normal = torch.randn(shape[1], generator=generator)
     importance = {

@@ -41,6 +41,11 @@ class Case:
     def is_search(self) -> bool:
         return "minmax" not in self.observer
 
+    @property
+    def whole_call(self) -> bool:
+        """Whether qparams are derived as well: of a small value the cost of a call counts."""
+        return self.size == SMALL and self.observer == "memoryless_minmax"
+
     def quantization_args(self, size: int) -> QuantizationArgs:
         """The arguments, with groups and blocks cut to the size of the weight."""
         fitted = dict(self.args)

@@ -8,7 +8,8 @@
 
 What is timed: theirs `update_statistics_from_observed(flatten_for_calibration(weight))`, ours
 `observer.observe(weight)`, or, for min/max, `torch.aminmax(weight)` against
-`calipers.ranges.min_max`. Every answer is checked before it is timed.
+`calipers.ranges.min_max`. Min/max at 64 x 64 derives the qparams as well: there the cost of a
+whole call counts. Every answer is checked before it is timed.
 """
 
 from __future__ import annotations
@@ -105,12 +106,22 @@ class Setting:
         if self.case.pure:
             return our_min_max(self.args, weight)
         return our_observer(
-            self.case.observer, self.args, self.case.options, weight, self.importance
+            self.case.observer,
+            self.args,
+            self.case.options,
+            weight,
+            self.importance,
+            whole_call=self.case.whole_call,
         )
 
     def peer(self) -> Side:
         return peer_observer(
-            self.case.observer, self.args, self.case.options, self.weight, self.importance
+            self.case.observer,
+            self.args,
+            self.case.options,
+            self.weight,
+            self.importance,
+            whole_call=self.case.whole_call,
         )
 
     def read(self) -> Side:

@@ -73,8 +73,13 @@ def our_observer(
     options: Mapping[str, Any],
     weight: Tensor,
     importance: Tensor | None,
+    *,
+    whole_call: bool = False,
 ) -> Side:
-    """`observer.observe(weight)`; before each call statistics are reset and E[x^2] is put back."""
+    """`observer.observe(weight)`; before each call statistics are reset and E[x^2] is put back.
+
+    With `whole_call` the qparams are derived as well.
+    """
     observer = Observer.load_from_registry(name, "weight", args, **options)
 
     def prepare() -> None:
@@ -88,7 +93,12 @@ def our_observer(
         state = observer.state()
         return state["min_vals"], state["max_vals"]
 
-    return Side(lambda: observer.observe(weight), found, prepare)
+    def run() -> None:
+        observer.observe(weight)
+        if whole_call:
+            observer.get_qparams()
+
+    return Side(run, found, prepare)
 
 
 def our_min_max(args: QuantizationArgs, weight: Tensor) -> Side:
@@ -118,8 +128,13 @@ def peer_observer(
     options: Mapping[str, Any],
     weight: Tensor,
     importance: Tensor | None,
+    *,
+    whole_call: bool = False,
 ) -> Side:
-    """`observer.update_statistics_from_observed(flatten_for_calibration(weight))` of the peer."""
+    """`observer.update_statistics_from_observed(flatten_for_calibration(weight))` of the peer.
+
+    With `whole_call` the qparams are derived as well.
+    """
     from llmcompressor.observers import Observer as PeerObserver
     from llmcompressor.observers.helpers import flatten_for_calibration
 
@@ -134,8 +149,12 @@ def peer_observer(
     def run() -> None:
         observed = flatten_for_calibration(weight, "weight", own_args)
         observer.update_statistics_from_observed(observed)
+        found[:] = [(observer.min_vals, observer.max_vals)]
+        if whole_call:
+            observer.get_qparams()  # which deletes the statistics
 
-    return Side(run, lambda: (observer.min_vals, observer.max_vals))
+    found: list[Range] = []
+    return Side(run, lambda: found[0])
 
 
 # -- what the answers are checked with: written apart from the code under test --------------------

@@ -170,6 +170,17 @@ class TestLayouts:
             compiled, eager = both_engines(torch.randn(rows, 32), group(4, 32), search)
             assert torch.equal(compiled, eager)
 
+    def test_formats_that_only_the_reference_knows(self):
+        args = group(8, 32, type="float", symmetric=False)
+        compiled, eager = both_engines(awkward(64, 128) + 0.02, args)
+        assert torch.equal(compiled, eager)
+
+    def test_candidates_that_tie_are_left_to_the_reference(self):
+        """With int3 a negative outlier among zeros is as far from its codes at .87 as at .88."""
+        value = torch.full((2000, 32), 1e-4)
+        value[:, 3] = -torch.logspace(-2, 2, 2000)
+        assert torch.equal(*both_engines(value, group(3, 32)))
+
     def test_global_scale(self):
         value = awkward(320, 128)
         scale = 2688 / value.abs().max().reshape(1)

@@ -68,8 +68,13 @@ class Work:
             self._marker().touch()
 
     def _marker(self) -> Path:
-        made_by = f"{torch.__version__} {version('calipers')} {self.kind}"
+        made_by = f"{torch.__version__} {_own_version()} {self.kind}"
         return Path(cache_dir()) / "calipers" / sha256(made_by.encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _own_version() -> str:
+    return version("calipers")
 
 
 def count_work(kind: str, values: int) -> Work:

@@ -76,7 +76,7 @@ def search_grid_ranges(
 def _compiled_search(engine: Engine, args: QuantizationArgs) -> Callable[..., Any] | None:
     """The search by an engine; None where it is left to the reference."""
     if engine == "inductor":
-        return grid_inductor.search
+        return grid_inductor.search if grid_inductor.supports(args) else None
     if engine == "triton":
         try:
             from calipers.ranges import grid_triton

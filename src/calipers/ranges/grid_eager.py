@@ -12,7 +12,7 @@ from torch import Tensor
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["grid_error", "search"]
+__all__ = ["search"]
 
 
 def search(
@@ -36,86 +36,72 @@ def search(
         num_steps: Number of candidates, if not all.
     """
     searches = [
-        _Search(view, low, high, weights)
+        _Search(view, low, high, weights, args, grid.norm, global_scale)
         for view, (low, high), weights in zip(views, extremes, importance, strict=True)
     ]
     without_gain = 0
     for step in range(num_steps or grid.num_steps):
         # Every view takes every step: no short-circuit.
-        gains = [s.try_step(grid.shrink(step), args, grid.norm, global_scale) for s in searches]
+        gains = [each.try_step(grid.shrink(step)) for each in searches]
         without_gain = 0 if any(gains) else without_gain + 1
         if grid.patience and without_gain >= grid.patience:
             break
-    return [(s.best_min, s.best_max) for s in searches]
+    return [(each.best_min, each.best_max) for each in searches]
 
 
 class _Search:
     """The state of the search in one view."""
 
     def __init__(
-        self, view: GroupedView, min_vals: Tensor, max_vals: Tensor, importance: GroupedView | None
+        self,
+        view: GroupedView,
+        min_vals: Tensor,
+        max_vals: Tensor,
+        importance: GroupedView | None,
+        args: QuantizationArgs,
+        norm: float,
+        global_scale: Tensor | None,
     ) -> None:
-        self.view = view
-        self.importance = importance
+        self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals, max_vals
+        self.args, self.norm, self.global_scale = args, norm, global_scale
+        # The strategy under which a scale of any shape is taken as it is.
+        self.token_args = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
         self.best_min, self.best_max = min_vals.clone(), max_vals.clone()
         self.best_error = torch.full_like(min_vals, torch.inf)
 
-    def try_step(
-        self, shrink: float, args: QuantizationArgs, norm: float, global_scale: Tensor | None
-    ) -> bool:
+    def try_step(self, shrink: float) -> bool:
         """Try one candidate; returns whether any group became better."""
         low, high = self.min_vals * shrink, self.max_vals * shrink
-        scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
-        error = grid_error(
-            self.view, scale, zero_point, args, norm, self.importance, global_scale=global_scale
-        )
+        scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
+        error = self._error(scale, zero_point)
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)
         self.best_min = torch.where(better, low, self.best_min)
         self.best_max = torch.where(better, high, self.best_max)
         return bool(better.any())
 
-
-def grid_error(
-    view: GroupedView,
-    scale: Tensor,
-    zero_point: Tensor,
-    args: QuantizationArgs,
-    norm: float,
-    importance: GroupedView | None = None,
-    *,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    """Sum over each group of weight * |fake_quantize(x) - x|**norm.
-
-    Args:
-        view: The values.
-        scale: Float32, of the view's `qparam_shape`.
-        zero_point: Of the same shape.
-        args: Quantization arguments; the strategy does not count.
-        norm: Exponent of the absolute error.
-        importance: Weights of the values, of the same shape; None weighs all alike.
-        global_scale: TENSOR_GROUP only, shape (1,).
-
-    Returns:
-        Errors, float32, of the view's `qparam_shape`.
-    """
-    token_args = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
-    error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)
-    weights = None if importance is None else importance.pieces()
-    for where, piece in view.pieces():
-        values = piece.float()
-        if view.finite_only:
-            # A zero is quantized to zero: what is left out adds no error.
-            values = torch.where(values.isfinite(), values, 0)
-        behind = (...,) + (None,) * (values.dim() - len(where))
-        rounded = fake_quantize(
-            values, scale[where][behind], zero_point[where][behind], token_args, global_scale
-        )
-        loss = rounded.sub_(values).abs_()
-        loss = loss.square_() if norm == 2 else loss.pow_(norm)
-        if weights is not None:
-            loss *= next(weights)[1]
-        error[where] += loss.sum(tuple(range(len(where), loss.dim())))
-    return error
+    def _error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Sum over each group of weight * |fake_quantize(x) - x|**norm, float32."""
+        view = self.view
+        error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)
+        weights = None if self.importance is None else self.importance.pieces()
+        for where, piece in view.pieces():
+            values = piece.float()
+            if view.finite_only:
+                # A zero is quantized to zero: what is left out adds no error.
+                values = torch.where(values.isfinite(), values, 0)
+            behind = (...,) + (None,) * (values.dim() - len(where))
+            rounded = fake_quantize(
+                values,
+                scale[where][behind],
+                zero_point[where][behind],
+                self.token_args,
+                self.global_scale,
+            )
+            loss = rounded.sub_(values).abs_()
+            loss = loss.square_() if self.norm == 2 else loss.pow_(self.norm)
+            if weights is not None:
+                loss *= next(weights)[1]
+            error[where] += loss.sum(tuple(range(len(where), loss.dim())))
+        return error

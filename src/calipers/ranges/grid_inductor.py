@@ -27,7 +27,7 @@ from calipers.ranges.rounding import Rounding, power_of_square, quantization_err
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["search"]
+__all__ = ["search", "supports"]
 
 #: Candidates of one pass over the values: their sums stay in registers. Powers other than squares
 #: take longer to compile than it takes to load the values once more.
@@ -45,6 +45,13 @@ LONGEST_RUN = 4096
 LARGEST_CONSTANT = 512
 
 Range = tuple[Tensor, Tensor]
+
+
+def supports(args: QuantizationArgs) -> bool:
+    """Whether this engine rounds to a number format."""
+    if args.type == QuantizationType.INT:
+        return True
+    return args.num_bits in (4, 8) and bool(args.symmetric)
 
 
 def search(

@@ -28,8 +28,8 @@ from calipers.checkpoint import compressed_size, save
 from calipers.errors import CheckpointError
 from presets import PRESETS
 
-# FP4 and MX weights come back from compressed-tensors 0.19 in bfloat16 only: docs/presets.md
-BFLOAT16_ONLY = {"NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"}
+# FP4 and MX weights come back from compressed-tensors in bfloat16 only: docs/presets.md
+BFLOAT16_ONLY = {"NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
 # of these, the ones whose dequantized weights bfloat16 holds exactly (power-of-two scales)
 EXACT_IN_BFLOAT16 = {"MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"}
 IDS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -146,3 +146,37 @@ def test_uninstalling_while_observers_are_attached(monkeypatch: pytest.MonkeyPat
     found, wanted = scales_of(model), scales_of(expected)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+# -- observers that llmcompressor lacks ------------------------------------------------------------
+
+
+def test_optimal_weighs_errors_by_the_data_of_the_recipe() -> None:
+    by_inputs, plain, again = fresh(), fresh(), fresh()
+    with install():
+        oneshot(model=by_inputs, recipe=recipe("optimal"), dataset=batches(2))
+        oneshot(model=again, recipe=recipe("optimal"), dataset=batches(2))
+        oneshot(model=plain, recipe=recipe("optimal", objective="mse"))
+        with pytest.raises(MissingDataError, match="'optimal' measures weights by the inputs"):
+            oneshot(model=fresh(), recipe=recipe("optimal"))
+    found, once_more, others = scales_of(by_inputs), scales_of(again), scales_of(plain)
+    assert len(found) == 7
+    assert all(torch.equal(found[key], once_more[key]) for key in found)
+    assert all(not torch.equal(found[key], others[key]) for key in found)
+
+
+def test_histogram_of_static_activations() -> None:
+    model = fresh()
+    inputs = {"num_bits": 8, "strategy": "tensor", "dynamic": False, "observer": "histogram"}
+    weights = {"num_bits": 8, "strategy": "channel"}
+    group = {
+        "targets": ["re:.*layers.0.*proj"],
+        "weights": weights,
+        "input_activations": inputs,
+    }
+    with install():
+        modifier = QuantizationModifier(config_groups={"group_0": group})
+        oneshot(model=model, recipe=modifier, dataset=batches(2))
+    scales = [v for k, v in model.state_dict().items() if k.endswith("input_scale")]
+    assert len(scales) == 7
+    assert all(bool((scale > 0).all() and scale.isfinite().all()) for scale in scales)

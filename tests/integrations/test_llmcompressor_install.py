@@ -48,7 +48,9 @@ def is_ours(name: str) -> bool:
 def test_without_replace_their_names_stay_theirs() -> None:
     before = snapshot()[0]
     installed = install()
-    assert installed.names == tuple(sorted(f"calipers_{name}" for name in NAMES))
+    # What llmcompressor lacks keeps its name: "optimal", and what other tests registered.
+    assert {f"calipers_{name}" for name in NAMES} | {"optimal", "histogram"} <= {*installed.names}
+    assert not {*installed.names} & {*NAMES}
     assert {k: v for k, v in snapshot()[0].items() if k in before} == before
     for name in NAMES:
         assert is_ours(f"calipers_{name}")
@@ -56,7 +58,8 @@ def test_without_replace_their_names_stay_theirs() -> None:
 
 def test_replace_serves_their_names_as_well() -> None:
     theirs = {name: type(build(name, INT4)) for name in NAMES if name != "fouroversix"}
-    assert set(install(replace=True).names) == {*NAMES, *(f"calipers_{name}" for name in NAMES)}
+    names = {*install(replace=True).names}
+    assert {*NAMES, *(f"calipers_{name}" for name in NAMES)} <= names
     for name in NAMES:
         assert is_ours(name)
         assert is_ours(f"calipers_{name}")

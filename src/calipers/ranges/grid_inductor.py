@@ -35,8 +35,9 @@ TILE, TILE_OF_SQUARES = 5, 10
 #: From so many groups on, `patience` steps in a row without a gain are rare enough to take all
 #: steps with a piece at hand; with fewer groups all pieces take a tile of steps first.
 MANY_GROUPS = 512
-#: Part of the smallest error by which the next one must be larger to leave no doubt.
-CLOSE = 2e-5
+#: Part of the smallest error by which the next one must be larger to leave no doubt: squares are
+#: summed to some 1e-7, other powers to some 1e-6.
+CLOSE, CLOSE_OF_SQUARES = 5e-6, 1e-6
 #: Values of a piece: large enough that calls cost nothing, small enough to bound scratch memory.
 PIECE = 2**20
 #: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
@@ -185,7 +186,8 @@ class _Search:
         factors = torch.tensor([self.grid.shrink(step) for step in range(self.grid.num_steps)])
         best = factors[self.state[3].long()]
         low, high = self.min_vals * best, self.max_vals * best
-        close = self.state[1] <= self.state[0] * (1 + CLOSE)
+        doubt = CLOSE_OF_SQUARES if self.grid.norm == 2 else CLOSE
+        close = self.state[1] <= self.state[0] * (1 + doubt)
         if bool(close.any()):
             self._search_again(close, low, high, num_steps)
         return low, high
@@ -193,22 +195,51 @@ class _Search:
     def _search_again(self, close: Tensor, low: Tensor, high: Tensor, num_steps: int) -> None:
         """Let the reference decide in the groups marked; what it finds goes into the range."""
         weights = None if self.importance is None else self.importance.pieces(PIECE)
+        found: list[tuple[tuple[slice, ...], Tensor, Tensor, Tensor | None]] = []
         for where, piece in self.view.pieces(PIECE):
             weight = None if weights is None else next(weights)[1]
             marked = close[where]
             if piece.numel() < self._group_size() * marked.numel() or not bool(marked.any()):
                 continue  # parts of groups: sums of so many values leave little doubt
-            some = GroupedView(piece[marked].flatten(1), (1,), finite_only=self.view.finite_only)
-            its_weight = None if weight is None else GroupedView(weight[marked].flatten(1), (1,))
-            ((low[where][marked], high[where][marked]),) = grid_eager.search(
-                [some],
-                [(self.min_vals[where][marked], self.max_vals[where][marked])],
-                self.args,
-                replace(self.grid, patience=0),
-                [its_weight],
-                self.global_scale,
-                num_steps,
-            )
+            values = piece[marked].flatten(1)
+            its_weight = None if weight is None else weight[marked].flatten(1)
+            found.append((where, marked, values, its_weight))
+            if sum(values.numel() for _, _, values, _ in found) >= PIECE:
+                self._let_reference_decide(found, low, high, num_steps)
+                found = []
+        if found:
+            self._let_reference_decide(found, low, high, num_steps)
+
+    def _let_reference_decide(
+        self,
+        found: list[tuple[tuple[slice, ...], Tensor, Tensor, Tensor | None]],
+        low: Tensor,
+        high: Tensor,
+        num_steps: int,
+    ) -> None:
+        values = torch.cat([values for _, _, values, _ in found])
+        view = GroupedView(values, (1,), finite_only=self.view.finite_only)
+        weights = [weight for *_, weight in found if weight is not None]
+        its_weights = GroupedView(torch.cat(weights), (1,)) if weights else None
+        extremes = tuple(
+            torch.cat([whole[where][marked] for where, marked, *_ in found])
+            for whole in (self.min_vals, self.max_vals)
+        )
+        without_end = replace(self.grid, patience=0)
+        ((lows, highs),) = grid_eager.search(
+            [view],
+            [(extremes[0], extremes[1])],
+            self.args,
+            without_end,
+            [its_weights],
+            self.global_scale,
+            num_steps,
+        )
+        sizes = [len(values) for _, _, values, _ in found]
+        for (where, marked, *_), its_low, its_high in zip(
+            found, lows.split(sizes), highs.split(sizes), strict=True
+        ):
+            low[where][marked], high[where][marked] = its_low, its_high
 
     def _group_size(self) -> int:
         return prod(self.view.shape) // max(1, prod(self.view.qparam_shape))

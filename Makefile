@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.calipers-setup
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # Number of processes of the test run; "auto" takes all cores, 0 runs in one process.
-JOBS ?= 0
+JOBS ?= auto
 # More arguments for pytest, as in `make test PYTEST_ARGS="-k imatrix -x"`.
 PYTEST_ARGS ?=
 # The newest compressed-tensors that the package supports. llmcompressor does not work with it and is left out.

@@ -199,6 +199,25 @@ def test_many_shapes_of_a_scheme_need_two_compilations():
     assert counted["unique_graphs"] - before <= 2
 
 
+def test_many_kinds_of_search_in_a_process_are_all_compiled():
+    """torch stops compiling a piece of code after eight times and says nothing."""
+    counted = torch._dynamo.utils.counters["stats"]
+    compiled = []
+    for number in range(12):
+        function = compiling.compile_quietly(_adder(number))
+        before = counted["unique_graphs"]
+        assert float(function(torch.zeros(()))) == number
+        compiled.append(counted["unique_graphs"] - before)
+    assert compiled == [1] * 12
+
+
+def _adder(number):
+    def add(x):
+        return x + number
+
+    return add
+
+
 class TestRounding:
     """All that the compiled engine rounds by, against compressed-tensors, code by code."""
 

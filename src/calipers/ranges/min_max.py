@@ -33,14 +33,18 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     low = view.values.new_full(view.qparam_shape, torch.inf)
     high = view.values.new_full(view.qparam_shape, -torch.inf)
     num_kept = len(view.qparam_shape)
+    in_float32 = view.values.device.type == "cpu" and view.values.element_size() == 2
     for where, piece in view.pieces():
         dims = tuple(range(num_kept, piece.dim()))
+        if in_float32:
+            piece = piece.float()  # exact, and what the CPU has vector instructions for
         if view.finite_only:
             finite = piece.isfinite()
             piece_low = torch.where(finite, piece, torch.inf).amin(dims)
             piece_high = torch.where(finite, piece, -torch.inf).amax(dims)
         else:
             piece_low, piece_high = piece.amin(dims), piece.amax(dims)
+        piece_low, piece_high = piece_low.to(low.dtype), piece_high.to(high.dtype)
         # A large group comes in several pieces, so results are brought together, not written.
         torch.minimum(low[where], piece_low, out=low[where])
         torch.maximum(high[where], piece_high, out=high[where])

@@ -36,6 +36,7 @@ def calibrate(model: torch.nn.Module, scheme: str) -> int:
     return compilations() - before
 
 
+@pytest.mark.slow
 def test_the_demo_model():
     model = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype="auto").eval()
     shapes = {m.weight.shape for m in model.modules() if isinstance(m, torch.nn.Linear)}

@@ -32,7 +32,12 @@ def test_there_are_examples() -> None:
     assert {"gptq", "nvfp4", "w4a16", "w8a8_static"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = {"gptq"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NAMES]
+)
 def test_example(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--out", str(tmp_path)]

@@ -1,8 +1,8 @@
 """The shrink grid on the CPU by torch.compile: each value is loaded once for a tile of candidates.
 
-Two small functions are compiled for a kind of search: one makes the scales of a tile of candidates,
-one sums the errors of all of them in one loop over the values and keeps the best of each group.
-Sizes are dynamic, so that one compilation serves the weights of a model.
+Two small functions are compiled for a kind of search: one makes the scales of a tile of candidates
+once it has kept the best of the last tile in each group; one sums the errors of all of them in one
+loop over the values. Sizes are dynamic, so that one compilation serves the weights of a model.
 
 Compiled errors are off by some millionths. Groups whose two best candidates lie closer than `CLOSE`
 are searched again by the reference, so that it is the reference's step that is chosen there too.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +22,13 @@ from torch import Tensor
 
 from calipers.ranges import grid_eager
 from calipers.ranges.compiling import SchemeKey, compile_quietly
+from calipers.ranges.group_pieces import (
+    GroupPiece,
+    group_pieces,
+    group_size,
+    mark_dynamic,
+    number_of_runs,
+)
 from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -40,11 +46,6 @@ MANY_GROUPS = 512
 CLOSE, CLOSE_OF_SQUARES = 5e-6, 1e-6
 #: Values of a piece: large enough that calls cost nothing, small enough to bound scratch memory.
 PIECE = 2**20
-#: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
-LONGEST_RUN = 4096
-#: Sizes up to this are compiled as constants, which is worth it for short groups.
-LARGEST_CONSTANT = 512
-
 Range = tuple[Tensor, Tensor]
 
 
@@ -126,7 +127,6 @@ class _Search:
         self._advance = _compiled_advance(SchemeKey(args), _tile_size(grid.norm))
         self._errors = _compiled_errors(SchemeKey(args), grid.norm)
         self._clip_limit = None if importance is not None else ClipLimit.of(args)
-        self._weight: tuple[tuple[object, ...], Tensor] | None = None
 
     def start(self) -> Tensor:
         """The state before the first step."""
@@ -199,7 +199,7 @@ class _Search:
         for where, piece in self.view.pieces(PIECE):
             weight = None if weights is None else next(weights)[1]
             marked = close[where]
-            if piece.numel() < self._group_size() * marked.numel() or not bool(marked.any()):
+            if piece.numel() < group_size(self.view) * marked.numel() or not bool(marked.any()):
                 continue  # parts of groups: sums of so many values leave little doubt
             values = piece[marked].flatten(1)
             its_weight = None if weight is None else weight[marked].flatten(1)
@@ -241,12 +241,9 @@ class _Search:
         ):
             low[where][marked], high[where][marked] = its_low, its_high
 
-    def _group_size(self) -> int:
-        return prod(self.view.shape) // max(1, prod(self.view.qparam_shape))
-
     def _blocks(self) -> Iterator[_Block]:
         """Groups to search together: those of a piece, or all where groups are larger than one."""
-        if self._group_size() > PIECE:
+        if group_size(self.view) > PIECE:
             yield _Block(tuple(slice(None) for _ in self.view.qparam_shape), self._pieces)
             return
         for piece in self._pieces():
@@ -254,27 +251,8 @@ class _Search:
             alone = replace(piece, where=everything)
             yield _Block(piece.where, lambda alone=alone: iter((alone,)))  # type: ignore[misc]
 
-    def _pieces(self) -> Iterator[_Piece]:
-        weights = None if self.importance is None else self.importance.pieces(PIECE)
-        for where, piece in self.view.pieces(PIECE):
-            # In float32 a piece stays in the cache; sixteen-bit loads beside integer arithmetic
-            # would not be vectorized.
-            values = piece.float()
-            if self.view.finite_only:
-                values = torch.where(values.isfinite(), values, 0)
-            groups = prod(piece.shape[: len(where)])
-            weight = None if weights is None else self._flat(next(weights)[1], where)
-            values = values.reshape(groups, -1)
-            yield _Piece(where, values, None if weight is None else weight.view(values.shape))
-
-    def _flat(self, weight: Tensor, where: tuple[slice, ...]) -> Tensor:
-        """The weights of a piece one after the other; of pieces with the same ones, one copy."""
-        if weight.stride(0) != 0:
-            return weight.reshape(-1)
-        same = (weight.shape, *((part.start, part.stop) for part in where[1:]))
-        if self._weight is None or self._weight[0] != same:
-            self._weight = same, weight.reshape(-1)
-        return self._weight[1]
+    def _pieces(self) -> Iterator[GroupPiece]:
+        return group_pieces(self.view, self.importance, PIECE)
 
     def _sum_errors(self, block: _Block, scales: list[Tensor]) -> Tensor:
         """Errors of a tile of candidates in each group of the block, shape (tile, groups)."""
@@ -284,7 +262,7 @@ class _Search:
             index = (slice(None), *piece.where)
             its_scales = [each.view(-1, *shape)[index].reshape(len(each), -1) for each in scales]
             errors = self._sum_piece(piece, *its_scales)
-            if piece.values.numel() == self._group_size() * errors.shape[1] and total is None:
+            if piece.values.numel() == group_size(self.view) * errors.shape[1] and total is None:
                 return errors
             if total is None:
                 total = errors.new_zeros(len(errors), *shape)
@@ -293,37 +271,20 @@ class _Search:
         return total.view(len(total), -1)
 
     def _sum_piece(
-        self, piece: _Piece, scale: Tensor, inverse: Tensor, zero_point: Tensor
+        self, piece: GroupPiece, scale: Tensor, inverse: Tensor, zero_point: Tensor
     ) -> Tensor:
         values, weight = piece.values, piece.weight
-        groups, runs = len(values), _runs(values.shape[1])
+        groups, runs = len(values), number_of_runs(values.shape[1])
         if runs > 1:
             scale, inverse, zero_point = (
                 each.repeat_interleave(runs, dim=1) for each in (scale, inverse, zero_point)
             )
             values = values.view(groups * runs, -1)
             weight = None if weight is None else weight.view(values.shape)
-        # Without the tensors that they are views of, on whose sizes the compiler would depend.
-        values, weight = values.data, None if weight is None else weight.data
-        for tensor in (values, weight):
-            if tensor is not None:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                if tensor.shape[1] > LARGEST_CONSTANT:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 1)
-        for each in (scale, inverse, zero_point):
-            torch._dynamo.maybe_mark_dynamic(each, 1)
+        rows = mark_dynamic([values, weight], [scale, inverse, zero_point])
         zero = None if self.args.symmetric else zero_point
-        errors = self._errors(values, scale, inverse, zero, weight)
+        errors = self._errors(rows[0], scale, inverse, zero, rows[1])
         return errors.view(-1, groups, runs).sum(-1) if runs > 1 else errors
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Values by group, shape (groups, n), float32, their weights, and where the groups belong."""
-
-    where: tuple[slice, ...]
-    values: Tensor
-    weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -331,7 +292,7 @@ class _Block:
     """Some groups of a view, and a way to walk through their values."""
 
     where: tuple[slice, ...]
-    pieces: Callable[[], Iterator[_Piece]]
+    pieces: Callable[[], Iterator[GroupPiece]]
 
 
 @dataclass(frozen=True)
@@ -370,14 +331,6 @@ class ClipLimit:
 
 def _tile_size(norm: float) -> int:
     return TILE_OF_SQUARES if norm == 2 else TILE
-
-
-def _runs(length: int) -> int:
-    """Number of equal runs, none longer than LONGEST_RUN, that a group is summed in."""
-    for runs in range(-(-length // LONGEST_RUN), length // 64 + 1):
-        if length % runs == 0:
-            return runs
-    return 1
 
 
 @functools.lru_cache(maxsize=64)
@@ -424,10 +377,7 @@ def _compiled_advance(key: SchemeKey, tile: int) -> Callable[..., tuple[Tensor, 
 
     def call(low: Tensor, high: Tensor, shrink: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         global_scale, state, errors, scale, first = rest
-        torch._dynamo.maybe_mark_dynamic(low, 0)
-        torch._dynamo.maybe_mark_dynamic(high, 0)
-        for tensor in (state, errors, scale):
-            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        mark_dynamic([], [low, high, state, errors, scale])
         found: tuple[Tensor, ...] = compiled(
             low, high, shrink, global_scale, state, errors, scale, torch.tensor(first)
         )

@@ -17,6 +17,13 @@ from torch import Tensor
 
 from calipers.ranges.compiling import compile_quietly
 from calipers.ranges.engines import Engine
+from calipers.ranges.group_pieces import (
+    GroupPiece,
+    group_pieces,
+    group_size,
+    mark_dynamic,
+    number_of_runs,
+)
 from calipers.ranges.rounding import Rounding, round_to_codes
 from calipers.ranges.views import GroupedView, piece_size
 
@@ -25,10 +32,6 @@ __all__ = ["Candidates", "GroupBatch", "Sums", "group_batches"]
 #: Values of a piece of the compiled engine: it stays in the second-level cache, and calls cost
 #: little beside the work on it.
 COMPILED_PIECE = 2**19
-#: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
-LONGEST_RUN = 4096
-#: Sizes up to this are compiled as constants, which is worth it for short groups.
-LARGEST_CONSTANT = 512
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ class GroupBatch:
         shape: Shape of that part of the qparams.
         values: Shape (groups, n), float32; None for groups that do not fit into a piece.
         weight: Importance, of the same shape.
-        walk: For large groups: yields where each piece belongs, its values and its weights.
+        walk: For large groups: yields their pieces.
         engine: What evaluates the sums.
     """
 
@@ -160,7 +163,7 @@ class GroupBatch:
     shape: tuple[int, ...]
     values: Tensor | None
     weight: Tensor | None
-    walk: Callable[[], Iterator[tuple[tuple[slice, ...], Tensor, Tensor | None]]] | None
+    walk: Callable[[], Iterator[GroupPiece]] | None
     engine: Engine
 
     @property
@@ -182,11 +185,12 @@ class GroupBatch:
             return self._sum(sums, self.values, self.weight, candidates)
         assert self.walk is not None
         total: Tensor | None = None
-        for where, values, weight in self.walk():
-            part = self._sum(sums, values, weight, candidates.of(where, self.shape)).double()
+        for piece in self.walk():
+            its_candidates = candidates.of(piece.where, self.shape)
+            part = self._sum(sums, piece.values, piece.weight, its_candidates).double()
             if total is None:
                 total = part.new_zeros(part.shape[0], *self.shape)
-            index = (slice(None), *where)
+            index = (slice(None), *piece.where)
             target = total[index]
             target += part.view(target.shape)
         assert total is not None
@@ -197,7 +201,7 @@ class GroupBatch:
     ) -> Tensor:
         groups, inverse = values.shape[0], candidates.inverse_base
         ratio, zero_point = candidates.ratio, candidates.zero_point
-        runs = _runs(values.shape[1])
+        runs = number_of_runs(values.shape[1])
         if runs > 1:
             values = values.view(groups * runs, -1)
             weight = None if weight is None else weight.view(values.shape)
@@ -208,10 +212,8 @@ class GroupBatch:
         if self.engine == "eager":
             found = sums(values, weight, inverse, ratio, zero_point)
         else:
-            torch._dynamo.maybe_mark_dynamic(values, 0)
-            if values.shape[1] > LARGEST_CONSTANT:
-                torch._dynamo.maybe_mark_dynamic(values, 1)
-            found = _compiled(sums)(values, weight, inverse, ratio, zero_point)
+            rows = mark_dynamic([values, weight], [inverse, ratio, zero_point])
+            found = _compiled(sums)(*rows, inverse, ratio, zero_point)
         return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
 
 
@@ -228,51 +230,11 @@ def group_batches(
     """
     limit = piece_size(view.values) if engine == "eager" else COMPILED_PIECE
     shape = view.qparam_shape
-    whole = prod(view.shape) // max(1, prod(shape)) <= limit
-    cache = _SharedWeights()
-
-    def walk() -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor | None]]:
-        weights = None if importance is None else importance.pieces(limit)
-        for where, piece in view.pieces(limit):
-            values = piece.float()
-            if view.finite_only:
-                values = torch.where(values.isfinite(), values, 0)
-            groups = prod(piece.shape[: len(where)])
-            values, weight = values.reshape(groups, -1), None
-            if weights is not None:
-                part = next(weights)[1]
-                flat = cache.flat(part, where) if whole else part.reshape(-1)
-                weight = flat.view(values.shape)
-            yield where, values, weight
-
-    if not whole:
+    if group_size(view) > limit:
         everything = tuple(slice(None) for _ in shape)
+        walk = functools.partial(group_pieces, view, importance, limit)
         yield GroupBatch(everything, shape, None, None, walk, engine)
         return
-    for where, values, weight in walk():
-        found = tuple(len(range(*s.indices(n))) for s, n in zip(where, shape, strict=True))
-        yield GroupBatch(where, found, values, weight, None, engine)
-
-
-class _SharedWeights:
-    """The weights of a piece one after the other; of pieces with the same ones, one copy."""
-
-    def __init__(self) -> None:
-        self._last: tuple[tuple[object, ...], Tensor] | None = None
-
-    def flat(self, weight: Tensor, where: tuple[slice, ...]) -> Tensor:
-        """The weights, contiguous."""
-        if weight.stride(0) != 0:
-            return weight.reshape(-1)
-        same = (weight.shape, *((part.start, part.stop) for part in where[1:]))
-        if self._last is None or self._last[0] != same:
-            self._last = same, weight.reshape(-1)
-        return self._last[1]
-
-
-def _runs(length: int) -> int:
-    """Number of equal runs, none longer than LONGEST_RUN, that a group is summed in."""
-    for runs in range(-(-length // LONGEST_RUN), length // 64 + 1):
-        if length % runs == 0:
-            return runs
-    return 1
+    for piece in group_pieces(view, importance, limit):
+        found = tuple(len(range(*s.indices(n))) for s, n in zip(piece.where, shape, strict=True))
+        yield GroupBatch(piece.where, found, piece.values, piece.weight, None, engine)

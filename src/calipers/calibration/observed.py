@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from calipers.calibration.choice import ObserverChoice, needs_observer
 from calipers.calibration.targets import Target
 from calipers.observers import Observer
+from calipers.observers.input_energy import first_tensor
 
 __all__ = ["ObservedModule", "build_observed"]
 
@@ -88,7 +89,7 @@ class ObservedModule:
     def _see_input(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
-        value = _first_tensor([*args, *kwargs.values()])
+        value = first_tensor([*args, *kwargs.values()])
         if value is None:
             return
         is_ids = isinstance(module, torch.nn.Embedding)
@@ -105,7 +106,7 @@ class ObservedModule:
         output: object,
     ) -> None:
         outputs = output if isinstance(output, (list, tuple)) else [output]
-        value = _first_tensor(outputs)
+        value = first_tensor(outputs)
         if value is not None:
             self._feed("output", value)
 
@@ -150,7 +151,3 @@ def build_observed(targets: Iterable[Target], choice: ObserverChoice) -> list[Ob
         )
         for target in targets
     ]
-
-
-def _first_tensor(values: Iterable[object]) -> torch.Tensor | None:
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)

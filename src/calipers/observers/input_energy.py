@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -10,7 +11,12 @@ from torch import Tensor
 from calipers.observers.base import Observer
 from calipers.observers.statistics import COUNT, SUM, Statistic
 
-__all__ = ["InputEnergyObserver"]
+__all__ = ["InputEnergyObserver", "first_tensor"]
+
+
+def first_tensor(values: Iterable[object]) -> Tensor | None:
+    """The input of a module among the arguments that its hook is given; None without one."""
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 class InputEnergyObserver(Observer):
@@ -54,9 +60,9 @@ class InputEnergyObserver(Observer):
     def _see_input(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if tensors and tensors[0].numel():
-            self.observe_input(tensors[0])
+        inputs = first_tensor((*args, *kwargs.values()))
+        if inputs is not None and inputs.numel():
+            self.observe_input(inputs)
 
     @torch.no_grad()
     def observe_input(self, inputs: Tensor) -> None:

@@ -43,6 +43,8 @@ class SchemeKey:
 
 #: Values searched in this process by each kind of search.
 _searched: Counter[str] = Counter()
+#: Kinds of search of which this process has noted that they were compiled.
+_noted: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,13 @@ class Work:
     @property
     def compiled_before(self) -> bool:
         """Whether this machine has compiled it, so that its disk cache is warm."""
-        return self._marker().exists()
+        return self.kind in _noted or self._marker().exists()
 
     def note_compiled(self) -> None:
         """Remember that it was compiled, beside what the compiler remembers."""
+        if self.kind in _noted:
+            return
+        _noted.add(self.kind)
         with suppress(OSError):  # a cache that cannot be written is a cache that stays cold
             self._marker().parent.mkdir(parents=True, exist_ok=True)
             self._marker().touch()

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from calipers.integrations.llmcompressor.options import options_for
 from calipers.observers import Observer
+from calipers.observers.input_energy import first_tensor
 
 __all__ = ["Adapter", "adapt"]
 
@@ -125,9 +126,9 @@ class Adapter(PeerObserver):
             _collecting.pop(module, None)
 
     def _see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if tensors and tensors[0].numel():
-            self.inner.observe_input(tensors[0])
+        inputs = first_tensor((*args, *kwargs.values()))
+        if inputs is not None and inputs.numel():
+            self.inner.observe_input(inputs)
 
     # -- ranks -------------------------------------------------------------------------------
 

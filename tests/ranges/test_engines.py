@@ -1,6 +1,8 @@
-"""The compiled engine against the eager reference, for real; and which engine is chosen when."""
+"""The CPU engines against the eager reference, for real; and which engine is chosen when."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -49,15 +51,22 @@ def awkward(rows: int, cols: int) -> torch.Tensor:
     return values * 0.02
 
 
-def both_engines(value, args, search=DEFAULTS, *, importance=None, global_scale=None, g_idx=None):
-    """What both engines find, as one flat tensor each, with the errors of their ranges."""
+@pytest.fixture(params=["native", "inductor"])
+def both_engines(request):
+    """A search by an engine and by the reference: what both find, as one flat tensor each."""
+    return functools.partial(search_twice, request.param)
+
+
+def search_twice(
+    name, value, args, search=DEFAULTS, *, importance=None, global_scale=None, g_idx=None
+):
     views = arrange(value, "weight", args, g_idx).views
     extremes = [min_max(view) for view in views]
     weights = None
     if importance is not None:
         weights = list(arrange(importance.expand_as(value), "weight", args, g_idx).views)
     found = {}
-    for engine in ("inductor", "eager"):
+    for engine in (name, "eager"):
         ranges = search_grid_ranges(
             views,
             extremes,
@@ -68,8 +77,8 @@ def both_engines(value, args, search=DEFAULTS, *, importance=None, global_scale=
             engine=engine,
         )
         found[engine] = torch.cat([torch.stack(pair).flatten(1) for pair in ranges], dim=1)
-    assert engines.inductor_problem(CPU) is None, "the compiled engine did not take part"
-    return found["inductor"], found["eager"]
+    assert not engines._failures, "the engine did not take part"
+    return found[name], found["eager"]
 
 
 def assert_same_steps(compiled: torch.Tensor, eager: torch.Tensor) -> None:
@@ -100,14 +109,14 @@ MORE_FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_both_engines_choose_the_same_steps(name):
+def test_both_engines_choose_the_same_steps(name, both_engines):
     args, search = FORMATS[name]
     assert_same_steps(*both_engines(awkward(3200, 128), args, search))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FORMATS, *MORE_FORMATS])
-def test_both_engines_choose_the_same_steps_in_many_groups(name):
+def test_both_engines_choose_the_same_steps_in_many_groups(name, both_engines):
     args, search = {**FORMATS, **MORE_FORMATS}[name]
     cols = 128 * 8 if args.strategy == "group" and args.group_size == 32 else 512
     rows = 3200 if args.strategy != "channel" else 100_000
@@ -127,42 +136,43 @@ class TestLayouts:
         ],
         ids=lambda args: args.strategy,
     )
-    def test_strategies_with_short_ends(self, args):
+    def test_strategies_with_short_ends(self, both_engines, args):
         assert_same_steps(*both_engines(awkward(100, 150), args))
 
-    def test_a_whole_tensor_in_several_pieces(self, monkeypatch):
+    def test_a_whole_tensor_in_several_pieces(self, monkeypatch, both_engines):
         monkeypatch.setattr("calipers.ranges.grid_inductor.PIECE", 2**12)
         args = QuantizationArgs(num_bits=4, strategy="tensor")
         assert_same_steps(*both_engines(awkward(256, 128), args))
 
-    def test_columns_in_any_order(self):
+    def test_columns_in_any_order(self, both_engines):
         g_idx = torch.arange(128).remainder(4)
         assert_same_steps(*both_engines(awkward(64, 128), group(4, 32), g_idx=g_idx))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_sixteen_bit_values(self, dtype):
+    def test_sixteen_bit_values(self, both_engines, dtype):
         assert_same_steps(*both_engines(awkward(640, 128).to(dtype), group(4, 32)))
 
-    def test_importance(self):
+    def test_importance(self, both_engines):
         importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 3
         value = awkward(640, 128)
         weighted = both_engines(value, group(4, 32), importance=importance)
         assert_same_steps(*weighted)
         assert not torch.equal(weighted[0], both_engines(value, group(4, 32))[0])
 
-    def test_values_that_are_not_finite(self):
+    @pytest.mark.parametrize("engine", ["native", "inductor"])
+    def test_values_that_are_not_finite(self, engine, monkeypatch):
         value = awkward(64, 128)
         value[3, 4], value[5, 6] = torch.nan, torch.inf
         observers = [Observer.load_from_registry("memoryless_mse", group(4, 32)) for _ in range(2)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("CALIPERS_ENGINE", "inductor")
-            compiled, _ = observers[0](value)
+        monkeypatch.setenv("CALIPERS_ENGINE", engine)
+        compiled, _ = observers[0](value)
+        monkeypatch.setenv("CALIPERS_ENGINE", "eager")
         eager, _ = observers[1](value)
         assert torch.equal(compiled, eager)
 
     @pytest.mark.parametrize("patience", [1, 2, 3, 4, 6, 7])
     @pytest.mark.parametrize("rows", [1, 2])
-    def test_patience_cuts_at_the_same_step(self, rows, patience):
+    def test_patience_cuts_at_the_same_step(self, both_engines, rows, patience):
         """Few groups, so that runs of steps without a gain come; in a tile, and across tiles."""
         search = ShrinkGrid(0.9, 40, patience, 2.4)
         for seed in range(20):
@@ -170,32 +180,31 @@ class TestLayouts:
             compiled, eager = both_engines(torch.randn(rows, 32), group(4, 32), search)
             assert torch.equal(compiled, eager)
 
-    def test_formats_that_only_the_reference_knows(self):
+    def test_formats_that_only_the_reference_knows(self, both_engines):
         args = group(8, 32, type="float", symmetric=False)
         compiled, eager = both_engines(awkward(64, 128) + 0.02, args)
         assert torch.equal(compiled, eager)
 
-    def test_candidates_that_tie_are_left_to_the_reference(self):
+    def test_candidates_that_tie_are_left_to_the_reference(self, both_engines):
         """With int3 a negative outlier among zeros is as far from its codes at .87 as at .88."""
         value = torch.full((2000, 32), 1e-4)
         value[:, 3] = -torch.logspace(-2, 2, 2000)
         assert torch.equal(*both_engines(value, group(3, 32)))
 
-    def test_global_scale(self):
+    def test_global_scale(self, both_engines):
         value = awkward(320, 128)
         scale = 2688 / value.abs().max().reshape(1)
         assert_same_steps(*both_engines(value, preset("NVFP4"), global_scale=scale))
 
 
-def test_many_shapes_of_a_scheme_need_two_compilations():
+def test_many_shapes_of_a_scheme_need_two_compilations_by_inductor():
     torch._dynamo.reset()
     grid.grid_inductor._compiled_errors.cache_clear()
-    grid.grid_inductor._compiled_advance.cache_clear()
     counted = torch._dynamo.utils.counters["stats"]
     before = counted["unique_graphs"]
     for rows, cols in [(64, 128), (96, 512), (32, 1376), (256, 64), (48, 4096), (1024, 32)]:
         for dtype in (torch.float32, torch.bfloat16):
-            both_engines(awkward(rows, cols).to(dtype), group(4, 32))
+            search_twice("inductor", awkward(rows, cols).to(dtype), group(4, 32))
     assert counted["unique_graphs"] - before <= 2
 
 
@@ -258,24 +267,15 @@ class TestChoice:
         monkeypatch.setattr(engines, "_failures", {})
         engines._warn_once.cache_clear()
 
-    def test_little_work_is_not_compiled_and_much_is(self):
-        assert choose_engine(CPU, values=engines.WORTH_COMPILING - 1) == "eager"
-        assert choose_engine(CPU, values=engines.WORTH_COMPILING) == "inductor"
+    def test_the_native_library_is_compiled_once_enough_is_searched(self, monkeypatch):
+        monkeypatch.setattr(engines, "is_built", lambda: False)
+        monkeypatch.setattr(engines, "_searched", 0)
+        assert choose_engine(CPU, values=engines.WORTH_BUILDING - 1) == "eager"
+        assert choose_engine(CPU, values=1) == "native"
 
-    def test_what_was_compiled_before_is_loaded_sooner(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-        work = compiling.count_work("a kind of search", engines.WORTH_LOADING)
-        assert not work.compiled_before
-        work.note_compiled()
-        assert work.compiled_before
-        assert not compiling.count_work("another kind", 1).compiled_before
-        assert choose_engine(CPU, values=work.values, compiled_before=True) == "inductor"
-        assert choose_engine(CPU, values=work.values - 1, compiled_before=True) == "eager"
-
-    def test_work_of_one_kind_adds_up(self):
-        assert compiling.count_work("adds up", 10).values == 10
-        assert compiling.count_work("adds up", 5).values == 15
-        assert compiling.count_work("does not", 5).values == 5
+    def test_the_native_library_is_taken_at_once_where_it_is(self, monkeypatch):
+        monkeypatch.setattr(engines, "is_built", lambda: True)
+        assert choose_engine(CPU, values=1) == "native"
 
     def test_argument_before_environment(self, monkeypatch):
         monkeypatch.setenv("CALIPERS_ENGINE", "eager")
@@ -284,23 +284,26 @@ class TestChoice:
 
     def test_an_engine_that_there_is_not(self, monkeypatch):
         monkeypatch.setenv("CALIPERS_ENGINE", "warp")
-        with pytest.raises(CalipersError, match="one of eager, inductor, triton, got 'warp'"):
+        with pytest.raises(
+            CalipersError, match="one of eager, native, inductor, triton, got 'warp'"
+        ):
             choose_engine(CPU)
 
     def test_other_devices_are_eager(self):
         assert choose_engine(torch.device("meta"), values=2**40) == "eager"
 
     def test_without_a_compiler_one_warning(self, monkeypatch):
-        monkeypatch.setattr(engines, "_compiler", lambda: None)
+        monkeypatch.setattr(engines, "compiler", lambda: None)
+        monkeypatch.setattr(engines, "is_built", lambda: False)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:
-            assert choose_engine(CPU, "inductor") == choose_engine(CPU, "inductor") == "eager"
+            assert choose_engine(CPU, "native") == choose_engine(CPU, "native") == "eager"
         finally:
             logger.remove(sink)
         assert len(messages) == 1
         assert "needs a C++ compiler" in messages[0]
-        assert [usable for _, usable, _ in explain_engines()[:2]] == [True, False]
+        assert [usable for _, usable, _ in explain_engines()[:3]] == [True, False, False]
 
     def test_a_compilation_that_fails_leaves_it_to_the_reference(self, monkeypatch):
         def broken(*_):
@@ -310,12 +313,12 @@ class TestChoice:
         views = arrange(value, "weight", args).views
         extremes = [min_max(view) for view in views]
         expected = search_grid_ranges(views, extremes, args, DEFAULTS, engine="eager")
-        monkeypatch.setattr(grid.grid_inductor, "search", broken)
+        monkeypatch.setattr(grid.grid_native, "search", broken)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:
             for _ in range(2):
-                found = search_grid_ranges(views, extremes, args, DEFAULTS, engine="inductor")
+                found = search_grid_ranges(views, extremes, args, DEFAULTS, engine="native")
                 assert torch.equal(found[0][1], expected[0][1])
         finally:
             logger.remove(sink)

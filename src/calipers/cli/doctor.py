@@ -13,7 +13,7 @@ import typer
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
 from calipers.ranges.engines import (
     ENVIRONMENT,
-    WORTH_COMPILING,
+    WORTH_BUILDING,
     choose_engine,
     explain_engines,
 )
@@ -37,7 +37,7 @@ def doctor(
     """
     with plain_errors():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = choose_engine(device, values=WORTH_COMPILING)
+        chosen = choose_engine(device, values=WORTH_BUILDING)
         asked = os.environ.get(ENVIRONMENT)
         reason = f"{ENVIRONMENT}={asked}" if asked else "the fastest one that works here"
         engines = explain_engines()
@@ -68,7 +68,7 @@ def doctor(
             ("chosen", f"{chosen}: {reason}"),
             (
                 "small work",
-                f"eager on the CPU, up to {WORTH_COMPILING:,} values of one kind of search",
+                f"eager on the CPU until {WORTH_BUILDING:,} values are searched or native built",
             ),
             ("packages", ", ".join(f"{name} {found or '-'}" for name, found in packages.items())),
             ("python", platform.python_version()),

@@ -5,53 +5,46 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import shutil
 from typing import Literal, cast, get_args
 
 import torch
 from loguru import logger
 
 from calipers.errors import CalipersError
+from calipers.ranges.native.build import compiler, is_built
 
 __all__ = ["Engine", "choose_engine", "explain_engines", "give_up_engine"]
 
-Engine = Literal["eager", "inductor", "triton"]
+Engine = Literal["eager", "native", "inductor", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
-#: Values searched in a process before an engine pays that was never compiled for this kind of
-#: search on this machine (eager takes a tenth of a second for a million values, a compilation some
-#: twenty seconds), and one that only has to be loaded from the disk cache.
-WORTH_COMPILING = 2**28
-WORTH_LOADING = 2**24
+#: Values searched in a process before the native library is compiled for the machine, which takes
+#: some two seconds; eager takes a tenth of a second for a million values.
+WORTH_BUILDING = 2**22
 
 #: Oldest compute capability that Triton compiles for.
 OLDEST_GPU = (7, 5)
 
+#: Values searched by this process so far.
+_searched = 0
 #: Why an engine that failed in this process is not tried again.
 _failures: dict[str, str] = {}
 
 
-def choose_engine(
-    device: torch.device,
-    asked: str | None = None,
-    values: int = 0,
-    *,
-    compiled_before: bool = False,
-) -> Engine:
+def choose_engine(device: torch.device, asked: str | None = None, values: int = 0) -> Engine:
     """The engine to search with.
 
     Args:
         device: Where the values are.
         asked: An engine by name; None takes the environment variable CALIPERS_ENGINE, and where
             that is not set the fastest one that works.
-        values: Number of values searched so far with the same kind of search, these included.
-        compiled_before: Whether this kind of search was compiled on this machine before.
+        values: Number of values to be searched.
 
     Returns:
-        "triton" on a CUDA device and "inductor" on the CPU, where they work; the latter once
-        enough is searched to make compiling pay. An engine asked for by name is taken however
-        little there is to search. "eager" otherwise, with one warning where another one was asked
-        for and does not work.
+        "triton" on a CUDA device and "native" on the CPU, where they work; the latter once enough
+        was searched to make compiling it pay, or at once where that was done before. An engine
+        asked for by name is taken however little there is to search. "eager" otherwise, with one
+        warning where another one was asked for and does not work.
 
     Raises:
         CalipersError: An engine that there is not.
@@ -71,8 +64,22 @@ def choose_engine(
         return "eager" if problem else cast(Engine, asked)
     if device.type == "cuda":
         return "eager" if triton_problem(device) else "triton"
-    enough = WORTH_LOADING if compiled_before else WORTH_COMPILING
-    return "eager" if values < enough or inductor_problem(device) else "inductor"
+    if native_problem(device):
+        return "eager"
+    global _searched
+    _searched += values
+    return "native" if _searched >= WORTH_BUILDING or is_built() else "eager"
+
+
+def native_problem(device: torch.device) -> str | None:
+    """Why the native engine cannot be used there; None where it can."""
+    if device.type != "cpu":
+        return f"the native engine works on the CPU, not on {device.type}"
+    if "native" in _failures:
+        return _failures["native"]
+    if not is_built() and compiler() is None:
+        return "the native engine needs a C++ compiler (g++ or clang++), and none was found"
+    return None
 
 
 def inductor_problem(device: torch.device) -> str | None:
@@ -81,7 +88,7 @@ def inductor_problem(device: torch.device) -> str | None:
         return f"the inductor engine works on the CPU, not on {device.type}"
     if "inductor" in _failures:
         return _failures["inductor"]
-    if _compiler() is None:
+    if compiler() is None:
         return "the inductor engine needs a C++ compiler (g++ or clang++), and none was found"
     return None
 
@@ -109,7 +116,7 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
-_PROBLEMS = {"inductor": inductor_problem, "triton": triton_problem}
+_PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
 
 
 def give_up_engine(engine: str, error: Exception) -> None:
@@ -120,22 +127,19 @@ def give_up_engine(engine: str, error: Exception) -> None:
 
 def explain_engines() -> list[tuple[str, bool, str]]:
     """Name of each engine, whether it can be used on this machine, and why or why not."""
-    problem = inductor_problem(torch.device("cpu"))
+    no_native, no_inductor = (
+        find(torch.device("cpu")) for find in (native_problem, inductor_problem)
+    )
     if torch.cuda.is_available():
         no_triton = triton_problem(torch.device("cuda", torch.cuda.current_device()))
     else:
         no_triton = "the triton engine needs a CUDA device, and torch sees none"
     return [
         ("eager", True, "plain torch operations, on every device: the reference"),
-        ("inductor", problem is None, problem or f"torch.compile with {_compiler()}, on the CPU"),
+        ("native", no_native is None, no_native or f"C++ by {compiler()}, on the CPU"),
+        ("inductor", no_inductor is None, no_inductor or "torch.compile, on the CPU: when asked"),
         ("triton", no_triton is None, no_triton or "Triton kernels, on CUDA devices"),
     ]
-
-
-@functools.lru_cache(maxsize=1)
-def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 @functools.cache

@@ -9,8 +9,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from calipers.ranges import grid_eager, grid_inductor
-from calipers.ranges.compiling import SchemeKey, count_work
+from calipers.ranges import grid_eager, grid_inductor, grid_native
 from calipers.ranges.engines import Engine, choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -43,7 +42,8 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
-        engine: "eager", "inductor" or "triton"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "native", "inductor" or "triton"; None chooses, see
+            `calipers.ranges.engines`.
 
     Returns:
         For each view minimum and maximum, float32, of its `qparam_shape`. A group whose errors are
@@ -52,19 +52,16 @@ def search_grid_ranges(
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
     weights = [None] * len(views) if importance is None else importance
+    weighted = [] if importance is None else importance
     expanded = [(low.float() * grid.expand, high.float() * grid.expand) for low, high in extremes]
     values = sum(view.values.numel() for view in views)
-    work = count_work(f"grid {SchemeKey(args)} {grid.norm} {importance is not None}", values)
-    chosen = choose_engine(
-        views[0].values.device, engine, work.values, compiled_before=work.compiled_before
-    )
-    search = _compiled_search(chosen, args)
+    chosen = choose_engine(views[0].values.device, engine, values)
+    search = _compiled_search(chosen, args, [view.values.dtype for view in (*views, *weighted)])
     if search is not None:
         try:
             found: list[tuple[Tensor, Tensor]] = search(
                 views, expanded, args, grid, weights, global_scale
             )
-            work.note_compiled()
             return found
         except torch.OutOfMemoryError:  # the reference needs more
             raise
@@ -73,8 +70,12 @@ def search_grid_ranges(
     return grid_eager.search(views, expanded, args, grid, weights, global_scale)
 
 
-def _compiled_search(engine: Engine, args: QuantizationArgs) -> Callable[..., Any] | None:
+def _compiled_search(
+    engine: Engine, args: QuantizationArgs, dtypes: list[torch.dtype]
+) -> Callable[..., Any] | None:
     """The search by an engine; None where it is left to the reference."""
+    if engine == "native":
+        return grid_native.search if grid_native.supports(args, *dtypes) else None
     if engine == "inductor":
         return grid_inductor.search if grid_inductor.supports(args) else None
     if engine == "triton":

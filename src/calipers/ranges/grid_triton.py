@@ -20,6 +20,7 @@ from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
 
 from calipers.ranges import grid_triton_kernels as kernels
+from calipers.ranges.box import MOST_DIMS, Box, Dim
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
@@ -34,8 +35,6 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 MOST_GROUPS = 256
 #: Bits of a word in which it is noted which steps made a group better.
 WORD = 32
-#: Dimensions that the kernel can walk through, kept and reduced ones each.
-MOST_DIMS = 3
 
 Range = tuple[Tensor, Tensor]
 
@@ -164,7 +163,7 @@ class _Search:
         self._groups = prod(self._shape)
         self._length = prod(view.shape) // max(1, self._groups)
         self._runs, self._run_length = _runs(self._length)
-        self._box = _Box.of(view, importance)
+        self._box = Box.of(view, importance)
         self._finite_only = view.finite_only
         self._low, self._high = min_vals.contiguous(), max_vals.contiguous()
         self._best_low, self._best_high = self._low.clone(), self._high.clone()
@@ -183,7 +182,7 @@ class _Search:
             per_program = min(MOST_GROUPS, TILE // block, _power_of_two(self._groups))
         arguments = {
             **self._ranges(),
-            **self._box.arguments(),
+            **_box_arguments(self._box),
             **constants,
             "global_scale": self._low if global_scale is None else global_scale,
             "partial": self._low if partial is None else partial,
@@ -269,98 +268,23 @@ def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None)
     }
 
 
-# -- where the values lie -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Dim:
-    """A dimension: its size and the strides of values and weights along it."""
-
-    size: int
-    value: int
-    weight: int
-
-
-@dataclass(frozen=True)
-class _Box:
-    """Values and weights as a box of dimensions, those that tell groups apart and the others."""
-
-    values: Tensor
-    weights: Tensor | None
-    columns: Tensor | None
-    kept: list[_Dim]
-    reduced: list[_Dim]
-
-    @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None) -> _Box:
-        weights = None if importance is None else importance.values
-        behind = view.values.dim() - 1
-        dims = [
-            _Dim(size, view.values.stride(d), 0 if weights is None else weights.stride(d))
-            for d, size in enumerate(view.values.shape)
-        ]
-        if view.columns is not None:
-            # A list of columns is the innermost kept dimension; it gives the place in the row.
-            lists = _Dim(view.columns.shape[0], 0, 0)
-            kept = [*_merge(dims[:behind]), lists]
-            reduced = [dims[behind]]
-        else:
-            kept = _merge([dims[d] for d in view.kept_dims])
-            reduced = _merge([dims[d] for d in view.reduce_dims])
-        if max(len(kept), len(reduced)) <= MOST_DIMS:
-            columns = view.columns.contiguous() if view.columns is not None else None
-            return cls(view.values, weights, columns, kept, reduced)
-        # A layout of none of the strategies: brought into order by a copy.
-        return cls._copied(view, importance)
-
-    @classmethod
-    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> _Box:
-        groups = prod(view.qparam_shape)
-        length = prod(view.shape) // max(1, groups)
-        order = (*view.kept_dims, *view.reduce_dims)
-        copies = [
-            None if each is None else each.gathered().permute(order).contiguous()
-            for each in (view, importance)
-        ]
-        assert copies[0] is not None
-        kept, reduced = [_Dim(groups, length, length)], [_Dim(length, 1, 1)]
-        return cls(copies[0], copies[1], None, kept, reduced)
-
-    def arguments(self) -> dict[str, Any]:
-        """What the kernel has to know of it."""
-        found: dict[str, Any] = {
-            "values": self.values,
-            "weights": self.values if self.weights is None else self.weights,
-            "columns": self.values if self.columns is None else self.columns,
-            "num_column_groups": 1 if self.columns is None else self.columns.shape[0],
-            "KEPT": len(self.kept),
-            "REDUCED": len(self.reduced),
-            "GATHERED": self.columns is not None,
-            "WEIGHTED": self.weights is not None,
-        }
-        for name, dims in (("kept", self.kept), ("reduced", self.reduced)):
-            padded = [_Dim(1, 0, 0)] * (MOST_DIMS - len(dims)) + dims
-            for position, dim in enumerate(padded):
-                found[f"value_{name}_{position}"] = dim.value
-                found[f"weight_{name}_{position}"] = dim.weight
-                if position > 0:
-                    found[f"{name}_size_{position}"] = dim.size
-        return found
-
-
-def _merge(dims: Sequence[_Dim]) -> list[_Dim]:
-    """The same box with as few dimensions as the strides allow, at least one."""
-    merged: list[_Dim] = []
-    for dim in dims:
-        if dim.size == 1:
-            continue
-        last = merged[-1] if merged else None
-        if (
-            last is not None
-            and last.value == dim.value * dim.size
-            and last.weight == dim.weight * dim.size
-        ):
-            merged[-1] = _Dim(last.size * dim.size, dim.value, dim.weight)
-        else:
-            merged.append(dim)
-    return merged or [_Dim(1, 0, 0)]
+def _box_arguments(box: Box) -> dict[str, Any]:
+    """What the kernel has to know of where the values lie."""
+    found: dict[str, Any] = {
+        "values": box.values,
+        "weights": box.values if box.weights is None else box.weights,
+        "columns": box.values if box.columns is None else box.columns,
+        "num_column_groups": 1 if box.columns is None else box.columns.shape[0],
+        "KEPT": len(box.kept),
+        "REDUCED": len(box.reduced),
+        "GATHERED": box.columns is not None,
+        "WEIGHTED": box.weights is not None,
+    }
+    for name, dims in (("kept", box.kept), ("reduced", box.reduced)):
+        padded = [Dim(1, 0, 0)] * (MOST_DIMS - len(dims)) + dims
+        for position, dim in enumerate(padded):
+            found[f"value_{name}_{position}"] = dim.value
+            found[f"weight_{name}_{position}"] = dim.weight
+            if position > 0:
+                found[f"{name}_size_{position}"] = dim.size
+    return found

@@ -9,7 +9,6 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.ranges.codes import has_scale_codes, search_codes
-from calipers.ranges.compiling import SchemeKey, count_work
 from calipers.ranges.engines import Engine, choose_engine, give_up_engine
 from calipers.ranges.group_sums import group_batches
 from calipers.ranges.projection import Scales, Scheme, project_batch
@@ -53,8 +52,7 @@ def search_optimal_scales(
     weights = [None] * len(views) if importance is None else importance
     device = views[0].values.device
     values = sum(view.values.numel() for view in views)
-    work = count_work(f"optimal {SchemeKey(args)} {signed} {importance is not None}", values)
-    chosen = choose_engine(device, engine, work.values, compiled_before=work.compiled_before)
+    chosen = choose_engine(device, engine, values)
 
     def search(engine: Engine) -> list[Pair]:
         return [
@@ -64,9 +62,7 @@ def search_optimal_scales(
 
     if chosen == "inductor":
         try:
-            found = search(chosen)
-            work.note_compiled()
-            return found
+            return search(chosen)
         except Exception as error:  # whatever the compiler may raise: the reference can do it
             give_up_engine(chosen, error)
     return search("eager")

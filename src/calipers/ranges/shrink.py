@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ShrinkGrid"]
+__all__ = ["ShrinkGrid", "last_step"]
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,13 @@ class ShrinkGrid:
     def shrink(self, step: int) -> float:
         """Factor on the expanded range at `step`."""
         return 1 - step / self.grid
+
+
+def last_step(gains: Sequence[bool], patience: int) -> int:
+    """The step at which the patience ends, of steps that made any group better or not."""
+    without_gain = 0
+    for step, gain in enumerate(gains):
+        without_gain = 0 if gain else without_gain + 1
+        if patience and without_gain >= patience:
+            return step
+    return len(gains) - 1

@@ -1,0 +1,201 @@
+"""The shrink grid on the CPU in C++: a group's values are brought into the cache for all steps.
+
+Its errors are off by some millionths. Groups whose two best candidates lie closer than that are
+searched again by the reference, so that it is the reference's step that is chosen there too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from torch import Tensor
+
+from calipers.ranges.close_calls import decide_close_calls
+from calipers.ranges.native.build import library
+from calipers.ranges.native.call import (
+    NativeBox,
+    NativeFormat,
+    address,
+    run_parallel,
+    supports,
+)
+from calipers.ranges.shrink import ShrinkGrid, last_step
+from calipers.ranges.views import GroupedView
+
+__all__ = ["Evaluated", "search", "supports"]
+
+#: Part of the smallest error by which the next one must be larger to leave no doubt: squares are
+#: summed to some 1e-7, other powers to some 1e-6.
+CLOSE, CLOSE_OF_SQUARES = 5e-6, 2e-6
+
+Range = tuple[Tensor, Tensor]
+
+
+class _GridSearch(ctypes.Structure):
+    """`GridSearch` of grid.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        ("norm", ctypes.c_float),
+        ("expand", ctypes.c_float),
+        ("clip_steps", ctypes.c_float),
+        ("doubt", ctypes.c_float),
+        ("known_errors", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("best_low", ctypes.c_void_p),
+        ("best_high", ctypes.c_void_p),
+        ("doubtful", ctypes.c_void_p),
+    )
+
+
+class _GridReport(ctypes.Structure):
+    """`GridReport` of grid.h."""
+
+    _fields_ = (("gains", ctypes.c_void_p), ("evaluated", ctypes.c_int64))
+
+
+@dataclass
+class Evaluated:
+    """Candidates evaluated by the last search, summed over groups and runs of values."""
+
+    count: int = 0
+
+
+evaluated = Evaluated()
+
+
+def search(
+    views: Sequence[GroupedView],
+    extremes: Sequence[Range],
+    args: QuantizationArgs,
+    grid: ShrinkGrid,
+    importance: Sequence[GroupedView | None],
+    global_scale: Tensor | None,
+) -> list[Range]:
+    """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
+
+    Args:
+        views: The views of one value.
+        extremes: For each view the minimum and maximum of its groups, float32, expanded.
+        args: Quantization arguments that the engine `supports`, without the scale's dtype where it
+            is not to be rounded.
+        grid: The candidates.
+        importance: For each view the weights of its values, or None.
+        global_scale: TENSOR_GROUP only, shape (1,).
+    """
+    evaluated.count = 0
+    searches = [
+        _Search(view, low, high, weights, args, grid, global_scale)
+        for view, (low, high), weights in zip(views, extremes, importance, strict=True)
+    ]
+    steps = grid.num_steps
+    gains = torch.stack([each.try_steps(steps) for each in searches]).any(0).tolist()
+    last = last_step(gains, grid.patience)
+    if any(gains[last + 1 :]):  # by steps that the search would not have come to
+        steps = last + 1
+        for each in searches:
+            each.try_steps(steps)
+    return [each.result(steps) for each in searches]
+
+
+class _Search:
+    """The search in one view."""
+
+    def __init__(
+        self,
+        view: GroupedView,
+        min_vals: Tensor,
+        max_vals: Tensor,
+        importance: GroupedView | None,
+        args: QuantizationArgs,
+        grid: ShrinkGrid,
+        global_scale: Tensor | None,
+    ) -> None:
+        self.view, self.importance = view, importance
+        self.min_vals, self.max_vals = min_vals.contiguous(), max_vals.contiguous()
+        self.args, self.grid, self.global_scale = args, grid, global_scale
+        self.box = NativeBox.of(view, importance)
+        self.low, self.high = torch.empty_like(self.min_vals), torch.empty_like(self.max_vals)
+        self.doubtful = torch.empty(view.qparam_shape, dtype=torch.bool)
+        self._errors: Tensor | None = None
+
+    def try_steps(self, steps: int) -> Tensor:
+        """Search the first steps; which of them made any group better, shape (steps,)."""
+        factors = torch.tensor([self.grid.shrink(step) for step in range(steps)])
+        errors = None
+        if self.box.runs > 1 and self._errors is None:
+            errors = torch.empty(self.box.groups, self.box.runs, steps, dtype=torch.float64)
+        known = None if self._errors is None else self._errors[:, :steps].contiguous()
+        task = _GridSearch(
+            self.box,
+            NativeFormat.of(self.args, self.global_scale),
+            address(self.min_vals),
+            address(self.max_vals),
+            address(factors),
+            steps,
+            self.grid.norm,
+            self.grid.expand,
+            _clip_steps(self.args) if self.importance is None else 0,
+            CLOSE_OF_SQUARES if self.grid.norm == 2 else CLOSE,
+            address(known),
+            address(errors),
+            address(self.low),
+            address(self.high),
+            address(self.doubtful),
+        )
+        gains = torch.zeros(torch.get_num_threads(), steps, dtype=torch.bool)
+        reports = [_GridReport(address(row), 0) for row in gains]
+        kernel, pointer = library().search_grid, ctypes.byref(task)
+
+        def run(part: int, first: int, last: int) -> None:
+            kernel(
+                pointer,
+                ctypes.c_int64(first),
+                ctypes.c_int64(last),
+                ctypes.byref(reports[part]),
+            )
+
+        if known is not None:
+            task.box.runs = 1
+        blocks = -(-task.box.groups * task.box.runs // 16)
+        run_parallel(run, blocks, task.box.groups * task.box.size * steps)
+        evaluated.count += sum(report.evaluated for report in reports)
+        if errors is not None:
+            self._errors = errors.sum(1)
+            return self.try_steps(steps)
+        return gains.any(0)
+
+    def result(self, num_steps: int) -> Range:
+        """The range of the best step in each group."""
+        if bool(self.doubtful.any()):
+            decide_close_calls(
+                self.doubtful,
+                (self.low, self.high),
+                self.view,
+                (self.min_vals, self.max_vals),
+                self.args,
+                self.grid,
+                self.importance,
+                self.global_scale,
+                num_steps,
+            )
+        return self.low, self.high
+
+
+def _clip_steps(args: QuantizationArgs) -> int:
+    """Scales that a range spans; 0 where scales are rounded up to a range far larger."""
+    if args.scale_dtype is not None or args.num_bits < 4:
+        return 0
+    levels = 2**args.num_bits - 1
+    if args.type == QuantizationType.INT:
+        return int(levels)
+    return 2 * 448 if levels > 15 else 12

@@ -1,0 +1,196 @@
+"""Handing tensors to the native library, and spreading its work over threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from math import prod
+from threading import Thread
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.utils import calculate_range
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from torch import Tensor
+
+from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.ranges.views import GroupedView
+
+__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "run_parallel", "supports"]
+
+#: Groups, or runs of the values of long ones, that are worked on at a time.
+LANES = 16
+#: Groups up to this long are never cut into runs.
+SHORT = 1024
+#: Groups up to this long are not cut where there are so many that all threads have enough to do.
+LONGEST, MANY = 16384, 512
+#: Values of a run.
+RUN = 1024
+#: Less work (values times candidates) than this is done by the thread that asks for it.
+WORTH_THREADS = 2**18
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ANY_SCALE, _FLOAT8_SCALE, _POWER_OF_TWO_SCALE = range(3)
+
+
+def supports(args: QuantizationArgs, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels know a number format, the way it makes scales, and values' dtypes."""
+    if any(dtype not in _TYPES for dtype in dtypes):
+        return False
+    if args.type == QuantizationType.INT:
+        whole = args.zp_dtype is not None and not args.zp_dtype.is_floating_point
+        return args.scale_dtype is None and (bool(args.symmetric) or whole)
+    known = args.scale_dtype in (None, torch.float8_e4m3fn) or should_generate_mx_scales(args)
+    return args.num_bits in (4, 8) and bool(args.symmetric) and known
+
+
+class _Dims(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("size", ctypes.c_int64 * MOST_DIMS),
+        ("value", ctypes.c_int64 * MOST_DIMS),
+        ("weight", ctypes.c_int64 * MOST_DIMS),
+    )
+
+    @classmethod
+    def of(cls, dims: list[Dim]) -> _Dims:
+        array = ctypes.c_int64 * MOST_DIMS
+        return cls(
+            len(dims),
+            array(*(dim.size for dim in dims)),
+            array(*(dim.value for dim in dims)),
+            array(*(dim.weight for dim in dims)),
+        )
+
+
+class NativeBox(ctypes.Structure):
+    """`Box` of box.h."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("lists", ctypes.c_int64),
+        ("value_type", ctypes.c_int64),
+        ("weight_type", ctypes.c_int64),
+        ("finite_only", ctypes.c_int64),
+        ("kept", _Dims),
+        ("reduced", _Dims),
+        ("groups", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("runs", ctypes.c_int64),
+        ("run_length", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, view: GroupedView, importance: GroupedView | None = None) -> NativeBox:
+        """The values of a view, which must outlive it, cut into runs where that is better."""
+        box = Box.of(view, importance)
+        groups = prod(view.qparam_shape)
+        size = prod(view.shape) // max(1, groups)
+        whole = size <= SHORT or (size <= LONGEST and groups >= MANY)
+        runs = 1 if whole else -(-size // RUN)
+        native = cls(
+            address(box.values),
+            address(box.weights),
+            address(box.columns),
+            1 if box.columns is None else box.columns.shape[0],
+            _TYPES[box.values.dtype],
+            0 if box.weights is None else _TYPES[box.weights.dtype],
+            view.finite_only,
+            _Dims.of(box.kept),
+            _Dims.of(box.reduced),
+            groups,
+            size,
+            runs,
+            size if whole else RUN,
+        )
+        native.keeps = box  # what the addresses point to
+        return native
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of `LANES` units."""
+        return -(-self.groups * self.runs // LANES)
+
+
+class NativeFormat(ctypes.Structure):
+    """`Format` of format.h."""
+
+    _fields_ = (
+        ("integer", ctypes.c_int64),
+        ("symmetric", ctypes.c_int64),
+        ("scale_type", ctypes.c_int64),
+        ("is_global", ctypes.c_int64),
+        ("mx_offset", ctypes.c_int64),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+        ("half_range", ctypes.c_float),
+        ("global_scale", ctypes.c_float),
+        ("scale_limit", ctypes.c_float),
+        ("scale_eps", ctypes.c_float),
+        ("shift", ctypes.c_float),
+        ("smallest", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, args: QuantizationArgs, global_scale: Tensor | None) -> NativeFormat:
+        """The format of arguments that the kernels support."""
+        lowest, highest = (float(limit) for limit in calculate_range(args, torch.device("cpu")))
+        scale_type, limit = _ANY_SCALE, 0.0
+        eps = torch.finfo(args.scale_dtype or torch.float32).eps if not _is_mx(args) else 0.0
+        if args.scale_dtype == torch.float8_e4m3fn:
+            scale_type, limit = _FLOAT8_SCALE, torch.finfo(args.scale_dtype).max
+        elif _is_mx(args):
+            scale_type = _POWER_OF_TWO_SCALE
+        # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
+        mantissa, smallest = (1, 127 << 23) if args.num_bits == 4 else (3, 121 << 23)
+        return cls(
+            args.type == QuantizationType.INT,
+            bool(args.symmetric),
+            scale_type,
+            global_scale is not None,
+            2 if args.num_bits == 4 else 8,
+            lowest,
+            highest,
+            (highest - lowest) / 2,
+            1.0 if global_scale is None else float(global_scale),
+            limit,
+            eps,
+            1.5 * 2**23 / 2**mantissa,
+            smallest,
+        )
+
+
+def _is_mx(args: QuantizationArgs) -> bool:
+    return bool(should_generate_mx_scales(args))
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where the elements of a tensor begin; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def run_parallel(kernel: Callable[[int, int, int], Any], blocks: int, work: int) -> None:
+    """Call `kernel(part, first, last)` for parts of the blocks, on as many threads as torch uses.
+
+    What a kernel computes for a block must not depend on the parts: results are the same with any
+    number of threads.
+
+    Args:
+        kernel: Something that releases the interpreter while it works.
+        blocks: How many there are.
+        work: Number of values times candidates, to tell whether threads pay.
+    """
+    parts = min(torch.get_num_threads(), blocks) if work >= WORTH_THREADS else 1
+    edges = [blocks * part // parts for part in range(parts + 1)] if parts else [0]
+    threads = [
+        Thread(target=kernel, args=(part, edges[part], edges[part + 1])) for part in range(1, parts)
+    ]
+    for thread in threads:
+        thread.start()
+    if blocks:
+        kernel(0, edges[0], edges[1])
+    for thread in threads:
+        thread.join()

@@ -1,0 +1,49 @@
+// Vectors of sixteen lanes, in the common dialect of GCC and Clang: both map them to whatever
+// registers the target has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int LANES = 16;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IVec __attribute__((vector_size(4 * LANES)));
+
+static inline Vec splat(float x) { return Vec{} + x; }
+static inline Vec load(const float* source) {
+  Vec found;
+  std::memcpy(&found, source, sizeof found);
+  return found;
+}
+static inline void store(float* target, Vec x) { std::memcpy(target, &x, sizeof x); }
+
+static inline Vec select(IVec mask, Vec yes, Vec no) { return mask ? yes : no; }
+// Of a NaN among the two the second is taken, as the instructions do it.
+static inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+static inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+static inline IVec larger(IVec a, IVec b) { return a > b ? a : b; }
+
+// Bits as they are.
+static inline IVec bits_of(Vec x) { return (IVec)x; }
+static inline Vec from_bits(IVec x) { return (Vec)x; }
+static inline Vec size_of(Vec x) { return from_bits(bits_of(x) & 0x7fffffff); }
+
+static inline uint32_t bits_of_one(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+static inline bool any(IVec mask) {
+  int32_t lanes[LANES];
+  std::memcpy(lanes, &mask, sizeof mask);
+  int32_t found = 0;
+  for (int i = 0; i < LANES; i++) found |= lanes[i];
+  return found != 0;
+}
+static inline bool all(IVec mask) { return !any(~mask); }
+
+// Far from zero floats lie one apart: adding this number, and taking it away, rounds to the nearest
+// integer, ties to even, for |x| < 2**22.
+constexpr float FAR = 12582912.0f;
+static inline Vec nearest(Vec x) { return (x + FAR) - FAR; }

@@ -13,6 +13,6 @@ pytest.register_assert_rewrite(
 
 
 @pytest.fixture(autouse=True)
-def _eager_unless_asked(monkeypatch):
+def _native_unless_asked(monkeypatch):
     """Which engine runs must not depend on what other tests have searched before."""
-    monkeypatch.setenv("CALIPERS_ENGINE", "eager")
+    monkeypatch.setenv("CALIPERS_ENGINE", "native")

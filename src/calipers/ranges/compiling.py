@@ -14,10 +14,11 @@ import torch
 __all__ = ["compile_quietly"]
 
 
-def compile_quietly(function: FunctionType) -> Callable[..., Any]:
+def compile_quietly(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for vector code on the CPU, without the warnings that it raises as it works."""
     # torch counts compilations by code and gives up, silently, after eight: those of one kind of
     # search must not count for the others that the same lines make.
+    assert isinstance(function, FunctionType)
     own = FunctionType(
         function.__code__.replace(),
         function.__globals__,

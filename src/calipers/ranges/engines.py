@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Literal, cast, get_args
+from collections.abc import Callable
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from loguru import logger
@@ -13,8 +14,9 @@ from loguru import logger
 from calipers.errors import CalipersError
 from calipers.ranges.native.build import compiler, is_built
 
-__all__ = ["Engine", "choose_engine", "explain_engines", "give_up_engine"]
+__all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
 
+Found = TypeVar("Found")
 Engine = Literal["eager", "native", "inductor", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
@@ -117,6 +119,17 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 _PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
+
+
+def attempt(engine: Engine, search: Callable[[], Found]) -> Found | None:
+    """What a search by an engine finds; None where it fails, which gives the engine up."""
+    try:
+        return search()
+    except torch.OutOfMemoryError:  # the reference needs more
+        raise
+    except Exception as error:  # whatever a compiler may raise: the reference can do it
+        give_up_engine(engine, error)
+        return None
 
 
 def give_up_engine(engine: str, error: Exception) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
 from calipers.ranges import grid_eager, grid_inductor, grid_native
-from calipers.ranges.engines import Engine, choose_engine, give_up_engine
+from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
@@ -58,15 +58,10 @@ def search_grid_ranges(
     chosen = choose_engine(views[0].values.device, engine, values)
     search = _compiled_search(chosen, args, [view.values.dtype for view in (*views, *weighted)])
     if search is not None:
-        try:
-            found: list[tuple[Tensor, Tensor]] = search(
-                views, expanded, args, grid, weights, global_scale
-            )
-            return found
-        except torch.OutOfMemoryError:  # the reference needs more
-            raise
-        except Exception as error:  # whatever the compiler may raise: the reference can do it
-            give_up_engine(chosen, error)
+        arguments = (views, expanded, args, grid, weights, global_scale)
+        found = attempt(chosen, lambda: search(*arguments))
+        if found is not None:
+            return cast("list[tuple[Tensor, Tensor]]", found)
     return grid_eager.search(views, expanded, args, grid, weights, global_scale)
 
 

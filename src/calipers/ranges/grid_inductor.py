@@ -111,7 +111,8 @@ class _Search:
             everything = tuple(slice(None) for _ in self.view.qparam_shape)
             errors = self.min_vals.new_zeros(steps, *self.min_vals.shape)
             for piece in walk:
-                part = errors[(slice(None), *piece.where)]
+                index = (slice(None), *piece.where)
+                part = errors[index]
                 part += self._sum_errors(piece, steps)[0].view(part.shape)
             scales = self._scales(everything, range(steps))[0]
             return self._choose(everything, errors.view(steps, -1), scales)

@@ -116,7 +116,7 @@ def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(sums: Sums) -> Callable[..., Tensor]:
-    return compile_quietly(sums.__call__)
+    return compile_quietly(lambda *inputs: sums(*inputs))
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calipers.ranges import min_max_native
+from calipers.ranges.engines import attempt, choose_engine
 from calipers.ranges.views import SMALLEST_PIECE, GroupedView
 
 __all__ = ["min_max"]
 
+#: Values that min/max reads in the time in which a search works on one.
+READS = 256
 
-def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
+
+def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group.
-
-    Each piece is read from memory once: its maximum is taken while it is still in the cache from
-    its minimum (`torch.aminmax` along a dimension is slower than the two together).
 
     Args:
         view: Values of any floating dtype.
+        engine: "native" or "eager"; None chooses, see `calipers.ranges.engines`. Of the small
+            values, and on other devices than the CPU, it is always eager.
 
     Returns:
         Minimum and maximum, each of shape `view.qparam_shape`, in the dtype of the values. NaN and
         Inf among the values show in the result, unless the view leaves them out: then a group with
         no finite value gets Inf and -Inf, the range of nothing, whose scale is that of zeros.
+    """
+    if view.values.numel() > SMALLEST_PIECE and min_max_native.supports(view):
+        chosen = choose_engine(view.values.device, engine, view.values.numel() // READS)
+        if chosen == "native":
+            found = attempt(chosen, lambda: min_max_native.min_max(view))
+            if found is not None:
+                return found
+    return _min_max_eager(view)
+
+
+def _min_max_eager(view: GroupedView) -> tuple[Tensor, Tensor]:
+    """The same by torch operations.
+
+    Each piece is read from memory once: its maximum is taken while it is still in the cache from
+    its minimum (`torch.aminmax` along a dimension is slower than the two together).
     """
     if not view.finite_only and all(size == 1 for size in view.qparam_shape):
         low, high = torch.aminmax(_in_memory_order(view.gathered()))

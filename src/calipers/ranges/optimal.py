@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.ranges.codes import has_scale_codes, search_codes
-from calipers.ranges.engines import Engine, choose_engine, give_up_engine
+from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.group_sums import group_batches
 from calipers.ranges.projection import Scales, Scheme, project_batch
 from calipers.ranges.views import GroupedView
@@ -61,10 +61,9 @@ def search_optimal_scales(
         ]
 
     if chosen == "inductor":
-        try:
-            return search(chosen)
-        except Exception as error:  # whatever the compiler may raise: the reference can do it
-            give_up_engine(chosen, error)
+        found = attempt(chosen, lambda: search(chosen))
+        if found is not None:
+            return found
     return search("eager")
 
 

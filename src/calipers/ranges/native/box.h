@@ -37,48 +37,63 @@ struct Box {
   int64_t blocks() const { return (units() + LANES - 1) / LANES; }
 };
 
-static inline float from_float32(const void* source, int64_t at) {
-  return static_cast<const float*>(source)[at];
-}
-static inline float from_bfloat16(const void* source, int64_t at) {
-  uint32_t bits = uint32_t(static_cast<const uint16_t*>(source)[at]) << 16;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-static inline float from_float16(const void* source, int64_t at) {
-  uint32_t half = static_cast<const uint16_t*>(source)[at];
-  uint32_t bits = (half & 0x7fff) << 13;
-  float x;
-  std::memcpy(&x, &bits, 4);
-  x *= 0x1p112f;  // the exponents of float32 begin 112 lower; right for subnormal numbers too
-  std::memcpy(&bits, &x, 4);
-  if ((half & 0x7c00) == 0x7c00) bits |= 0x7f800000;
-  bits |= (half & 0x8000) << 16;
-  std::memcpy(&x, &bits, 4);
-  return x;
+template <Type type>
+static inline Vec load_lanes(const void* source, int64_t at) {
+  if (type == FLOAT32) return load(static_cast<const float*>(source) + at);
+  typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
+  Half half;
+  std::memcpy(&half, static_cast<const uint16_t*>(source) + at, sizeof half);
+  IVec bits = __builtin_convertvector(half, IVec);
+  if (type == BFLOAT16) return from_bits(bits << 16);
+  // The exponents of float32 begin 112 lower; a product is right for subnormal numbers too.
+  IVec wide = bits_of(from_bits((bits & 0x7fff) << 13) * 0x1p112f);
+  wide |= (bits & 0x7c00) == 0x7c00 ? IVec{} + 0x7f800000 : IVec{};
+  return from_bits(wide | (bits & 0x8000) << 16);
 }
 
-template <float (*get)(const void*, int64_t), bool finite_only>
-static void load_run(const Box& box, const void* source, int64_t group, int64_t first,
-                     int64_t count, bool weight, float* target) {
+template <Type type>
+static inline float load_one(const void* source, int64_t at) {
+  if (type == FLOAT32) return static_cast<const float*>(source)[at];
+  uint32_t half = static_cast<const uint16_t*>(source)[at];
+  if (type == BFLOAT16) return float_of_bits(half << 16);
+  uint32_t wide = bits_of_one(float_of_bits((half & 0x7fff) << 13) * 0x1p112f);
+  wide |= (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  return float_of_bits(wide | (half & 0x8000) << 16);
+}
+
+// Number of values of a unit.
+static inline int64_t count_of(const Box& box, int64_t unit) {
+  if (box.runs == 1) return box.size;
+  return std::clamp<int64_t>(box.size - unit % box.runs * box.run_length, 0, box.run_length);
+}
+
+// Call visit(first element, count, stride) for the straight parts of a unit, in order.
+template <bool weight = false, typename Visit>
+static inline void walk_run(const Box& box, int64_t unit, Visit visit) {
   auto stride = [&](const Dims& dims, int d) { return weight ? dims.weight[d] : dims.value[d]; };
-  auto put = [&](int64_t i, int64_t at) {
-    float x = get(source, at);
-    if (finite_only && (bits_of_one(x) & 0x7f800000) == 0x7f800000) x = 0;
-    target[i * LANES] = x;
-  };
-  int64_t offset = 0, rest = group;
-  for (int d = int(box.kept.count) - 1; d >= 0; d--) {
-    offset += rest % box.kept.size[d] * stride(box.kept, d);
-    rest /= box.kept.size[d];
+  // Divisions would be most of the work on a short group: they are left out where they can be.
+  int64_t group = unit, first = 0, count = box.size, offset = 0;
+  if (box.runs > 1) {
+    group = unit / box.runs;
+    first = unit % box.runs * box.run_length;
+    count = count_of(box, unit);
   }
+  int64_t outer = group;
+  for (int d = int(box.kept.count) - 1; d > 0; d--) {
+    offset += outer % box.kept.size[d] * stride(box.kept, d);
+    outer /= box.kept.size[d];
+  }
+  offset += outer * stride(box.kept, 0);
   const Dims& reduced = box.reduced;
   int last = int(reduced.count) - 1;
   int64_t step = stride(reduced, last), length = reduced.size[last];
   if (box.columns) {
     const int64_t* column = box.columns + group % box.lists * box.size + first;
-    for (int64_t i = 0; i < count; i++) put(i, offset + column[i] * step);
+    for (int64_t i = 0; i < count; i++) visit(offset + column[i] * step, 1, 1);
+    return;
+  }
+  if (last == 0) {
+    visit(offset + first * step, count, step);
     return;
   }
   for (int64_t i = 0; i < count;) {
@@ -88,33 +103,46 @@ static void load_run(const Box& box, const void* source, int64_t group, int64_t 
       row /= reduced.size[d];
     }
     int64_t many = std::min(length - begin, count - i);
-    at += begin * step;
-    if (step == 1)
-      for (int64_t k = 0; k < many; k++) put(i + k, at + k);
-    else
-      for (int64_t k = 0; k < many; k++) put(i + k, at + k * step);
+    visit(at + begin * step, many, step);
     i += many;
+  }
+}
+
+template <Type type, bool finite_only, bool weight>
+static void load_unit(const Box& box, int64_t unit, float* target) {
+  const void* source = weight ? box.weights : box.values;
+  walk_run<weight>(box, unit, [&](int64_t at, int64_t count, int64_t stride) {
+    for (int64_t i = 0; i < count; i++, target += LANES) {
+      float x = load_one<type>(source, at + i * stride);
+      *target = finite_only && (bits_of_one(x) & 0x7f800000) == 0x7f800000 ? 0 : x;
+    }
+  });
+}
+
+template <bool finite_only, bool weight>
+static void load_unit(const Box& box, int64_t unit, float* target) {
+  switch (weight ? box.weight_type : box.value_type) {
+    case FLOAT32:
+      return load_unit<FLOAT32, finite_only, weight>(box, unit, target);
+    case BFLOAT16:
+      return load_unit<BFLOAT16, finite_only, weight>(box, unit, target);
+    default:
+      return load_unit<FLOAT16, finite_only, weight>(box, unit, target);
   }
 }
 
 // One lane for each unit of the block; zeros where a run or the block is short, which cost nothing:
 // every format has a code for zero.
-static void load_block(const Box& box, int64_t block, bool weight, float* target) {
-  const void* source = weight ? box.weights : box.values;
-  int64_t type = weight ? box.weight_type : box.value_type;
-  bool finite = box.finite_only && !weight;
+template <bool weight>
+static void load_block(const Box& box, int64_t block, float* target) {
   for (int lane = 0; lane < LANES; lane++) {
-    int64_t unit = block * LANES + lane, first = 0, count = 0;
+    int64_t unit = block * LANES + lane, count = 0;
     if (unit < box.units()) {
-      first = unit % box.runs * box.run_length;
-      count = std::clamp<int64_t>(box.size - first, 0, box.run_length);
-      auto load = type == FLOAT32    ? (finite ? load_run<from_float32, true>
-                                               : load_run<from_float32, false>)
-                  : type == BFLOAT16 ? (finite ? load_run<from_bfloat16, true>
-                                               : load_run<from_bfloat16, false>)
-                                     : (finite ? load_run<from_float16, true>
-                                               : load_run<from_float16, false>);
-      load(box, source, unit / box.runs, first, count, weight, target + lane);
+      count = count_of(box, unit);
+      if (box.finite_only && !weight)
+        load_unit<true, weight>(box, unit, target + lane);
+      else
+        load_unit<false, weight>(box, unit, target + lane);
     }
     for (int64_t i = count; i < box.run_length; i++) target[i * LANES + lane] = 0;
   }

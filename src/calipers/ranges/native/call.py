@@ -17,7 +17,7 @@ from torch import Tensor
 from calipers.ranges.box import MOST_DIMS, Box, Dim
 from calipers.ranges.views import GroupedView
 
-__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "run_parallel", "supports"]
+__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "run_parallel", "supports"]
 
 #: Groups, or runs of the values of long ones, that are worked on at a time.
 LANES = 16
@@ -34,9 +34,14 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ANY_SCALE, _FLOAT8_SCALE, _POWER_OF_TWO_SCALE = range(3)
 
 
+def knows(*dtypes: torch.dtype) -> bool:
+    """Whether the kernels read these dtypes."""
+    return all(dtype in _TYPES for dtype in dtypes)
+
+
 def supports(args: QuantizationArgs, *dtypes: torch.dtype) -> bool:
     """Whether the kernels know a number format, the way it makes scales, and values' dtypes."""
-    if any(dtype not in _TYPES for dtype in dtypes):
+    if not knows(*dtypes):
         return False
     if args.type == QuantizationType.INT:
         whole = args.zp_dtype is not None and not args.zp_dtype.is_floating_point
@@ -112,7 +117,7 @@ class NativeBox(ctypes.Structure):
     @property
     def blocks(self) -> int:
         """Number of blocks of `LANES` units."""
-        return -(-self.groups * self.runs // LANES)
+        return int(-(-self.groups * self.runs // LANES))
 
 
 class NativeFormat(ctypes.Structure):

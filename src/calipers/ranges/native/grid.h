@@ -102,8 +102,8 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
   IVec is_unit{};
   for (int lane = 0; lane < LANES; lane++) is_unit[lane] = lane < count ? -1 : 0;
   if (!search.known_errors) {
-    load_block(box, block, false, values);
-    if (box.weights) load_block(box, block, true, weights);
+    load_block<false>(box, block, values);
+    if (box.weights) load_block<true>(box, block, weights);
   }
   Best best{infinity, infinity, Vec{}, splat(1)};
   IVec doubtful{};

@@ -1,1 +1,2 @@
 #include "grid.h"
+#include "min_max.h"

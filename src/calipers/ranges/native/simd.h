@@ -34,12 +34,24 @@ static inline uint32_t bits_of_one(float x) {
   return bits;
 }
 
+static inline float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+template <typename Half, typename Whole>
+static inline void split(const Whole& whole, Half& first, Half& second) {
+  std::memcpy(&first, &whole, sizeof first);
+  std::memcpy(&second, reinterpret_cast<const char*>(&whole) + sizeof first, sizeof second);
+}
+
 static inline bool any(IVec mask) {
-  int32_t lanes[LANES];
-  std::memcpy(lanes, &mask, sizeof mask);
-  int32_t found = 0;
-  for (int i = 0; i < LANES; i++) found |= lanes[i];
-  return found != 0;
+  typedef int64_t Four __attribute__((vector_size(32)));
+  Four a, b;
+  split(mask, a, b);
+  Four found = a | b;
+  return (found[0] | found[1] | found[2] | found[3]) != 0;
 }
 static inline bool all(IVec mask) { return !any(~mask); }
 

@@ -1,0 +1,42 @@
+"""Smallest and largest value of every group, in C++."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from calipers.ranges.native.build import library
+from calipers.ranges.native.call import NativeBox, address, knows, run_parallel
+from calipers.ranges.views import GroupedView
+
+__all__ = ["min_max", "supports"]
+
+
+class _MinMax(ctypes.Structure):
+    """`MinMax` of min_max.h."""
+
+    _fields_ = (("box", NativeBox), ("low", ctypes.c_void_p), ("high", ctypes.c_void_p))
+
+
+def supports(view: GroupedView) -> bool:
+    """Whether the kernels can read the values."""
+    return view.values.device.type == "cpu" and knows(view.values.dtype)
+
+
+def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
+    """As `calipers.ranges.min_max`, for values on the CPU of a dtype that kernels know."""
+    box = NativeBox.of(view)
+    low = view.values.new_empty(box.groups, box.runs)
+    high = torch.empty_like(low)
+    task = _MinMax(box, address(low), address(high))
+    kernel, pointer = library().min_max, ctypes.byref(task)
+
+    def run(_: int, first: int, last: int) -> None:
+        kernel(pointer, ctypes.c_int64(first), ctypes.c_int64(last))
+
+    run_parallel(run, low.numel(), view.values.numel())
+    if box.runs > 1:
+        low, high = low.amin(1), high.amax(1)
+    return low.view(view.qparam_shape), high.view(view.qparam_shape)

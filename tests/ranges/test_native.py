@@ -1,0 +1,166 @@
+"""The native library: how it comes into being, and its minimum and maximum against torch's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from loguru import logger
+
+from calipers.ranges import GroupedView, arrange, engines, min_max
+from calipers.ranges.native import build
+from calipers.ranges.native.call import run_parallel
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+STRATEGIES = {
+    "tensor": {"strategy": "tensor"},
+    "channel": {"strategy": "channel"},
+    "group of 2": {"strategy": "group", "group_size": 2},
+    "group of 16": {"strategy": "group", "group_size": 16},
+    "group of 32": {"strategy": "group", "group_size": 32},
+    "short last group": {"strategy": "group", "group_size": 96},
+    "blocks with short ends": {"strategy": "block", "block_structure": [48, 32]},
+}
+
+
+def values(rows: int = 300, cols: int = 400, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return (torch.randn(rows, cols, generator=generator) * 3).to(dtype)
+
+
+def assert_same_extremes(view: GroupedView) -> None:
+    native, eager = min_max(view, engine="native"), min_max(view, engine="eager")
+    assert not engines._failures
+    for found, expected in zip(native, eager, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+class TestMinMax:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("name", STRATEGIES)
+    def test_strategies(self, name, dtype):
+        args = QuantizationArgs(num_bits=8, **STRATEGIES[name])
+        for view in arrange(values(dtype=dtype), "weight", args).views:
+            assert_same_extremes(view)
+
+    @pytest.mark.parametrize("base_name", ["input", "k"])
+    def test_activations_and_attention_states(self, base_name):
+        strategy = {"input": "tensor", "k": "attn_head"}[base_name]
+        states = values(2 * 40, 24 * 32).view(2, 40, 24, 32).transpose(1, 2)
+        args = QuantizationArgs(num_bits=8, strategy=strategy)
+        for view in arrange(states, base_name, args).views:
+            assert_same_extremes(view)
+
+    def test_groups_of_activations_and_columns_in_any_order(self):
+        args = QuantizationArgs(num_bits=8, strategy="group", group_size=16)
+        for view in arrange(values(), "input", args).views:
+            assert_same_extremes(view)
+        for view in arrange(values(), "weight", args, torch.arange(400).remainder(25)).views:
+            assert_same_extremes(view)
+
+    def test_values_that_lie_apart(self):
+        args = QuantizationArgs(num_bits=8, strategy="group", group_size=16)
+        for value in (values().t(), values()[:, ::2], values().expand(2, -1, -1)):
+            for view in arrange(value, "weight", args).views:
+                assert_same_extremes(view)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("size", [16, 50, 400])
+    @pytest.mark.parametrize("odd", [torch.nan, -torch.nan, torch.inf, -torch.inf, 0.0, -0.0])
+    def test_odd_values_show_and_are_left_out(self, odd, size, dtype):
+        value = values(dtype=dtype)
+        value[::3, 7], value[5], value[6, :200] = odd, odd, -odd
+        args = QuantizationArgs(num_bits=8, strategy="group", group_size=size)
+        for view in arrange(value, "weight", args).views:
+            assert_same_extremes(view)
+            assert_same_extremes(view.finite())
+
+    def test_every_sixteen_bit_float(self):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16)
+        for dtype in DTYPES[1:]:
+            view = GroupedView(every.view(dtype).view(-1, 1, 1), (2,))
+            assert_same_extremes(view)
+            assert_same_extremes(GroupedView(every.view(dtype).view(-1, 16), (1,)).finite())
+
+    def test_any_number_of_threads(self):
+        view = arrange(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel")).views
+        expected, threads = min_max(view[0], engine="native"), torch.get_num_threads()
+        try:
+            torch.set_num_threads(5)
+            found = min_max(view[0], engine="native")
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class TestParallel:
+    @pytest.mark.parametrize("blocks", [0, 1, 7, 1000])
+    def test_every_block_once(self, blocks):
+        done, lock = [], threading.Lock()
+
+        def kernel(part, first, last):
+            with lock:
+                done.extend(range(first, last))
+
+        run_parallel(kernel, blocks, 2**30)
+        assert sorted(done) == list(range(blocks))
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CALIPERS_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(engines, "_failures", {})
+        for cached in (build.library, build.compiler):
+            cached.cache_clear()
+        engines._warn_once.cache_clear()
+        yield
+        for cached in (build.library, build.compiler):
+            cached.cache_clear()
+
+    def test_it_is_compiled_once_and_nothing_else_is_left(self, tmp_path):
+        assert not build.is_built()
+        build.library()
+        assert build.is_built()
+        (made,) = (tmp_path / "cache").iterdir()
+        written = made.stat().st_mtime_ns
+        build.library.cache_clear()
+        build.library()
+        assert made.stat().st_mtime_ns == written
+
+    def test_a_compiler_that_fails_is_one_warning(self, monkeypatch, tmp_path):
+        fake = tmp_path / "c++"
+        fake.write_text("#!/bin/sh\necho no such instruction >&2\nexit 1\n")
+        fake.chmod(0o755)
+        monkeypatch.setenv("CXX", str(fake))
+        messages: list[str] = []
+        sink = logger.add(messages.append, format="{message}", level="WARNING")
+        view = arrange(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel")).views
+        try:
+            found = [min_max(view[0], engine="native") for _ in range(2)]
+        finally:
+            logger.remove(sink)
+        assert all(torch.equal(each[0], values().amin(1, keepdim=True)) for each in found)
+        assert len(messages) == 1
+        assert "no such instruction" in messages[0]
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_two_processes_may_build_at_once(self, tmp_path):
+        code = "from calipers.ranges.native.build import library; library().min_max"
+        both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        assert [each.wait(timeout=300) for each in both] == [0, 0]
+        assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    def test_a_cache_that_cannot_be_written(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("CALIPERS_CACHE")
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+        build._private_folder.cache_clear()
+        build.library()
+        assert build.is_built()

@@ -51,7 +51,7 @@ from torch import Tensor
 import calipers
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("eager", "inductor", "triton")
+ENGINES = ("eager", "native", "inductor", "triton")
 #: MiB beyond input and qparams.
 SCRATCH_LIMIT = 64
 #: Seconds of the first search of a process, by state of the compile cache.
@@ -288,6 +288,7 @@ def run_cold(case: Case, size: int, engine: str | None, threads: int) -> Json:
     with tempfile.TemporaryDirectory(prefix="calipers-cold-") as folder:
         environment = {
             **os.environ,
+            "CALIPERS_CACHE": f"{folder}/native",
             "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from loguru import logger
 
 from calipers.ranges import GroupedView, arrange, engines, min_max
 from calipers.ranges.native import build
-from calipers.ranges.native.call import run_parallel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = {
@@ -98,19 +96,6 @@ class TestMinMax:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-class TestParallel:
-    @pytest.mark.parametrize("blocks", [0, 1, 7, 1000])
-    def test_every_block_once(self, blocks):
-        done, lock = [], threading.Lock()
-
-        def kernel(part, first, last):
-            with lock:
-                done.extend(range(first, last))
-
-        run_parallel(kernel, blocks, 2**30)
-        assert sorted(done) == list(range(blocks))
-
-
 class TestBuild:
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch, tmp_path):
@@ -132,6 +117,13 @@ class TestBuild:
         build.library.cache_clear()
         build.library()
         assert made.stat().st_mtime_ns == written
+
+    def test_without_torch_s_openmp_it_starts_threads_of_its_own(self, monkeypatch):
+        monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-DOWN_THREADS"])
+        for cached in (build._flags, build._fingerprint):
+            monkeypatch.setattr(build, cached.__name__, cached.__wrapped__)
+        view = arrange(values(1000), "weight", QuantizationArgs(num_bits=8, strategy="channel"))
+        assert_same_extremes(view.views[0])
 
     def test_a_compiler_that_fails_is_one_warning(self, monkeypatch, tmp_path):
         fake = tmp_path / "c++"

@@ -20,7 +20,7 @@ from calipers.ranges.native.call import (
     NativeBox,
     NativeFormat,
     address,
-    run_parallel,
+    number_of_parts,
     supports,
 )
 from calipers.ranges.shrink import ShrinkGrid, last_step
@@ -152,22 +152,12 @@ class _Search:
             address(self.high),
             address(self.doubtful),
         )
-        gains = torch.zeros(torch.get_num_threads(), steps, dtype=torch.bool)
-        reports = [_GridReport(address(row), 0) for row in gains]
-        kernel, pointer = library().search_grid, ctypes.byref(task)
-
-        def run(part: int, first: int, last: int) -> None:
-            kernel(
-                pointer,
-                ctypes.c_int64(first),
-                ctypes.c_int64(last),
-                ctypes.byref(reports[part]),
-            )
-
         if known is not None:
             task.box.runs = 1
-        blocks = -(-task.box.groups * task.box.runs // 16)
-        run_parallel(run, blocks, task.box.groups * task.box.size * steps)
+        parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
+        gains = torch.zeros(parts, steps, dtype=torch.bool)
+        reports = (_GridReport * parts)(*(_GridReport(address(row), 0) for row in gains))
+        library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
         if errors is not None:
             self._errors = errors.sum(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calipers.ranges.native.build import library
-from calipers.ranges.native.call import NativeBox, address, knows, run_parallel
+from calipers.ranges.native.call import NativeBox, address, knows, number_of_parts
 from calipers.ranges.views import GroupedView
 
 __all__ = ["min_max", "supports"]
@@ -31,12 +31,8 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     low = view.values.new_empty(box.groups, box.runs)
     high = torch.empty_like(low)
     task = _MinMax(box, address(low), address(high))
-    kernel, pointer = library().min_max, ctypes.byref(task)
-
-    def run(_: int, first: int, last: int) -> None:
-        kernel(pointer, ctypes.c_int64(first), ctypes.c_int64(last))
-
-    run_parallel(run, low.numel(), view.values.numel())
+    parts = number_of_parts(low.numel(), view.values.numel())
+    library().min_max(ctypes.byref(task), ctypes.c_int64(parts))
     if box.runs > 1:
         low, high = low.amin(1), high.amax(1)
     return low.view(view.qparam_shape), high.view(view.qparam_shape)

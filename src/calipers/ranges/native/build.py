@@ -29,6 +29,7 @@ _FLAGS = [
     "-O3",
     "-shared",
     "-fPIC",
+    "-pthread",
     # One rounding for a product and its sum: faster, and nearer to the exact value.
     "-ffp-contract=fast",
     "-fno-math-errno",
@@ -71,7 +72,7 @@ def _build(target: Path) -> None:
     # Under a name of its own first: others may be at it, or this may be interrupted.
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        arguments = [command, *_flags(), "-o", str(made), str(_SOURCES / "kernels.cpp")]
+        arguments = [command, *_flags(), "-o", str(made), str(_SOURCES / "kernels.cpp"), "-ldl"]
         done = subprocess.run(
             arguments, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )

@@ -1,12 +1,9 @@
-"""Handing tensors to the native library, and spreading its work over threads."""
+"""Handing tensors to the native library, in the form that its sources declare."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from math import prod
-from threading import Thread
-from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
@@ -17,7 +14,7 @@ from torch import Tensor
 from calipers.ranges.box import MOST_DIMS, Box, Dim
 from calipers.ranges.views import GroupedView
 
-__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "run_parallel", "supports"]
+__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "number_of_parts", "supports"]
 
 #: Groups, or runs of the values of long ones, that are worked on at a time.
 LANES = 16
@@ -177,25 +174,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def run_parallel(kernel: Callable[[int, int, int], Any], blocks: int, work: int) -> None:
-    """Call `kernel(part, first, last)` for parts of the blocks, on as many threads as torch uses.
-
-    What a kernel computes for a block must not depend on the parts: results are the same with any
-    number of threads.
+def number_of_parts(blocks: int, work: int) -> int:
+    """Number of parts to cut blocks into: one for each of torch's threads, if that pays.
 
     Args:
-        kernel: Something that releases the interpreter while it works.
         blocks: How many there are.
-        work: Number of values times candidates, to tell whether threads pay.
+        work: Number of values times candidates.
     """
-    parts = min(torch.get_num_threads(), blocks) if work >= WORTH_THREADS else 1
-    edges = [blocks * part // parts for part in range(parts + 1)] if parts else [0]
-    threads = [
-        Thread(target=kernel, args=(part, edges[part], edges[part + 1])) for part in range(1, parts)
-    ]
-    for thread in threads:
-        thread.start()
-    if blocks:
-        kernel(0, edges[0], edges[1])
-    for thread in threads:
-        thread.join()
+    return max(1, min(torch.get_num_threads(), blocks)) if work >= WORTH_THREADS else 1

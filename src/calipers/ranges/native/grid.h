@@ -6,6 +6,7 @@
 
 #include "box.h"
 #include "format.h"
+#include "parallel.h"
 #include "power.h"
 #include "scratch.h"
 
@@ -165,13 +166,15 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
   }
 }
 
-extern "C" void search_grid(const GridSearch* search, int64_t first, int64_t last,
-                            GridReport* report) {
+// One report for each part.
+extern "C" void search_grid(const GridSearch* search, int64_t parts, GridReport* reports) {
   const Box& box = search->box;
   bool weighted = box.weights != nullptr;
   SumErrors sum = search->format.integer ? choose_sum<true>(search->norm, weighted)
                                          : choose_sum<false>(search->norm, weighted);
-  Scratch values(box.run_length), weights(weighted ? box.run_length : 0);
-  for (int64_t block = first; block < last; block++)
-    search_block(*search, block, sum, values.data, weights.data, *report);
+  in_parallel(box.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
+    Scratch values(box.run_length), weights(weighted ? box.run_length : 0);
+    for (int64_t block = first; block < last; block++)
+      search_block(*search, block, sum, values.data, weights.data, reports[part]);
+  });
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "box.h"
+#include "parallel.h"
 
 struct MinMax {
   Box box;
@@ -71,12 +72,12 @@ static inline Lanes gather(const Integer* source, int64_t i, int64_t count, int6
   return found;
 }
 
-template <typename Integer, int BYTES, bool finite_only>
-static inline void take_all(Extremes<Integer, BYTES>& found, const Integer* values, int64_t count,
+template <typename Integer, bool finite_only>
+static inline void take_all(Extremes<Integer, 64>& found, const Integer* values, int64_t count,
                             int64_t stride, Integer infinity) {
-  using Lanes = typename Extremes<Integer, BYTES>::Lanes;
-  constexpr int64_t COUNT = BYTES / sizeof(Integer);
-  Extremes<Integer, BYTES> part = found;  // in registers
+  using Lanes = typename Extremes<Integer, 64>::Lanes;
+  constexpr int64_t COUNT = 64 / sizeof(Integer);
+  Extremes<Integer, 64> part = found;  // in registers
   int64_t i = 0;
   if (stride == 1)
     for (; i + COUNT <= count; i += COUNT) {
@@ -92,9 +93,9 @@ static inline void take_all(Extremes<Integer, BYTES>& found, const Integer* valu
 // Groups beside each other whose rows are read together, in the order of memory.
 constexpr int64_t MOST_BESIDE = 64;
 
-template <typename Integer, int BYTES, bool finite_only>
+template <typename Integer, bool finite_only>
 static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integer infinity) {
-  using Found = Extremes<Integer, BYTES>;
+  using Found = Extremes<Integer, 64>;
   using Lanes = typename Found::Lanes;
   const Box& box = task.box;
   const Integer* values = static_cast<const Integer*>(box.values);
@@ -112,12 +113,12 @@ static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integ
       found[k] = {Lanes{} + infinity, Lanes{} + Integer(~infinity)};  // the infinities
     walk_run(box, unit, [&](int64_t at, int64_t count, int64_t stride) {
       for (int64_t k = 0; k < beside; k++)
-        take_all<Integer, BYTES, finite_only>(found[k], values + at + k * aside, count, stride,
+        take_all<Integer, finite_only>(found[k], values + at + k * aside, count, stride,
                                               infinity);
     });
     for (int64_t k = 0; k < beside; k++) {
-      Found all{Lanes{} + fold<Integer, BYTES>(found[k].low, least),
-                Lanes{} + fold<Integer, BYTES>(found[k].high, most)};
+      Found all{Lanes{} + fold<Integer, 64>(found[k].low, least),
+                Lanes{} + fold<Integer, 64>(found[k].high, most)};
       all.close(infinity);
       lows[unit + k] = all.low[0];
       highs[unit + k] = all.high[0];
@@ -183,23 +184,29 @@ static int64_t find_short_extremes(const MinMax& task, int64_t first, int64_t la
   return unit - first;
 }
 
-template <typename Integer, int BYTES, bool finite_only>
+template <typename Integer, bool finite_only>
 static void choose_extremes(const MinMax& task, int64_t first, int64_t last, Integer infinity) {
   first += find_short_extremes<Integer, finite_only>(task, first, last, infinity);
-  find_extremes<Integer, BYTES, finite_only>(task, first, last, infinity);
+  find_extremes<Integer, finite_only>(task, first, last, infinity);
 }
 
-template <typename Integer, int BYTES>
-static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integer infinity) {
-  if (task.box.finite_only)
-    choose_extremes<Integer, BYTES, true>(task, first, last, infinity);
-  else
-    choose_extremes<Integer, BYTES, false>(task, first, last, infinity);
+template <typename Integer>
+static void find_all_extremes(const MinMax& task, int64_t parts, Integer infinity) {
+  in_parallel(task.box.units(), parts, [&](int64_t, int64_t first, int64_t last) {
+    if (task.box.finite_only)
+      choose_extremes<Integer, true>(task, first, last, infinity);
+    else
+      choose_extremes<Integer, false>(task, first, last, infinity);
+  });
 }
 
-extern "C" void min_max(const MinMax* task, int64_t first, int64_t last) {
-  const Box& box = task->box;
-  if (box.value_type == FLOAT32) return find_extremes<int32_t, 64>(*task, first, last, 0x7f800000);
-  int16_t infinity = box.value_type == BFLOAT16 ? 0x7f80 : 0x7c00;
-  find_extremes<int16_t, 64>(*task, first, last, infinity);
+extern "C" void min_max(const MinMax* task, int64_t parts) {
+  switch (task->box.value_type) {
+    case FLOAT32:
+      return find_all_extremes<int32_t>(*task, parts, 0x7f800000);
+    case BFLOAT16:
+      return find_all_extremes<int16_t>(*task, parts, 0x7f80);
+    default:
+      return find_all_extremes<int16_t>(*task, parts, 0x7c00);
+  }
 }

@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -592,8 +593,7 @@ class Observer(InternalModule, RegistryMixin):
         self._remember(self.range_names, (low, high), observation.value.dtype)
 
     def _remember(self, names: tuple[str, str], current: Range, dtype: torch.dtype) -> None:
-        constant = getattr(self.options, "averaging_constant", 1.0)
-        grown = []
+        grown = {}
         for name, value in zip(names, current, strict=True):
             statistic, past = self.statistics[name], getattr(self, name)
             if statistic.float32 and value.dtype != torch.float64:
@@ -604,14 +604,17 @@ class Observer(InternalModule, RegistryMixin):
                         f"{self.name}: {name} has shape {tuple(past.shape)}, the observed value "
                         f"gives {tuple(value.shape)}; call reset() before observing another shape"
                     )
+                constant = getattr(self.options, "averaging_constant", 1.0)
                 value = statistic.grow(past.to(value.device), value, constant)
-            grown.append(value)
-        for name, value in zip(names, grown, strict=True):
-            setattr(self, name, value)
+            grown[name] = value
         count = "num_batches" if names == self.range_names else "num_global_batches"
-        setattr(self, count, getattr(self, count) + 1)
-        self._observed_dtype = torch.empty(0, dtype=dtype)
-        self._stale = self._stale or names == self.range_names
+        # All at once, past the checks of nn.Module for parameters, which these are not.
+        self.__dict__.update(
+            grown,
+            **{count: getattr(self, count) + 1},
+            _observed_dtype=torch.empty(0, dtype=dtype),
+            _stale=self._stale or names == self.range_names,
+        )
 
     def _is_replaced(self, name: str) -> bool:
         """Whether a new value takes the place of the old one, whatever its shape.
@@ -658,7 +661,10 @@ class Observer(InternalModule, RegistryMixin):
     ) -> Observation:
         """Take the extremes of a value; leave out and count what is not finite."""
         extremes = [min_max(view) for view in views]
-        if not all(bool(t.isfinite().all()) for pair in extremes for t in pair):
+        # A range that is too wide for its dtype is looked at as well, and nothing comes of it.
+        if not all(
+            isfinite(float((high - low).sum(dtype=torch.float32))) for low, high in extremes
+        ):
             self._count_nonfinite(value)
             views = tuple(view.finite() for view in views)
             extremes = [min_max(view) for view in views]
@@ -696,7 +702,8 @@ class Observer(InternalModule, RegistryMixin):
     def _derive(self) -> None:
         assert self._observed_dtype is not None
         low, high = self._range(self.range_names)
-        self._scale, self._zero_point = self._to_qparams(low, high, self._observed_dtype.dtype)
+        scale, zero_point = self._to_qparams(low, high, self._observed_dtype.dtype)
+        self.__dict__.update(_scale=scale, _zero_point=zero_point)  # as in _remember
 
     def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
         global_scale = None

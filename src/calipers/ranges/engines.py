@@ -21,8 +21,8 @@ Engine = Literal["eager", "native", "inductor", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
 #: Values searched in a process before the native library is compiled for the machine, which takes
-#: some two seconds; eager takes a tenth of a second for a million values.
-WORTH_BUILDING = 2**22
+#: some two seconds; eager takes half a second for so many.
+WORTH_BUILDING = 2**24
 
 #: Oldest compute capability that Triton compiles for.
 OLDEST_GPU = (7, 5)

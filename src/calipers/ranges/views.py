@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import EllipsisType
 
 import torch
@@ -55,19 +56,19 @@ class GroupedView:
     columns: Tensor | None = None
     finite_only: bool = False
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """Shape of the values once gathered."""
         if self.columns is None:
             return tuple(self.values.shape)
         return (*self.values.shape[:-1], *self.columns.shape)
 
-    @property
+    @cached_property
     def kept_dims(self) -> tuple[int, ...]:
         """Dimensions that tell qparams apart."""
         return tuple(d for d in range(len(self.shape)) if d not in self.reduce_dims)
 
-    @property
+    @cached_property
     def qparam_shape(self) -> tuple[int, ...]:
         """Shape of this view's results."""
         return tuple(self.shape[d] for d in self.kept_dims)

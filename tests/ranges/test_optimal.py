@@ -15,8 +15,6 @@ from calipers.ranges import arrange, engines, min_max, range_of_qparams, search_
 from calipers.ranges import views as views_module
 from ranges import oracles
 
-CPU = torch.device("cpu")
-
 
 def preset(name: str) -> QuantizationArgs:
     args = preset_name_to_scheme(name, ["Linear"]).weights
@@ -211,14 +209,14 @@ def test_groups_that_come_in_pieces(strategy: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(search(x, args, w)[0], expected, rtol=1e-5, atol=0)
 
 
-def assert_engines_agree(args: QuantizationArgs, groups: int, **options: Any) -> None:
+def assert_engines_agree(engine: str, args: QuantizationArgs, groups: int, **options: Any) -> None:
     size = args.group_size or 256
     x, w = oracles.values("laplace", groups, size), oracles.importance(groups, size, 1)
     if args.strategy == "tensor_group":
         options["global_scale"] = (448 * 3 / x.abs().amax()).reshape(1)
-    found, zero = search(x, args, w, engine="inductor", **options)
+    found, zero = search(x, args, w, engine=engine, **options)
     expected, expected_zero = search(x, args, w, engine="eager", **options)
-    assert engines.inductor_problem(CPU) is None, "the compiled engine did not take part"
+    assert not engines._failures, "the engine did not take part"
     factor = options.get("global_scale", torch.ones(1))
     mine = oracles.error(x, w, found * factor, zero, args, options.get("global_scale"))
     theirs = oracles.error(
@@ -229,14 +227,13 @@ def assert_engines_agree(args: QuantizationArgs, groups: int, **options: Any) ->
     assert float(((found - expected).abs() > 1e-6 * expected.abs()).float().mean()) < 0.005
 
 
-@pytest.mark.parametrize("name", ["int4", "nvfp4"])
-def test_engines_agree(name: str) -> None:
-    assert_engines_agree(SCHEMES[name], 2000)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMES)
-def test_engines_agree_on_every_format(name: str) -> None:
-    assert_engines_agree(SCHEMES[name], 5000)
+def test_the_native_engine_agrees_with_the_reference(name: str) -> None:
+    assert_engines_agree("native", SCHEMES[name], 5000)
     if SCHEMES[name].type == "int" and SCHEMES[name].symmetric:
-        assert_engines_agree(SCHEMES[name], 1000, signed=True)
+        assert_engines_agree("native", SCHEMES[name], 1000, signed=True)
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4"])
+def test_the_inductor_engine_agrees_with_the_reference(name: str) -> None:
+    assert_engines_agree("inductor", SCHEMES[name], 2000)

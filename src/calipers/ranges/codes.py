@@ -15,10 +15,16 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
+from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 
-__all__ = ["codes_about_covering", "has_scale_codes", "search_codes"]
+__all__ = [
+    "choose_code",
+    "codes_about_covering",
+    "covering_codes",
+    "has_scale_codes",
+    "search_codes",
+]
 
 #: Candidates of one pass. float8 has eight codes an octave: one octave above the smallest covering
 #: code and one below; of powers of two the covering one and three below.
@@ -32,7 +38,7 @@ def has_scale_codes(args: QuantizationArgs) -> bool:
     )
 
 
-def search_codes(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+def search_codes(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     """The scale code of each group with the smallest sum of w (x - dequantized x)^2 of all codes.
 
     Args:
@@ -45,20 +51,25 @@ def search_codes(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -
         Scales, the global scale divided out, float32, shape (groups,). A group of zeros gets the
         scale that min/max gives it.
     """
-    table, covering, tile, above = _covering_codes(low, high, scheme)
+    table, covering, tile, above = covering_codes(low, high, scheme)
     found = _search_down(batch, covering, table, tile, above, scheme)
+    return choose_code(table, found, low, high, scheme)
+
+
+def choose_code(table: Tensor, found: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """The scales found, by index into all of them; of groups of zeros that of min/max."""
     plain = min_max_scales(low, high, scheme)
     return Scales(torch.where((low < 0) | (high > 0), table[found], plain.scale))
 
 
 def codes_about_covering(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
     """The first tile of scales that `search_codes` tries, shape (tile, groups), float32."""
-    table, covering, tile, above = _covering_codes(low, high, scheme)
+    table, covering, tile, above = covering_codes(low, high, scheme)
     steps = torch.arange(above, above - tile, -1, device=table.device).unsqueeze(1)
     return table[(covering + steps).clamp(0, table.numel() - 1)]
 
 
-def _covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
+def covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
     """All scales, the smallest that covers each group, the tile, and how far it reaches above."""
     mx = should_generate_mx_scales(scheme.args)
     table = _powers_of_two(scheme.dtype) if mx else _float8_codes()
@@ -72,7 +83,7 @@ def _covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, 
 
 
 def _search_down(
-    batch: GroupBatch, covering: Tensor, table: Tensor, tile: int, above: int, scheme: Scheme
+    batch: Batch, covering: Tensor, table: Tensor, tile: int, above: int, scheme: Scheme
 ) -> Tensor:
     """Index of the best code of each group: tile after tile downwards, until the bound says stop.
 
@@ -95,7 +106,8 @@ def _search_down(
         going = (lowest > 0) & (found[tile] < best_error[active])
         if not going.any():
             return best
-        if batch.values is not None:
+        if batch.selectable:
+            assert isinstance(batch, GroupBatch)
             left = going.nonzero().squeeze(1)
             batch, active = batch.select(left), active[left]
             inverse, lowest = inverse[left], lowest[left]

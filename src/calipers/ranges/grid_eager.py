@@ -109,7 +109,10 @@ class _Search:
     def _fake_quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """As compressed-tensors does it; integers in one buffer, which takes a quarter the time."""
         if self.args.type != QuantizationType.INT:
-            return fake_quantize(values, scale, zero_point, self.token_args, self.global_scale)
+            rounded: Tensor = fake_quantize(
+                values, scale, zero_point, self.token_args, self.global_scale
+            )
+            return rounded
         if self.global_scale is not None:
             scale = scale / self.global_scale
         if self._buffer is None or self._buffer.numel() < values.numel():
@@ -132,5 +135,4 @@ def _power(error: Tensor, norm: float) -> Tensor:
     if norm == 2:
         return square
     # A third of the time of pow, and as exact: little of the logarithm's rounding comes through.
-    power: Tensor = square.log2().mul_(norm / 2 - 1).exp2_().mul_(square)
-    return power
+    return square.log2().mul_(norm / 2 - 1).exp2_().mul_(square)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from calipers.ranges.group_pieces import (
 from calipers.ranges.rounding import Rounding, round_to_codes
 from calipers.ranges.views import GroupedView, piece_size
 
-__all__ = ["Candidates", "GroupBatch", "Sums", "group_batches"]
+__all__ = ["Batch", "Candidates", "GroupBatch", "Sums", "group_batches"]
 
 #: Values of a piece of the compiled engine: it stays in the second-level cache, and calls cost
 #: little beside the work on it.
@@ -146,6 +146,17 @@ class Candidates:
         return Candidates(part(self.inverse_base), part(self.ratio), part(self.zero_point))  # type: ignore[arg-type]
 
 
+class Batch(Protocol):
+    """Some groups of a view, of which sums can be had."""
+
+    @property
+    def selectable(self) -> bool:
+        """Whether some of the groups make a batch of their own."""
+
+    def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
+        """The sums of every group, shape (number of sums, groups)."""
+
+
 @dataclass(frozen=True)
 class GroupBatch:
     """Some whole groups of a view: small ones in memory, large ones walked through in pieces.
@@ -167,9 +178,9 @@ class GroupBatch:
     engine: Engine
 
     @property
-    def num_groups(self) -> int:
-        """Number of groups."""
-        return prod(self.shape)
+    def selectable(self) -> bool:
+        """Whether the groups are in memory."""
+        return self.values is not None
 
     def select(self, groups: Tensor) -> GroupBatch:
         """Some of the groups, by index, as a batch of their own; of groups in memory only."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from calipers.ranges.codes import has_scale_codes, search_codes
 from calipers.ranges.engines import Engine, attempt, choose_engine
-from calipers.ranges.group_sums import group_batches
+from calipers.ranges.group_sums import GroupBatch, group_batches
+from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scales, Scheme, project_batch
 from calipers.ranges.views import GroupedView
 
@@ -41,7 +42,7 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
             range then serves the positive side.
-        engine: "eager" or "inductor"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "native" or "inductor"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,
@@ -60,7 +61,7 @@ def search_optimal_scales(
             for view, (low, high), weight in zip(views, extremes, weights, strict=True)
         ]
 
-    if chosen == "inductor":
+    if chosen in ("native", "inductor"):
         found = attempt(chosen, lambda: search(chosen))
         if found is not None:
             return found
@@ -77,11 +78,23 @@ def _search_view(
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
-    search = search_codes if has_scale_codes(scheme.args) else project_batch
-    for batch in group_batches(view, importance, engine):
+    search, batches = _batches(view, importance, scheme, engine)
+    for batch in batches:
         part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
-        found: Scales = search(batch, *part, scheme)
+        found = search(batch, *part, scheme)
         scale[batch.where] = found.scale.view(batch.shape)
         if found.zero_point is not None:
             zero_point[batch.where] = found.zero_point.view(batch.shape)
     return scale, zero_point
+
+
+def _batches(
+    view: GroupedView, importance: GroupedView | None, scheme: Scheme, engine: Engine
+) -> tuple[Callable[..., Scales], Iterator[GroupBatch] | Iterator[NativeBatch]]:
+    """The groups of a view, some at a time, and the function that searches them."""
+    dtypes = [each.values.dtype for each in (view, importance) if each is not None]
+    if engine == "native" and supports(scheme.args, *dtypes):
+        return search_batch, native_batches(view, importance, scheme)
+    search = search_codes if has_scale_codes(scheme.args) else project_batch
+    by_torch: Engine = "inductor" if engine == "inductor" else "eager"
+    return search, group_batches(view, importance, by_torch)

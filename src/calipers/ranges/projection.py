@@ -18,16 +18,21 @@ from compressed_tensors.quantization.quant_args import round_to_quantized_type_d
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
-from calipers.ranges.group_sums import Candidates, GroupBatch, Sums
+from calipers.ranges.group_sums import Batch, Candidates, Sums
 from calipers.ranges.rounding import Rounding
 
 __all__ = [
+    "CANCELS",
     "Scales",
     "Scheme",
     "candidate_ratios",
     "candidate_scales",
+    "choose_stored",
+    "fine_factors",
+    "fine_rounds",
     "min_max_scales",
     "project_batch",
+    "whole_range",
 ]
 
 #: Candidates of one pass over the values: their sums stay in registers.
@@ -35,7 +40,7 @@ TILE = 14
 #: How often a zero point may move by one in search of a better one.
 ZERO_ROUNDS = 2
 #: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
-CANCELS = 6
+CANCELS = 5
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     return Scales(scale, None if scheme.args.symmetric else zero_point.float())
 
 
-def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+def project_batch(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     """Scale and zero point of each group with the smallest sum of w (x - dequantized x)^2.
 
     Args:
@@ -138,14 +143,14 @@ def project_batch(batch: GroupBatch, low: Tensor, high: Tensor, scheme: Scheme) 
     base, candidates = candidate_scales(low.float(), high.float(), scheme)
     inverse = 1 / base
     scored = _score(batch, inverse, candidates, scheme.rounding)
-    for _ in range(1 if scheme.args.symmetric else ZERO_ROUNDS):
-        fine = scored.about_the_best(candidate_spread(scheme.rounding), scheme.rounding)
-        scored = _score(batch, inverse, fine, scheme.rounding)
-    return _finish(batch, base, scored.best(), plain, scheme)
+    for _ in range(fine_rounds(scheme)):
+        fine = scored.about_the_best(fine_factors(scheme.rounding), scheme.rounding)
+        scored = scored.best_and(_score(batch, inverse, fine, scheme.rounding))
+    return choose_stored(batch, base, scored.best(), plain, scheme)
 
 
-def _finish(
-    batch: GroupBatch, base: Tensor, winner: Scales, plain: Scales, scheme: Scheme
+def choose_stored(
+    batch: Batch, base: Tensor, winner: Scales, plain: Scales, scheme: Scheme
 ) -> Scales:
     """The winner projected once more and rounded as stored, unless min/max is as good.
 
@@ -175,22 +180,35 @@ def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Te
     return base.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
-    """A unit of scale for each group, and the candidates in that unit, (candidates, groups).
+def whole_range(
+    low: Tensor, high: Tensor, scheme: Scheme
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """What candidates are made of.
 
-    Asymmetric formats: each scale with the zero point of the range and one on each side, one code
-    away or, where the scale is so small that it leaves out much of the range, half way to keeping
-    one of its ends.
+    Returns:
+        The unit of scale of each group; its zero point (None where there is none); the candidates
+        in that unit, and for each how far the zero point is tried to both sides: one code or,
+        where the scale is so small that it leaves out much of the range, half way to keeping one
+        of its ends.
     """
     rounding = scheme.rounding
     base = _bases(low, high, rounding, bool(scheme.args.symmetric))
     ratio = candidate_ratios(rounding, scheme.signed).to(base.device)
-    if scheme.args.symmetric:
-        return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
-    zero = (rounding.low - low.clamp(max=0) / base).round()
     left_out = (1 / ratio - 1) * ((rounding.high - rounding.low) / 2)
-    shift = (left_out / 2).round().clamp(min=1).unsqueeze(1) * zero.new_tensor([[-1.0, 0.0, 1.0]])
-    zeros = (zero + shift.unsqueeze(-1)).clamp(rounding.low, rounding.high)
+    shift = (left_out / 2).round().clamp(min=1)
+    if scheme.args.symmetric:
+        return base, None, ratio, shift
+    return base, (rounding.low - low.clamp(max=0) / base).round(), ratio, shift
+
+
+def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
+    """A unit of scale for each group, and the candidates in that unit, (candidates, groups)."""
+    base, zero, ratio, shift = whole_range(low, high, scheme)
+    if zero is None:
+        return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
+    rounding = scheme.rounding
+    shifts = shift.unsqueeze(1) * zero.new_tensor([[-1.0, 0.0, 1.0]])
+    zeros = (zero + shifts.unsqueeze(-1)).clamp(rounding.low, rounding.high)
     return base, Scales(
         ratio.view(-1, 1, 1).expand(-1, 3, base.numel()).reshape(-1, base.numel()),
         zeros.reshape(-1, base.numel()),
@@ -235,6 +253,16 @@ def candidate_spread(rounding: Rounding) -> float:
     return math.pow(end / start, 1 / (count - 1)) - 1
 
 
+def fine_factors(rounding: Rounding) -> Tensor:
+    """A tile of factors on the best candidate, as far as its neighbours to both sides."""
+    return 1 + candidate_spread(rounding) * torch.linspace(-1, 1, TILE)
+
+
+def fine_rounds(scheme: Scheme) -> int:
+    """How often finer candidates are tried about the best one."""
+    return 1 if scheme.args.symmetric else ZERO_ROUNDS
+
+
 @dataclass(frozen=True)
 class _Scored:
     """Candidates, projected where that costs nothing, and their gains, (candidates, groups)."""
@@ -246,14 +274,23 @@ class _Scored:
         """The candidate of the greatest gain in each group, shape (groups,)."""
         return self.scales.at(_first_largest(self.gain))
 
-    def about_the_best(self, spread: float, rounding: Rounding) -> Scales:
-        """A tile of scales about the best candidate, `spread` (relative) to both sides.
+    def best_and(self, others: _Scored) -> _Scored:
+        """The best candidate, followed by others."""
+        row, theirs = _first_largest(self.gain).unsqueeze(0), others.scales
+        zero = None
+        if theirs.zero_point is not None:
+            assert self.scales.zero_point is not None
+            zero = torch.cat([self.scales.zero_point.gather(0, row), theirs.zero_point])
+        scale = torch.cat([self.scales.scale.gather(0, row), theirs.scale])
+        return _Scored(Scales(scale, zero), torch.cat([self.gain.gather(0, row), others.gain]))
+
+    def about_the_best(self, factors: Tensor, rounding: Rounding) -> Scales:
+        """A tile of scales about the best candidate, by factors on it.
 
         Where there are zero points, one tile for the best one and each of its neighbours.
         """
         best = self.best()
-        factors = 1 + spread * torch.linspace(-1, 1, TILE, device=self.gain.device).unsqueeze(1)
-        scales = best.scale * factors
+        scales = best.scale * factors.to(self.gain.device).unsqueeze(1)
         if best.zero_point is None:
             return Scales(scales)
         zeros = torch.stack([best.zero_point - 1, best.zero_point, best.zero_point + 1])
@@ -268,7 +305,7 @@ def _first_largest(gain: Tensor) -> Tensor:
     return found.clamp(max=gain.shape[0] - 1).long()
 
 
-def _score(batch: GroupBatch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
+def _score(batch: Batch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
     """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
     cancels = not rounding.integer or rounding.num_bits >= CANCELS
     sums = Sums(rounding, "all" if cancels else "projection", TILE)

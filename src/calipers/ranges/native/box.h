@@ -147,3 +147,13 @@ static void load_block(const Box& box, int64_t block, float* target) {
     for (int64_t i = count; i < box.run_length; i++) target[i * LANES + lane] = 0;
   }
 }
+
+// A number of the group of each lane.
+static inline Vec by_group(const Box& box, const float* numbers, int64_t block) {
+  float lanes[LANES];
+  for (int lane = 0; lane < LANES; lane++) {
+    int64_t unit = std::min(block * LANES + lane, box.units() - 1);
+    lanes[lane] = numbers[unit / box.runs];
+  }
+  return load(lanes);
+}

@@ -26,7 +26,7 @@ _INSTRUCTIONS = {
 }
 _FLAGS = [
     "-std=c++17",
-    "-O3",
+    "-O2",
     "-shared",
     "-fPIC",
     "-pthread",

@@ -4,16 +4,11 @@
 #include <cmath>
 #include <limits>
 
-#include "box.h"
-#include "format.h"
-#include "parallel.h"
 #include "power.h"
-#include "scratch.h"
+#include "sums.h"
 
 // Candidates of one loop over the values, whose sums stay in registers.
 constexpr int TILE = 4;
-// Sums of so many values are added to the total at once: fewer roundings.
-constexpr int64_t CHUNK = 32;
 
 struct GridSearch {
   Box box;
@@ -76,16 +71,6 @@ static SumErrors choose_sum(float norm, bool weighted) {
   if (norm < 2) return choose_sum<INTEGER, BELOW_TWO>(weighted);
   if (norm > 4) return choose_sum<INTEGER, STEEP>(weighted);
   return choose_sum<INTEGER, ABOVE_TWO>(weighted);
-}
-
-// A number of the group of each lane.
-static inline Vec by_group(const Box& box, const float* numbers, int64_t block) {
-  float lanes[LANES];
-  for (int lane = 0; lane < LANES; lane++) {
-    int64_t unit = std::min(block * LANES + lane, box.units() - 1);
-    lanes[lane] = numbers[unit / box.runs];
-  }
-  return load(lanes);
 }
 
 struct Best {

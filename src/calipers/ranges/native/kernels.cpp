@@ -1,2 +1,4 @@
+// All of the library: one translation unit, compiled by build.py.
 #include "grid.h"
 #include "min_max.h"
+#include "optimal.h"

@@ -1,0 +1,218 @@
+"""`search_optimal_scales` on the CPU in C++: all candidates of sixteen groups at a time."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from calipers.ranges.codes import choose_code, covering_codes, has_scale_codes, search_codes
+from calipers.ranges.group_sums import Candidates, Sums
+from calipers.ranges.native.build import library
+from calipers.ranges.native.call import (
+    NativeBox,
+    NativeFormat,
+    address,
+    number_of_parts,
+    supports,
+)
+from calipers.ranges.projection import (
+    CANCELS,
+    Scales,
+    Scheme,
+    choose_stored,
+    fine_factors,
+    fine_rounds,
+    min_max_scales,
+    project_batch,
+    whole_range,
+)
+from calipers.ranges.views import GroupedView
+
+__all__ = ["NativeBatch", "native_batches", "search_batch", "supports"]
+
+#: Values whose groups are searched by one call: what is kept of each group meanwhile stays small.
+BATCH = 2**23
+
+
+class _SumTask(ctypes.Structure):
+    """`SumTask` of sums.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("inverse_base", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class _ProjectionTask(ctypes.Structure):
+    """`ProjectionTask` of optimal.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("inverse_base", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("shifts", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("factors", ctypes.c_void_p),
+        ("fine_count", ctypes.c_int64),
+        ("rounds", ctypes.c_int64),
+        ("residual", ctypes.c_int64),
+        ("best_ratio", ctypes.c_void_p),
+        ("best_zero", ctypes.c_void_p),
+    )
+
+
+class _CodeTask(ctypes.Structure):
+    """`CodeTask` of optimal.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("scales", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("covering", ctypes.c_void_p),
+        ("above", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("best", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class NativeBatch:
+    """Some whole groups of a view, as `GroupBatch`; the library reads them where they lie.
+
+    Args:
+        where: Index of the groups in the view's `qparam_shape`.
+        shape: Shape of that part of the qparams.
+        box: The values and their weights.
+        scheme: What is searched for.
+    """
+
+    where: tuple[slice, ...]
+    shape: tuple[int, ...]
+    box: NativeBox
+    scheme: Scheme
+
+    @property
+    def format(self) -> NativeFormat:
+        """The number format; scales are made elsewhere."""
+        return NativeFormat.of(self.scheme.args, None)
+
+    @property
+    def selectable(self) -> bool:
+        """Groups cannot be told apart: a call costs little for those that are done."""
+        return False
+
+    def parts(self, candidates: int) -> int:
+        """Number of parts for so many candidates."""
+        return number_of_parts(self.box.blocks, self.box.groups * self.box.size * candidates)
+
+    def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
+        """The sums of every group, as `GroupBatch.sum`, float64."""
+        inverse, ratios = candidates.inverse_base.contiguous(), candidates.ratio.contiguous()
+        zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
+        count, units = ratios.shape[0], self.box.groups * self.box.runs
+        found = torch.empty(3 * count + 1, units, dtype=torch.float64)
+        task = _SumTask(
+            self.box,
+            self.format,
+            address(inverse),
+            address(ratios),
+            address(zeros),
+            count,
+            address(found),
+        )
+        library().sum_candidates(ctypes.byref(task), ctypes.c_int64(self.parts(count)))
+        found = found.view(-1, self.box.groups, self.box.runs).sum(-1)
+        if sums.kind == "projection":
+            return found[: 2 * count]
+        return found[2 * count :] if sums.kind == "bounded residual" else found[: 3 * count]
+
+
+def native_batches(
+    view: GroupedView, importance: GroupedView | None, scheme: Scheme
+) -> Iterator[NativeBatch]:
+    """All groups of a view, some at a time, as they lie in memory."""
+    group_size = prod(view.shape) // max(1, prod(view.qparam_shape))
+    if prod(view.shape) <= BATCH or group_size > BATCH:
+        everything = tuple(slice(None) for _ in view.qparam_shape)
+        box = NativeBox.of(view, importance)
+        yield NativeBatch(everything, view.qparam_shape, box, scheme)
+        return
+    weights = None if importance is None else importance.pieces(BATCH)
+    for where, piece in view.pieces(BATCH):
+        reduced = tuple(range(len(where), piece.dim()))
+        part = GroupedView(piece, reduced, finite_only=view.finite_only)
+        weight = None if weights is None else GroupedView(next(weights)[1], reduced)
+        yield NativeBatch(where, part.qparam_shape, NativeBox.of(part, weight), scheme)
+
+
+def search_batch(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """The optimal scales of some groups: `project_batch` or `search_codes`, by the library.
+
+    Args:
+        batch: The groups.
+        low: Minimum of each group, in the dtype of the values, shape (groups,).
+        high: Maximum of each group.
+        scheme: What is searched for.
+    """
+    codes = has_scale_codes(scheme.args)
+    if batch.box.runs > 1:  # few groups, whose runs have to be summed before one is chosen
+        return (search_codes if codes else project_batch)(batch, low, high, scheme)
+    return (_search_codes if codes else _project)(batch, low, high, scheme)
+
+
+def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    plain = min_max_scales(low, high, scheme)
+    base, zero, ratios, shifts = whole_range(low.float(), high.float(), scheme)
+    inverse, factors = 1 / base, fine_factors(scheme.rounding).contiguous()
+    ratio = torch.empty_like(base)
+    best_zero = None if zero is None else torch.empty_like(base)
+    residual = not scheme.rounding.integer or scheme.rounding.num_bits >= CANCELS
+    rounds = fine_rounds(scheme)
+    task = _ProjectionTask(
+        batch.box,
+        batch.format,
+        address(inverse),
+        address(zero),
+        address(ratios),
+        address(shifts),
+        ratios.numel(),
+        address(factors),
+        factors.numel(),
+        rounds,
+        residual,
+        address(ratio),
+        address(best_zero),
+    )
+    candidates = ratios.numel() + rounds * factors.numel()
+    library().project(ctypes.byref(task), ctypes.c_int64(batch.parts(candidates)))
+    return choose_stored(batch, base, Scales(ratio, best_zero), plain, scheme)
+
+
+def _search_codes(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    table, covering, tile, above = covering_codes(low, high, scheme)
+    best = torch.empty_like(covering)
+    task = _CodeTask(
+        batch.box,
+        batch.format,
+        address(table),
+        table.numel(),
+        address(covering),
+        above,
+        tile - 1,
+        address(best),
+    )
+    library().search_codes(ctypes.byref(task), ctypes.c_int64(batch.parts(tile)))
+    return choose_code(table, best, low, high, scheme)

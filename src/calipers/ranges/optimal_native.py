@@ -62,7 +62,7 @@ class _ProjectionTask(ctypes.Structure):
         ("inverse_base", ctypes.c_void_p),
         ("zeros", ctypes.c_void_p),
         ("ratios", ctypes.c_void_p),
-        ("shifts", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("count", ctypes.c_int64),
         ("factors", ctypes.c_void_p),
         ("fine_count", ctypes.c_int64),
@@ -175,7 +175,7 @@ def search_batch(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) 
 
 def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     plain = min_max_scales(low, high, scheme)
-    base, zero, ratios, shifts = whole_range(low.float(), high.float(), scheme)
+    base, zero, ratios, offsets = whole_range(low.float(), high.float(), scheme)
     inverse, factors = 1 / base, fine_factors(scheme.rounding).contiguous()
     ratio = torch.empty_like(base)
     best_zero = None if zero is None else torch.empty_like(base)
@@ -187,7 +187,7 @@ def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> S
         address(inverse),
         address(zero),
         address(ratios),
-        address(shifts),
+        address(offsets),
         ratios.numel(),
         address(factors),
         factors.numel(),

@@ -23,6 +23,7 @@ from calipers.ranges.rounding import Rounding
 
 __all__ = [
     "CANCELS",
+    "SIDES",
     "Scales",
     "Scheme",
     "candidate_ratios",
@@ -39,6 +40,9 @@ __all__ = [
 TILE = 14
 #: How often a zero point may move by one in search of a better one.
 ZERO_ROUNDS = 2
+#: Zero points of a candidate to each side of that of the range: up to 4 bits, where few values of
+#: great importance may pull it far away, and above.
+SIDES, SIDES_OF_MANY_BITS = 4, 1
 #: From so many bits on A^2 / B cancels in float32: the error at the candidate itself is summed too.
 CANCELS = 5
 
@@ -187,32 +191,45 @@ def whole_range(
 
     Returns:
         The unit of scale of each group; its zero point (None where there is none); the candidates
-        in that unit, and for each how far the zero point is tried to both sides: one code or,
-        where the scale is so small that it leaves out much of the range, half way to keeping one
-        of its ends.
+        in that unit; and for each what it adds to the zero point.
     """
-    rounding = scheme.rounding
-    base = _bases(low, high, rounding, bool(scheme.args.symmetric))
-    ratio = candidate_ratios(rounding, scheme.signed).to(base.device)
-    left_out = (1 / ratio - 1) * ((rounding.high - rounding.low) / 2)
-    shift = (left_out / 2).round().clamp(min=1)
-    if scheme.args.symmetric:
-        return base, None, ratio, shift
-    return base, (rounding.low - low.clamp(max=0) / base).round(), ratio, shift
+    rounding, symmetric = scheme.rounding, bool(scheme.args.symmetric)
+    base = _bases(low, high, rounding, symmetric)
+    ratio, offset = _candidates(rounding, symmetric, scheme.signed)
+    zero = None if symmetric else (rounding.low - low.clamp(max=0) / base).round()
+    return base, zero, ratio.to(base.device), offset.to(base.device)
 
 
 def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
     """A unit of scale for each group, and the candidates in that unit, (candidates, groups)."""
-    base, zero, ratio, shift = whole_range(low, high, scheme)
+    base, zero, ratio, offset = whole_range(low, high, scheme)
+    scales = ratio.unsqueeze(1).expand(-1, base.numel())
     if zero is None:
-        return base, Scales(ratio.unsqueeze(1).expand(-1, base.numel()))
-    rounding = scheme.rounding
-    shifts = shift.unsqueeze(1) * zero.new_tensor([[-1.0, 0.0, 1.0]])
-    zeros = (zero + shifts.unsqueeze(-1)).clamp(rounding.low, rounding.high)
-    return base, Scales(
-        ratio.view(-1, 1, 1).expand(-1, 3, base.numel()).reshape(-1, base.numel()),
-        zeros.reshape(-1, base.numel()),
-    )
+        return base, Scales(scales)
+    zeros = zero + offset.unsqueeze(1)
+    return base, Scales(scales, zeros.clamp(scheme.rounding.low, scheme.rounding.high))
+
+
+@functools.lru_cache(maxsize=64)
+def _candidates(rounding: Rounding, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+    """Candidate scales, and the offsets of their zero points, a multiple of TILE of them.
+
+    Asymmetric formats: each scale with the zero point of the range and some to each side, as far
+    as keeping one end of the range where the scale leaves out much of it.
+    """
+    ratios = candidate_ratios(rounding, signed)
+    if symmetric:
+        return ratios, torch.zeros_like(ratios)
+    most = SIDES if rounding.num_bits <= 4 else SIDES_OF_MANY_BITS
+    pairs = []
+    for ratio in ratios.tolist():
+        left_out = max(0.0, (1 / ratio - 1) * (rounding.high - rounding.low) / 2)
+        step = max(1, round(left_out / max(2, most)))
+        sides = min(most, math.ceil((left_out + 1) / step))
+        pairs += [(ratio, float(side * step)) for side in range(-sides, sides + 1)]
+    pairs += [pairs[-1]] * (-len(pairs) % TILE)
+    found, offsets = torch.tensor(pairs).unbind(1)
+    return found.contiguous(), offsets.contiguous()
 
 
 @functools.lru_cache(maxsize=64)

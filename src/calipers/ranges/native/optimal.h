@@ -11,7 +11,7 @@ struct ProjectionTask {
   const float* inverse_base;  // of each group
   const float* zeros;         // zero point of the whole range of each group; null: none
   const float* ratios;        // candidates in units of the base
-  const float* shifts;        // of the zero point, to both sides, for each ratio
+  const float* offsets;       // of the zero points of these from that of the range
   int64_t count;
   const float* factors;  // candidates about the best one, as factors
   int64_t fine_count;
@@ -80,14 +80,13 @@ static void project_block(const ProjectionTask& task, int64_t index, Block& bloc
   Vec whole_zero = task.zeros ? by_group(box, task.zeros, index) : Vec{};
   Winner best{splat(-std::numeric_limits<float>::infinity()), splat(1), whole_zero};
   Waiting waiting{task, block, score, best};
-  int sides = task.zeros ? 1 : 0;
   for (int64_t k = 0; k < task.count; k++)
-    for (int side = -sides; side <= sides; side++)
-      waiting.add(splat(task.ratios[k]), whole_zero + side * task.shifts[k]);
+    waiting.add(splat(task.ratios[k]), whole_zero + task.offsets[k]);
   waiting.flush();
+  int beside = task.zeros ? 1 : 0;
   for (int64_t round = 0; round < task.rounds; round++) {
     Winner centre = best;
-    for (int side = -sides; side <= sides; side++)
+    for (int side = -beside; side <= beside; side++)
       for (int64_t k = 0; k < task.fine_count; k++)
         waiting.add(centre.ratio * task.factors[k], centre.zero + float(side));
     waiting.flush();

@@ -18,7 +18,7 @@ from calipers.ranges.codes import codes_about_covering, has_scale_codes
 from calipers.ranges.engines import choose_engine
 from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
 from calipers.ranges.native.call import NativeBox
-from calipers.ranges.optimal_native import NativeBatch, supports
+from calipers.ranges.optimal_native import NativeBatch, search_batch, supports
 from calipers.ranges.projection import (
     Scales,
     Scheme,
@@ -217,9 +217,11 @@ def _search(work: _Work, low: Tensor, high: Tensor, plain: Scales, scheme: Schem
         best = Scales(projected, zero).where(better, best)
         best_error = torch.where(better, error, best_error)
 
-    for i in range(order.shape[0]):
-        picked = candidates.at(order[i])
+    for picked in (candidates.at(index) for index in order):
         take(picked.scale, picked.zero_point)
+    # What the diagonal alone makes the best: the objective "imatrix" is no better in this one.
+    diagonal = search_batch(work.batch, low, high, scheme)
+    take(diagonal.scale / base, diagonal.zero_point)
     centre = best
     spread = candidate_spread(scheme.rounding)
     for factor in (1 + spread * torch.linspace(-1, 1, FINE)).tolist():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges.codes import has_scale_codes, search_codes
 from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.group_sums import GroupBatch, group_batches
 from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
-from calipers.ranges.projection import Scales, Scheme, project_batch
+from calipers.ranges.projection import Scheme
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
@@ -78,10 +77,9 @@ def _search_view(
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
-    search, batches = _batches(view, importance, scheme, engine)
-    for batch in batches:
+    for batch in _batches(view, importance, scheme, engine):
         part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
-        found = search(batch, *part, scheme)
+        found = search_batch(batch, *part, scheme)
         scale[batch.where] = found.scale.view(batch.shape)
         if found.zero_point is not None:
             zero_point[batch.where] = found.zero_point.view(batch.shape)
@@ -90,11 +88,9 @@ def _search_view(
 
 def _batches(
     view: GroupedView, importance: GroupedView | None, scheme: Scheme, engine: Engine
-) -> tuple[Callable[..., Scales], Iterator[GroupBatch] | Iterator[NativeBatch]]:
-    """The groups of a view, some at a time, and the function that searches them."""
+) -> Iterator[GroupBatch] | Iterator[NativeBatch]:
+    """The groups of a view, some at a time, for an engine."""
     dtypes = [each.values.dtype for each in (view, importance) if each is not None]
     if engine == "native" and supports(scheme.args, *dtypes):
-        return search_batch, native_batches(view, importance, scheme)
-    search = search_codes if has_scale_codes(scheme.args) else project_batch
-    by_torch: Engine = "inductor" if engine == "inductor" else "eager"
-    return search, group_batches(view, importance, by_torch)
+        return native_batches(view, importance, scheme)
+    return group_batches(view, importance, "inductor" if engine == "inductor" else "eager")

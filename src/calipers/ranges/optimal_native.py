@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from calipers.ranges.codes import choose_code, covering_codes, has_scale_codes, search_codes
-from calipers.ranges.group_sums import Candidates, Sums
+from calipers.ranges.group_sums import Batch, Candidates, Sums
 from calipers.ranges.native.build import library
 from calipers.ranges.native.call import (
     NativeBox,
@@ -158,8 +158,8 @@ def native_batches(
         yield NativeBatch(where, part.qparam_shape, NativeBox.of(part, weight), scheme)
 
 
-def search_batch(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
-    """The optimal scales of some groups: `project_batch` or `search_codes`, by the library.
+def search_batch(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+    """The optimal scales of some groups: by the library where it reads them.
 
     Args:
         batch: The groups.
@@ -168,7 +168,8 @@ def search_batch(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) 
         scheme: What is searched for.
     """
     codes = has_scale_codes(scheme.args)
-    if batch.box.runs > 1:  # few groups, whose runs have to be summed before one is chosen
+    # Runs of values of long groups have to be summed before a scale is chosen.
+    if not isinstance(batch, NativeBatch) or batch.box.runs > 1:
         return (search_codes if codes else project_batch)(batch, low, high, scheme)
     return (_search_codes if codes else _project)(batch, low, high, scheme)
 

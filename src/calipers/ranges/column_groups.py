@@ -16,7 +16,7 @@ from calipers.ranges.views import GroupedView
 __all__ = ["ColumnGroups", "column_groups"]
 
 #: Widest block of columns of a group, and of a row where one scale spans whole rows.
-WIDEST, ROW_BLOCK = 256, 128
+WIDEST, ROW_BLOCK = 256, 512
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ __all__ = ["search_by_hessian"]
 
 #: Candidates that get the full product: of the window, and about the winner. Eight more in the
 #: window make the error smaller by less than a thousandth.
-FULL, FINE = 6, 6
+FULL, FINE = 6, 8
 #: Values worked on at a time.
 PIECE = 2**19
 

@@ -18,7 +18,7 @@ from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
 from calipers.ranges.column_groups import column_groups
-from calipers.ranges.hessian import search_by_hessian
+from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.projection import Scheme
 
 __all__ = ["OptimalObserver"]
@@ -74,6 +74,7 @@ class OptimalObserver(InputEnergyObserver):
         "found_scale": LAST,
         "found_zero_point": LAST,
         "input_products": SUM,
+        "input_sum": SUM,
     }
 
     #: As stored, but float32 and with the global scale divided out.
@@ -81,6 +82,8 @@ class OptimalObserver(InputEnergyObserver):
     found_zero_point: Tensor | None
     #: "hessian": sum of x x', (column groups, blocks, size, size), float64.
     input_products: Tensor | None
+    #: "hessian": sum of x, (cols,), float64.
+    input_sum: Tensor | None
 
     def __init__(
         self,
@@ -119,9 +122,7 @@ class OptimalObserver(InputEnergyObserver):
 
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""
-        if self.objective == "hessian":
-            return self._measure_by_hessian(observation)
-        return search_optimal_scales(
+        found = search_optimal_scales(
             observation.views,
             observation.extremes,
             self.args,
@@ -129,6 +130,7 @@ class OptimalObserver(InputEnergyObserver):
             global_scale=self._global_scale_for(observation),
             signed=self.signed,
         )
+        return self._refine(observation, found) if self.objective == "hessian" else found
 
     def measure_global(self, observation: Observation) -> Range:
         """Twice the extremes of the whole value: an octave of scale codes above its own."""
@@ -156,19 +158,24 @@ class OptimalObserver(InputEnergyObserver):
                 "need none"
             )
 
-    def _measure_by_hessian(self, observation: Observation) -> list[Range]:
+    def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
+        """By the objective "hessian"; of its diagonal the scales are the optimum already."""
         shape = observation.value.shape
-        self._refuse_without(shape)
         assert self.input_products is not None
+        assert self.input_sum is not None
         columns = column_groups(self.args, shape[-1], self._module_g_idx())
-        mean = self.input_products.diagonal(dim1=-2, dim2=-1).mean()
-        products = self.input_products / mean.clamp(min=torch.finfo(torch.float64).tiny)
-        products = products.float().to(observation.value.device)
+        size = self.input_products.diagonal(dim1=-2, dim2=-1).mean()
+        size = size.clamp(min=torch.finfo(torch.float64).tiny)
+        products = (self.input_products / size).float().to(observation.value.device)
+        mean = self.input_sum / (self.num_input_tokens * size).sqrt()
+        mean = columns.by_block(mean.unsqueeze(0)).squeeze(2).float().to(products.device)
         scheme = Scheme(
             self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
         )
         found = []
-        for view, (low, high) in zip(observation.views, observation.extremes, strict=True):
+        for view, extremes, pair in zip(
+            observation.views, observation.extremes, start, strict=True
+        ):
             which = slice(None) if len(products) == 1 else cast("slice | Tensor", view.where[-1])
             if len(shape) < 2 or not columns.fit(view, which):
                 raise CalipersError(
@@ -176,7 +183,9 @@ class OptimalObserver(InputEnergyObserver):
                     f"of the columns that its inputs were summed by ({self.base_name}_g_idx of the "
                     f"module, if any), got shape {tuple(shape)}"
                 )
-            found.append(search_by_hessian(view, products[which], low, high, scheme))
+            found.append(
+                refine_by_hessian(view, pair, extremes, products[which], mean[which], scheme)
+            )
         return found
 
     def _module_g_idx(self) -> Tensor | None:
@@ -188,8 +197,10 @@ class OptimalObserver(InputEnergyObserver):
             return
         columns = column_groups(self.args, tokens.shape[-1], self._module_g_idx())
         products = columns.products(tokens.float()).double()
-        past = self.input_products
-        self.input_products = products if past is None else past.to(products.device) + products
+        sums = {"input_products": products, "input_sum": tokens.sum(0, dtype=torch.float64)}
+        for name, value in sums.items():
+            past = getattr(self, name)
+            setattr(self, name, value if past is None else past.to(value.device) + value)
 
     def get_min_max(self, observed: Tensor) -> Range:
         """The range that gives the optimal scale back, each of `qparam_shape`; float32.

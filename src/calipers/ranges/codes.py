@@ -19,8 +19,8 @@ from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 
 __all__ = [
+    "all_scales",
     "choose_code",
-    "codes_about_covering",
     "covering_codes",
     "has_scale_codes",
     "search_codes",
@@ -62,23 +62,20 @@ def choose_code(table: Tensor, found: Tensor, low: Tensor, high: Tensor, scheme:
     return Scales(torch.where((low < 0) | (high > 0), table[found], plain.scale))
 
 
-def codes_about_covering(low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
-    """The first tile of scales that `search_codes` tries, shape (tile, groups), float32."""
-    table, covering, tile, above = covering_codes(low, high, scheme)
-    steps = torch.arange(above, above - tile, -1, device=table.device).unsqueeze(1)
-    return table[(covering + steps).clamp(0, table.numel() - 1)]
+def all_scales(scheme: Scheme, device: torch.device) -> Tensor:
+    """All scales that can be stored, ascending, the global scale divided out, float32."""
+    mx = should_generate_mx_scales(scheme.args)
+    table = (_powers_of_two(scheme.dtype) if mx else _float8_codes()).to(device)
+    return table if scheme.global_scale is None else table / scheme.global_scale
 
 
 def covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
     """All scales, the smallest that covers each group, the tile, and how far it reaches above."""
-    mx = should_generate_mx_scales(scheme.args)
-    table = _powers_of_two(scheme.dtype) if mx else _float8_codes()
-    table = table.to(low.device)
-    if scheme.global_scale is not None:
-        table = table / scheme.global_scale
+    table = all_scales(scheme, low.device)
     amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
     covering = torch.searchsorted(table, amax / scheme.rounding.high)
     covering = covering.clamp(max=table.numel() - 1)
+    mx = should_generate_mx_scales(scheme.args)
     return table, covering, *((MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1))
 
 

@@ -33,14 +33,18 @@ class ColumnGroups:
     blocks: int
     size: int
 
-    def products(self, tokens: Tensor) -> Tensor:
-        """Sum of x x' over tokens (tokens, cols): (groups, blocks, size, size), float32."""
+    def by_block(self, tokens: Tensor) -> Tensor:
+        """Tokens (tokens, cols) by column group and block: (groups, blocks, tokens, size)."""
         index = self.index.to(tokens.device)
         padded = torch.nn.functional.pad(tokens, (0, 1))  # a column of zeros, which -1 names
         by_group = padded[:, index]
         filled = torch.nn.functional.pad(by_group, (0, self.blocks * self.size - index.shape[1]))
-        x = filled.reshape(tokens.shape[0], -1, self.size).transpose(0, 1)
-        return (x.transpose(1, 2) @ x).view(len(index), self.blocks, self.size, self.size)
+        return filled.view(len(tokens), len(index), self.blocks, self.size).permute(1, 2, 0, 3)
+
+    def products(self, tokens: Tensor) -> Tensor:
+        """Sum of x x' over tokens (tokens, cols): (groups, blocks, size, size), float32."""
+        x = self.by_block(tokens)
+        return x.transpose(-1, -2) @ x
 
     def fit(self, view: GroupedView, which: slice | Tensor) -> bool:
         """Whether the groups of a view are made of these columns."""

@@ -1,8 +1,13 @@
-"""Scales by the error d'Hd of a layer's output, d = dequantized - x, H a block of the inputs' X'X.
+"""Scales by the error of a layer's output, from blocks of the inputs' X'X and the inputs' mean.
 
-For fixed codes q the best scale is (q'Hx) / (q'Hq), and its error is x'Hx - (q'Hx)^2 / (q'Hq). The
-diagonal of H alone ranks the candidates of a window; the full product is taken for the best of
-them, and for scales about the winner.
+For errors d = dequantized - x of a row the error of its output is d'X'Xd. Of X'X the blocks of the
+columns that share a scale are known, and of the rest the part that the mean m of the inputs makes,
+m m' for each token: most of it where inputs are not centred, as they come out of an activation
+function or of a norm with a bias. So a group's error is d'Hd + 2 r m'd, with H its block and r what
+the other groups of the row add to the mean of the output. One group after the other is given the
+best scale, the others as they are.
+
+For fixed codes q the best scale is (q'Hx - r m'q) / (q'Hq).
 """
 
 from __future__ import annotations
@@ -14,243 +19,229 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calipers.ranges.codes import codes_about_covering, has_scale_codes
-from calipers.ranges.engines import choose_engine
-from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
-from calipers.ranges.native.call import NativeBox
-from calipers.ranges.optimal_native import NativeBatch, search_batch, supports
-from calipers.ranges.projection import (
-    Scales,
-    Scheme,
-    candidate_scales,
-    candidate_spread,
-    min_max_scales,
-)
+from calipers.ranges.codes import all_scales, has_scale_codes
+from calipers.ranges.projection import Scales, Scheme, min_max_scales
 from calipers.ranges.rounding import round_to_codes
 from calipers.ranges.views import GroupedView
 
-__all__ = ["search_by_hessian"]
+__all__ = ["refine_by_hessian"]
 
-#: Candidates that get the full product: of the window, and about the winner. Eight more in the
-#: window make the error smaller by less than a thousandth.
-FULL, FINE = 6, 8
-#: Values worked on at a time.
-PIECE = 2**19
+#: Candidates about a scale, as factors: how far they reach, and how many there are.
+REACH, CANDIDATES = 0.2, 13
+#: The same for scales that are codes: steps to each side.
+CODE_STEPS = 3
+#: How often every group is looked at.
+ROUNDS = 2
+#: Values of a column group that are worked on at a time.
+PIECE = 2**18
 
 
-def search_by_hessian(
+def refine_by_hessian(
     view: GroupedView,
+    start: tuple[Tensor, Tensor],
+    extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
-    low: Tensor,
-    high: Tensor,
+    mean: Tensor,
     scheme: Scheme,
-    *,
-    engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group with the smallest sum of d'Hd over its rows.
+    """Scales and zero points with a smaller error of the output than those given.
 
     Args:
         view: The values, whose last dimension runs along the input columns of a group.
+        start: Scale and zero point of each group, float32, of the view's `qparam_shape`, as they
+            will be stored; the optimum for the diagonal of X'X is a good one.
+        extremes: Minimum and maximum of each group.
         hessian: X'X, shape (column groups, blocks, size, size): the columns of a group of the view
             cut into blocks one after the other, the last filled up with zeros. One column group
             where all groups span all columns.
-        low: Minimum of each group, of the view's `qparam_shape`.
-        high: Maximum of each group.
-        scheme: What is searched for. Of scale codes (NVFP4, MX) the octaves about the smallest
-            covering one are tried.
-        engine: "eager" or "native", which ranks candidates; None chooses.
+        mean: Sum of the inputs over the root of their number, shape (column groups, blocks, size).
+        scheme: What is searched for.
 
     Returns:
-        Scale and zero point, float32, of the view's `qparam_shape`, as they will be stored. No
-        group's error is greater than with minimum and maximum.
+        Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
+        maximum.
     """
-    plain = min_max_scales(low, high, scheme)
+    plain = min_max_scales(*extremes, scheme)
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
-    scale, zero_point = plain.scale.clone(), zeros.clone()
-    chosen = choose_engine(view.values.device, engine, view.values.numel())
-    native = chosen == "native" and supports(scheme.args, view.values.dtype)
-    for where, work in _batches(view, hessian, scheme, native):
-        shape = scale[where].shape
-        part = Scales(plain.scale[where].reshape(-1), zeros[where].reshape(-1))
-        found = _search(work, low[where].reshape(-1), high[where].reshape(-1), part, scheme)
-        scale[where] = found.scale.view(shape)
-        if found.zero_point is not None:
-            zero_point[where] = found.zero_point.view(shape)
+    scale, zero_point = start[0].clone(), start[1].clone()
+    count = view.qparam_shape[-1]
+    for where, piece in view.pieces(max(1, count) * PIECE):
+        first, last, _ = where[-1].indices(count)
+        kept = len(where)
+        columns = [
+            _Columns(
+                piece.select(kept - 1, number - first),
+                kept - 1,
+                view.finite_only,
+                hessian[number if len(hessian) > 1 else 0],
+                mean[number if len(mean) > 1 else 0],
+                scheme,
+            )
+            for number in range(first, last)
+        ]
+        flat = [each[where].reshape(-1, last - first) for each in (scale, zero_point)]
+        its_plain = [each[where].reshape(-1, last - first) for each in (plain.scale, zeros)]
+        _refine(columns, flat, its_plain)
+        for whole, part in zip((scale, zero_point), flat, strict=True):
+            whole[where] = part.view(whole[where].shape)
     return scale, zero_point
 
 
+def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -> None:
+    """Go through the column groups of some rows; scales and zero points are changed in place."""
+    scale, zero_point = found
+    shares = [each.share(Scales(scale[:, i], zero_point[:, i])) for i, each in enumerate(columns)]
+    total = torch.stack(shares).sum(0)
+    for _ in range(ROUNDS):
+        for i, each in enumerate(columns):
+            rest = total - shares[i]
+            best, share = each.best(
+                Scales(scale[:, i], zero_point[:, i]), Scales(plain[0][:, i], plain[1][:, i]), rest
+            )
+            scale[:, i] = best.scale
+            if best.zero_point is not None:
+                zero_point[:, i] = best.zero_point
+            shares[i], total = share, rest + share
+
+
 @dataclass(frozen=True)
-class _Work:
-    """Some groups with their blocks of the Hessian.
+class _Columns:
+    """Some groups that lie above one another in the same columns.
 
     Args:
-        values: Shape (column groups * blocks, fronts * rows of a group, size), float32.
-        hessian: Shape (column groups * blocks, size, size).
-        fronts: Groups that lie above one another in the same columns.
-        column_groups: Groups beside each other.
-        blocks: Blocks of columns of a group.
-        batch: The groups with the diagonal of the Hessian for weights.
+        raw: Their values, as in the view: kept dimensions, then reduced ones, columns last.
+        num_kept: Number of kept dimensions.
+        finite_only: Leave NaN and Inf out.
+        hessian: X'X of the columns, shape (blocks, size, size).
+        mean: Of the inputs, shape (blocks, size).
+        scheme: What is searched for.
     """
 
-    values: Tensor
+    raw: Tensor
+    num_kept: int
+    finite_only: bool
     hessian: Tensor
-    fronts: int
-    column_groups: int
-    blocks: int
-    batch: Batch
+    mean: Tensor
+    scheme: Scheme
 
-    def spread(self, per_group: Tensor) -> Tensor:
-        """A number for each group, (fronts * column groups,), as it goes with the values."""
-        by_column = per_group.view(self.fronts, self.column_groups).t()
-        rows = self.values.shape[1] // self.fronts
-        by_row = by_column.repeat_interleave(rows, dim=1).unsqueeze(1)
-        return by_row.expand(-1, self.blocks, -1).reshape(-1, self.values.shape[1], 1)
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return math.prod(self.raw.shape[: self.num_kept])
 
-    def total(self, products: Tensor) -> Tensor:
-        """Sum of products of the values' shape over each group, float64."""
-        by_row = products.sum(-1).double()
-        by_row = by_row.view(self.column_groups, self.blocks, self.fronts, -1)
-        return by_row.sum((1, 3)).t().reshape(-1)
-
-
-def _batches(
-    view: GroupedView, hessian: Tensor, scheme: Scheme, native: bool
-) -> Iterator[tuple[tuple[slice, ...], _Work]]:
-    columns, blocks, size = hessian.shape[:3]
-    group_size = math.prod(view.shape) // max(1, math.prod(view.qparam_shape))
-    # Whole groups, and all column groups of a row of them.
-    limit = max(PIECE, group_size * view.qparam_shape[-1])
-    for where, piece in view.pieces(limit):
-        groups = where[-1].indices(view.qparam_shape[-1])
-        part = hessian if columns == 1 else hessian[groups[0] : groups[1]]
-        batch = _weighted_batch(view, where, piece, part, scheme, native)
-        values = piece.float()
-        if view.finite_only:
+    def values(self) -> Tensor:
+        """Shape (blocks, groups * rows, size), float32."""
+        values = self.raw.float()
+        if self.finite_only:
             values = torch.where(values.isfinite(), values, 0)
-        kept = math.prod(piece.shape[: len(where)])
-        count = part.shape[0]
-        values = values.reshape(kept // count, count, -1, piece.shape[-1])
-        values = torch.nn.functional.pad(values, (0, blocks * size - piece.shape[-1]))
-        fronts, _, rows, _ = values.shape
-        values = values.view(fronts, count, rows, blocks, size).permute(1, 3, 0, 2, 4)
-        values = values.reshape(count * blocks, fronts * rows, size)
-        yield where, _Work(values, part.reshape(-1, size, size), fronts, count, blocks, batch)
+        blocks, size = self.mean.shape
+        values = values.reshape(-1, values.shape[-1])
+        if values.shape[-1] < blocks * size:
+            values = torch.nn.functional.pad(values, (0, blocks * size - values.shape[-1]))
+        return values.view(-1, blocks, size).transpose(0, 1).contiguous()
 
+    def share(self, scales: Scales) -> Tensor:
+        """What the errors of each row add to the mean of its output, shape (groups * rows,)."""
+        return self._of_mean(self._errors(self.values(), scales)).sum(0)
 
-def _weighted_batch(
-    view: GroupedView,
-    where: tuple[slice, ...],
-    piece: Tensor,
-    hessian: Tensor,
-    scheme: Scheme,
-    native: bool,
-) -> Batch:
-    """The groups of a piece with the diagonal of the Hessian for weights."""
-    kept, cols = len(where), piece.shape[-1]
-    diagonal = hessian.diagonal(dim1=-2, dim2=-1).flatten(1)[:, :cols]
-    shape = [1] * piece.dim()
-    shape[kept - 1], shape[-1] = diagonal.shape
-    weight = diagonal.reshape(shape).expand(piece.shape)
-    reduced = tuple(range(kept, piece.dim()))
-    part = GroupedView(piece, reduced, finite_only=view.finite_only)
-    if native:
-        box = NativeBox.of(part, GroupedView(weight, reduced))
-        return NativeBatch(where, part.qparam_shape, box, scheme)
-    groups = math.prod(part.qparam_shape)
-    values = part.canonical().float().reshape(groups, -1)
-    return GroupBatch(where, part.qparam_shape, values, weight.reshape(groups, -1), None, "eager")
+    def best(self, start: Scales, plain: Scales, rest: Tensor) -> tuple[Scales, Tensor]:
+        """The best scales, as stored, and the share of each row with them.
 
+        Args:
+            start: Scales as they are.
+            plain: Those of minimum and maximum.
+            rest: What the other column groups add to the mean of the output, (groups * rows,).
+        """
+        x = self.values()
+        best, (best_error, best_own, best_share) = start, self._judge(x, start, rest)
+        plain_error, plain_own, plain_share = self._judge(x, plain, rest)
+        bad = ~(best_own <= plain_own)
+        best, best_error = plain.where(bad, best), torch.where(bad, plain_error, best_error)
+        best_share = torch.where(self._by_row(bad), plain_share, best_share)
+        for candidate in self._candidates(x, start, rest):
+            error, own, share = self._judge(x, candidate, rest)
+            # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
+            better = (error < best_error) & (own <= plain_own) & (candidate.scale != 0)
+            best, best_error = candidate.where(better, best), torch.where(better, error, best_error)
+            best_share = torch.where(self._by_row(better), share, best_share)
+        return best, best_share
 
-def _search(work: _Work, low: Tensor, high: Tensor, plain: Scales, scheme: Scheme) -> Scales:
-    base, candidates = candidate_scales(low.float(), high.float(), scheme)
-    x = work.values * work.spread(1 / base)
-    if not scheme.rounding.integer:
-        # Codes of floats are taken of sizes here: the sign goes back to them.
-        sign: Tensor | None = x.sign()
-    else:
-        sign = None
-    symmetric = candidates.zero_point is None
+    def _candidates(self, x: Tensor, start: Scales, rest: Tensor) -> Iterator[Scales]:
+        if has_scale_codes(self.scheme.args):
+            yield from self._codes_about(start)
+            return
+        # Projected, and ranked by the error that their codes have then; only the best is stored.
+        hx = x @ self.hessian
+        gain = torch.full_like(start.scale, -torch.inf, dtype=torch.float64)
+        winner = start
+        for candidate in self._factors(start):
+            q = self._codes(x, candidate)
+            a = self._total(hx, x, q) - self._of_groups(rest * self._of_mean(q).sum(0))
+            b = self._total(q @ self.hessian, q, q)
+            projected = Scales((a / b).float(), candidate.zero_point)
+            same_sign = projected.scale * candidate.scale > 0
+            better = (b > 0) & same_sign & (a * a / b > gain)
+            winner, gain = projected.where(better, winner), torch.where(better, a * a / b, gain)
+        yield Scales(self.scheme.store(winner.scale), winner.zero_point)
 
-    rounding = scheme.rounding
+    def _factors(self, start: Scales) -> Iterator[Scales]:
+        rounding = self.scheme.rounding
+        signs = (1, -1) if self.scheme.signed else (1,)
+        for sign in signs:
+            for factor in (1 + REACH * torch.linspace(-1, 1, CANDIDATES)).tolist():
+                scale = start.scale * (sign * factor)
+                if self.scheme.args.symmetric:
+                    yield Scales(scale)
+                    continue
+                assert start.zero_point is not None
+                for shift in (-1, 0, 1):
+                    zero = (start.zero_point + shift).clamp(rounding.low, rounding.high)
+                    yield Scales(scale, zero)
 
-    def codes(ratio: Tensor, zero: Tensor | None) -> Tensor:
-        scaled = (x if sign is None else x.abs()) * work.spread(1 / ratio)
-        if sign is not None:
-            return round_to_codes(scaled, None, rounding) * sign
-        if zero is None:
+    def _codes_about(self, start: Scales) -> Iterator[Scales]:
+        table = all_scales(self.scheme, start.scale.device)
+        # The start is one of them, but for the rounding of a division.
+        index = torch.searchsorted(table, start.scale * (1 - 1e-3))
+        for step in range(-CODE_STEPS, CODE_STEPS + 1):
+            yield Scales(table[(index + step).clamp(0, table.numel() - 1)])
+
+    def _judge(self, x: Tensor, scales: Scales, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Error of each group beside the others, d'Hd alone, and the share of each row."""
+        errors = self._errors(x, scales)
+        own = self._total(errors @ self.hessian, errors, errors)
+        share = self._of_mean(errors).sum(0)
+        return own + 2 * self._of_groups(rest * share), own, share
+
+    def _errors(self, x: Tensor, scales: Scales) -> Tensor:
+        """Dequantized values less the values."""
+        return self._codes(x, scales).mul_(self._by_row(scales.scale).unsqueeze(-1)).sub_(x)
+
+    def _codes(self, x: Tensor, scales: Scales) -> Tensor:
+        """Codes relative to the zero point, of the values' shape."""
+        rounding, symmetric = self.scheme.rounding, bool(self.scheme.args.symmetric)
+        scaled = x * self._by_row(1 / scales.scale).unsqueeze(-1)
+        if not rounding.integer:
+            return round_to_codes(scaled.abs(), None, rounding).mul_(scaled.sign())
+        if symmetric or scales.zero_point is None:
             return scaled.round_().clamp_(rounding.low, rounding.high)
-        shift = work.spread(zero)
+        shift = self._by_row(scales.zero_point).unsqueeze(-1)
         return scaled.add_(shift).round_().clamp_(rounding.low, rounding.high).sub_(shift)
 
-    def error_of(scale: Tensor, zero: Tensor | None) -> Tensor:
-        ratio = scale / base
-        rest = codes(ratio, zero).mul_(work.spread(ratio)).sub_(x)
-        return work.total((rest @ work.hessian).mul_(rest))
+    def _total(self, hu: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """U'Hv of each group, float64, given uH; of different blocks by the mean alone."""
+        by_row = (hu * v).sum(-1).double().sum(0)
+        if len(self.mean) > 1:
+            left, right = self._of_mean(u), self._of_mean(v)
+            by_row += left.sum(0) * right.sum(0) - (left * right).sum(0)
+        return self._of_groups(by_row)
 
-    if has_scale_codes(scheme.args):
-        candidates = Scales(codes_about_covering(low, high, scheme) / base)
-        order = _ranks(work.batch, base, candidates, scheme, projected=False)
-        scales = [plain.scale, *(candidates.at(index).scale * base for index in order)]
-        errors = torch.stack([error_of(scale, None) for scale in scales])
-        # Equal errors (a group of zeros) leave it at minimum and maximum.
-        return Scales(torch.stack(scales)).at(errors.nan_to_num(torch.inf).argmin(0))
+    def _of_mean(self, u: Tensor) -> Tensor:
+        """The mean's product with each row, by block, (blocks, groups * rows), float64."""
+        return (u @ self.mean.unsqueeze(-1)).squeeze(-1).double()
 
-    order = _ranks(work.batch, base, candidates, scheme, projected=True)
+    def _of_groups(self, by_row: Tensor) -> Tensor:
+        return by_row.view(self.groups, -1).sum(1)
 
-    hx = x @ work.hessian
-    own = work.total(hx * x)
-    best = Scales(plain.scale / base, plain.zero_point if not symmetric else None)
-    best_error = torch.full_like(own, torch.inf)
-
-    def evaluate(ratio: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Projected scale, and the error that it has with these codes."""
-        q = codes(ratio, zero)
-        a, b = work.total(hx * q), work.total((q @ work.hessian).mul_(q))
-        good = b > 0
-        projected = torch.where(good, a / b, ratio.double())
-        return projected.float(), torch.where(good, own - a * a / b, torch.inf)
-
-    def take(ratio: Tensor, zero: Tensor | None) -> None:
-        nonlocal best, best_error
-        projected, error = evaluate(ratio, zero)
-        better = error < best_error
-        best = Scales(projected, zero).where(better, best)
-        best_error = torch.where(better, error, best_error)
-
-    for picked in (candidates.at(index) for index in order):
-        take(picked.scale, picked.zero_point)
-    # What the diagonal alone makes the best: the objective "imatrix" is no better in this one.
-    diagonal = search_batch(work.batch, low, high, scheme)
-    take(diagonal.scale / base, diagonal.zero_point)
-    centre = best
-    spread = candidate_spread(scheme.rounding)
-    for factor in (1 + spread * torch.linspace(-1, 1, FINE)).tolist():
-        take(centre.scale * factor, centre.zero_point)
-    take(best.scale, best.zero_point)
-
-    stored = scheme.store(best.scale * base)
-
-    zero = None if symmetric else plain.zero_point
-    good = error_of(stored, best.zero_point) < error_of(plain.scale, zero)
-    return Scales(stored, best.zero_point).where(good, Scales(plain.scale, zero))
-
-
-def _ranks(
-    batch: Batch, base: Tensor, candidates: Scales, scheme: Scheme, *, projected: bool
-) -> Tensor:
-    """The `FULL` best candidates of each group by the diagonal alone, (FULL, groups).
-
-    Args:
-        batch: The groups.
-        base: The unit of scale of each group.
-        candidates: In that unit, (candidates, groups).
-        scheme: What is searched for.
-        projected: Whether a candidate stands for the best scale of its codes.
-    """
-    count = candidates.scale.shape[0]
-    sums = batch.sum(Sums(scheme.rounding, "all", count), Candidates(1 / base, *candidates.tensors))
-    a, b, error = sums.chunk(3)
-    if projected:
-        gap = a - candidates.scale * b
-        error = torch.where(b > 0, error - gap * gap / b, torch.inf)
-    return error.topk(min(FULL, count), dim=0, largest=False).indices
+    def _by_row(self, by_group: Tensor) -> Tensor:
+        rows = math.prod(self.raw.shape[self.num_kept : -1])
+        return by_group if rows == 1 else by_group.repeat_interleave(rows)

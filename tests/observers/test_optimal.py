@@ -137,7 +137,7 @@ def test_hessian_of_the_identity_is_plain_squares(layout: str) -> None:
     args = QuantizationArgs(num_bits=4, **LAYOUTS[layout])
     module = linear()
     observer = Observer.load_from_registry("optimal", "weight", args, module, objective="hessian")
-    observer.observe_input(torch.eye(24) * 3)
+    observer.observe_input(torch.cat([torch.eye(24), -torch.eye(24)]) * 3)
     plain = Observer.load_from_registry("optimal", "weight", args, module, objective="mse")
     scale, _ = observer(module.weight)
     expected, _ = plain(module.weight)
@@ -165,8 +165,31 @@ def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:
     loaded.load_state(one.state())
     assert_same_state(loaded.state(), one.state())
     wide = QuantizationArgs(num_bits=4, strategy="channel")
-    channel = seen(linear(300, 4), wide, objective="hessian")
-    assert channel.input_products.numel() <= 300 * 128
+    channel = seen(linear(1200, 4), wide, objective="hessian")
+    assert channel.input_products.shape == (1, 3, 400, 400)
+    assert channel.input_sum.shape == (1200,)
+
+
+@pytest.mark.parametrize("layout", ["group", "channel"])
+def test_hessian_lets_columns_make_up_for_each_other_by_the_mean(layout: str) -> None:
+    """Inputs that are not centred: the output's error is mostly that of its mean."""
+    args = QuantizationArgs(num_bits=4, **LAYOUTS[layout])
+    module = linear(24 if layout == "group" else 1200, 40)
+    x = inputs(module.in_features).abs() + 1
+    errors = {}
+    for name in ("hessian", "without mean", "imatrix"):
+        objective = "imatrix" if name == "imatrix" else "hessian"
+        observer = Observer.load_from_registry(
+            "optimal", "weight", args, module, objective=objective
+        )
+        observer.observe_input(x)
+        if name == "without mean":
+            observer.input_sum.zero_()
+        errors[name] = float(
+            (x @ rest(module.weight, *observer(module.weight), args).T.float()).square().sum()
+        )
+    assert errors["hessian"] < 0.9 * errors["without mean"], errors
+    assert errors["hessian"] < 0.9 * errors["imatrix"], errors
 
 
 def test_hessian_follows_g_idx() -> None:

@@ -2,10 +2,10 @@
 
     python benchmarks/oneshot.py [--json FILE]
 
-Weights only, int4 in groups, memoryless_mse, a random Llama, nothing saved. Processes that share a
-compile cache, empty at first: `cold` is the first run with calipers in the first of them, which
-stays eager; the next one, not timed, is made to compile (CALIPERS_ENGINE=inductor); in the last,
-`warm start` is the first run and `warm` the later ones. Within a process the two sides alternate.
+Weights only, int4 in groups, memoryless_mse, a random Llama, nothing saved. Two processes that share
+a folder for the native library, empty at first: `cold` is the first run with calipers in the first
+of them, which compiles the library; in the second, `warm start` is the first run and `warm` the
+later ones. Within a process the two sides alternate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as cache:
         cold = _in_a_process(options, COLD, cache)
-        _in_a_process(options, ("ours",), cache, engine="inductor")
         warm = _in_a_process(options, ("own", "ours") * options.pairs, cache)
     report = _summarise(cold, warm)
     print(
@@ -75,12 +74,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _in_a_process(
-    options: argparse.Namespace, sides: tuple[str, ...], cache: str, engine: str = ""
+    options: argparse.Namespace, sides: tuple[str, ...], cache: str
 ) -> dict[str, Any]:
     names = ("layers", "hidden", "group_size", "observer", "dtype", "threads")
     given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in names]
     command = [sys.executable, __file__, *given, f"--child={','.join(sides)}"]
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "CALIPERS_ENGINE": engine}
+    environment = {**os.environ, "CALIPERS_CACHE": cache}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RUNS ")]
     found: dict[str, Any] = json.loads(line.removeprefix("RUNS "))

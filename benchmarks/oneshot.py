@@ -2,10 +2,10 @@
 
     python benchmarks/oneshot.py [--json FILE]
 
-Weights only, int4 in groups, memoryless_mse, a random Llama, nothing saved. Two processes that share
-a folder for the native library, empty at first: `cold` is the first run with calipers in the first
-of them, which compiles the library; in the second, `warm start` is the first run and `warm` the
-later ones. Within a process the two sides alternate.
+Weights only, int4 in groups, memoryless_mse, a random Llama, nothing saved. Two processes that
+share a folder for the native library, empty at first: `cold` is the first run with calipers in the
+first of them, which compiles the library; in the second, `warm start` is the first run and `warm`
+the later ones. Within a process the two sides alternate.
 """
 
 from __future__ import annotations

@@ -10,7 +10,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from loguru import logger
 
-from calipers.ranges import GroupedView, arrange, engines, min_max
+from calipers.ranges import (
+    GroupedView,
+    ShrinkGrid,
+    arrange,
+    engines,
+    grid_native,
+    min_max,
+    search_grid_ranges,
+)
 from calipers.ranges.native import build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -94,6 +102,22 @@ class TestMinMax:
         finally:
             torch.set_num_threads(threads)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_steps_that_clip_too_much_are_left_out():
+    """Counted: with int8 far fewer than all 80 steps, with the same answer."""
+    value, args = values(512, 256), QuantizationArgs(num_bits=8, strategy="channel")
+    (view,) = arrange(value, "weight", args).views
+    extremes = min_max(view)
+    search = ShrinkGrid(maxshrink=0.8, grid=100, patience=0, norm=2.4)
+    (found,) = search_grid_ranges([view], [extremes], args, search, engine="native")
+    assert grid_native.evaluated.count <= 512 * 24
+    (expected,) = search_grid_ranges([view], [extremes], args, search, engine="eager")
+    assert torch.equal(found[1], expected[1])
+    # Weights could make up for any clipping.
+    weights = [GroupedView(torch.ones_like(view.values), view.reduce_dims)]
+    search_grid_ranges([view], [extremes], args, search, importance=weights, engine="native")
+    assert grid_native.evaluated.count == 512 * 80
 
 
 class TestBuild:

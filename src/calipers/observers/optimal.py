@@ -47,16 +47,18 @@ class OptimalObserver(InputEnergyObserver):
 
     - "imatrix": squared error of a weight times E[x^2] of its input column;
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
-      its columns: the error of the output itself, up to products of different groups. At most
-      group_size values are kept for each column, 256 where groups are wider, and 128 for the
-      strategies channel and tensor, whose rows are taken in blocks of that many columns;
+      its columns, plus what groups of a row add to each other's through the mean of the inputs:
+      groups are chosen one after the other, each with the others as they are. At most group_size
+      values are kept for each column, 256 where groups are wider, and 512 for the strategies
+      channel and tensor, whose rows are taken in blocks of that many columns; and the mean. It
+      takes some fifteen times as long as "imatrix";
     - "mse": squared error of the values alone, for activations and where there is no data. On
       weights it can make a model worse than minimum and maximum: use `memoryless_minmax` there.
 
     Integers and floats with a free scale: candidates over a window around the range, ranked by the
     error after projection (the best scale for given codes), then more of them about the best.
     NVFP4 and MX: all scale codes, short of those that two bounds exclude. In no group is the error
-    greater than that of minimum and maximum.
+    (of "hessian" d'Hd) greater than that of minimum and maximum.
 
     With `signed` a scale of symmetric integers may be negative, which gives the extra code of the
     range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as do

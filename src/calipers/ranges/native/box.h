@@ -1,4 +1,4 @@
-// Where the values of groups lie in memory, and how sixteen groups at a time come out of it.
+// Where the values of groups lie in memory, and how a block of groups comes out of it, one in each lane.
 #pragma once
 
 #include <algorithm>
@@ -36,20 +36,6 @@ struct Box {
   int64_t units() const { return groups * runs; }
   int64_t blocks() const { return (units() + LANES - 1) / LANES; }
 };
-
-template <Type type>
-static inline Vec load_lanes(const void* source, int64_t at) {
-  if (type == FLOAT32) return load(static_cast<const float*>(source) + at);
-  typedef uint16_t Half __attribute__((vector_size(2 * LANES)));
-  Half half;
-  std::memcpy(&half, static_cast<const uint16_t*>(source) + at, sizeof half);
-  IVec bits = __builtin_convertvector(half, IVec);
-  if (type == BFLOAT16) return from_bits(bits << 16);
-  // The exponents of float32 begin 112 lower; a product is right for subnormal numbers too.
-  IVec wide = bits_of(from_bits((bits & 0x7fff) << 13) * 0x1p112f);
-  wide |= (bits & 0x7c00) == 0x7c00 ? IVec{} + 0x7f800000 : IVec{};
-  return from_bits(wide | (bits & 0x8000) << 16);
-}
 
 template <Type type>
 static inline float load_one(const void* source, int64_t at) {

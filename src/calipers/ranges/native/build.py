@@ -90,11 +90,11 @@ def _cache() -> Path:
     asked = os.environ.get("CALIPERS_CACHE")
     if asked:
         return Path(asked)
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "calipers"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "calipers"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return _private_folder()
     return folder if os.access(folder, os.W_OK) else _private_folder()
 

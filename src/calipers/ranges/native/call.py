@@ -16,7 +16,7 @@ from calipers.ranges.views import GroupedView
 
 __all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "number_of_parts", "supports"]
 
-#: Groups, or runs of the values of long ones, that are worked on at a time.
+#: Groups, or runs of the values of long ones, that are worked on at a time, at most.
 LANES = 16
 #: Groups up to this long are never cut into runs.
 SHORT = 1024

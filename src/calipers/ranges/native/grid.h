@@ -1,4 +1,4 @@
-// The shrink grid: a block of sixteen units is brought into the cache once for all candidates.
+// The shrink grid: a block of units is brought into the cache once for all candidates.
 #pragma once
 
 #include <cmath>

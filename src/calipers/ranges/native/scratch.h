@@ -8,7 +8,7 @@
 struct Scratch {
   float* data;
   explicit Scratch(int64_t rows)
-      : data(static_cast<float*>(std::aligned_alloc(64, (rows + 1) * LANES * sizeof(float)))) {}
+      : data(static_cast<float*>(std::aligned_alloc(64, (rows * LANES * 4 / 64 + 1) * 64))) {}
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -1,11 +1,15 @@
-// Vectors of sixteen lanes, in the common dialect of GCC and Clang: both map them to whatever
-// registers the target has.
+// Vectors in the common dialect of GCC and Clang: both map them to whatever registers the target
+// has. Wider ones than those would be spilled.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
 constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * LANES)));
 
@@ -47,11 +51,10 @@ static inline void split(const Whole& whole, Half& first, Half& second) {
 }
 
 static inline bool any(IVec mask) {
-  typedef int64_t Four __attribute__((vector_size(32)));
-  Four a, b;
-  split(mask, a, b);
-  Four found = a | b;
-  return (found[0] | found[1] | found[2] | found[3]) != 0;
+  int64_t halves[LANES / 2], found = 0;
+  std::memcpy(halves, &mask, sizeof mask);
+  for (int64_t half : halves) found |= half;
+  return found != 0;
 }
 static inline bool all(IVec mask) { return !any(~mask); }
 

@@ -1,4 +1,4 @@
-"""`search_optimal_scales` on the CPU in C++: all candidates while a block of groups is in the cache."""
+"""`search_optimal_scales` on the CPU in C++: all candidates while groups are in the cache."""
 
 from __future__ import annotations
 

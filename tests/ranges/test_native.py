@@ -114,10 +114,29 @@ def test_steps_that_clip_too_much_are_left_out():
     assert grid_native.evaluated.count <= 512 * 24
     (expected,) = search_grid_ranges([view], [extremes], args, search, engine="eager")
     assert torch.equal(found[1], expected[1])
-    # Weights could make up for any clipping.
-    weights = [GroupedView(torch.ones_like(view.values), view.reduce_dims)]
-    search_grid_ranges([view], [extremes], args, search, importance=weights, engine="native")
-    assert grid_native.evaluated.count == 512 * 80
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_candidates_are_dismissed_by_their_squares(weighted):
+    """Counted: powers other than squares of a few steps alone, with the same answer."""
+    value, args = values(512, 256), QuantizationArgs(num_bits=8, strategy="channel")
+    (view,) = arrange(value, "weight", args).views
+    weight = torch.rand(256, generator=torch.Generator().manual_seed(1)).expand(512, 256)
+    importance = list(arrange(weight, "weight", args).views) if weighted else None
+    counts, extremes = [], [min_max(view)]
+    for norm in (2.0, 2.4):
+        search = ShrinkGrid(maxshrink=0.2, grid=100, patience=0, norm=norm)
+        (found,) = search_grid_ranges(
+            [view], extremes, args, search, importance=importance, engine="native"
+        )
+        counts.append(grid_native.evaluated.count)
+        (expected,) = search_grid_ranges(
+            [view], extremes, args, search, importance=importance, engine="eager"
+        )
+        assert torch.equal(found[1], expected[1])
+    assert counts[1] <= 0.7 * counts[0]
+    if weighted:  # weights may make up for any clipping, so that squares take all steps
+        assert counts[0] == 512 * 20
 
 
 class TestBuild:

@@ -48,6 +48,7 @@ class _GridSearch(ctypes.Structure):
         ("norm", ctypes.c_float),
         ("expand", ctypes.c_float),
         ("clip_steps", ctypes.c_float),
+        ("squares_first", ctypes.c_int64),
         ("doubt", ctypes.c_float),
         ("known_errors", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
@@ -145,6 +146,7 @@ class _Search:
             self.grid.norm,
             self.grid.expand,
             _clip_steps(self.args) if self.importance is None else 0,
+            _squares_first(self.args, self.grid),
             CLOSE_OF_SQUARES if self.grid.norm == 2 else CLOSE,
             address(known),
             address(errors),
@@ -189,3 +191,11 @@ def _clip_steps(args: QuantizationArgs) -> int:
     if args.type == QuantizationType.INT:
         return int(levels)
     return 2 * 448 if levels > 15 else 12
+
+
+def _squares_first(args: QuantizationArgs, grid: ShrinkGrid) -> bool:
+    """Whether squared errors dismiss so many candidates that it pays to sum them first.
+
+    Of int8 a fifteenth is left over, of int4 two thirds.
+    """
+    return grid.norm > 2 and args.type == QuantizationType.INT and args.num_bits >= 6

@@ -141,7 +141,10 @@ class Arrangement:
             As many tensors as each part has, each of shape `qparam_shape`.
         """
         if len(parts) == 1:
-            return tuple(t.reshape(self.qparam_shape) for t in parts[0])
+            return tuple(
+                t if t.shape == self.qparam_shape else t.reshape(self.qparam_shape)
+                for t in parts[0]
+            )
         whole = tuple(t.new_empty(self.qparam_shape) for t in parts[0])
         for view, part in zip(self.views, parts, strict=True):
             for target, source in zip(whole, part, strict=True):

@@ -20,6 +20,7 @@ struct GridSearch {
   float norm;
   float expand;
   float clip_steps;  // scales that the whole range spans; 0: clipping bounds nothing
+  int64_t squares_first;  // whether candidates are dismissed by their squared errors, norm > 2
   float doubt;       // part of the smallest error that leaves no doubt about the best step
   const double* known_errors;  // (groups, steps) where they are summed already, else null
   double* errors;              // (units, steps) to be filled where groups have several runs
@@ -77,8 +78,21 @@ struct Best {
   Vec error, next, scale, factor;
 };
 
-static void search_block(const GridSearch& search, int64_t block, SumErrors sum, float* values,
-                         float* weights, GridReport& report) {
+// By the inequality of power means sum w |d|^p >= (sum w)^(1 - p/2) (sum w d^2)^(p/2), p > 2: whether
+// some of a tile's squared errors leave room for a smaller error than the best.
+static bool may_be_better(const Vec* squares, Vec total_weight, float norm, Vec best, IVec is_unit) {
+  IVec possible{};
+  for (int t = 0; t < TILE; t++) {
+    Vec exponent = log2_of(squares[t]) * (norm / 2) + log2_of(total_weight) * (1 - norm / 2);
+    // Less than rounding takes away; and near the smallest numbers the bound says nothing.
+    Vec bound = exp2_of(smaller(larger(exponent, splat(-126)), splat(126))) * (1 - 1e-4f);
+    possible |= (bound <= best) | (exponent < splat(-100)) | (squares[t] != squares[t]);
+  }
+  return any(possible & is_unit);
+}
+
+static void search_block(const GridSearch& search, int64_t block, SumErrors sum, SumErrors square,
+                         float* values, float* weights, GridReport& report) {
   const Box& box = search.box;
   const bool sums_only = search.errors != nullptr;
   const Vec infinity = splat(std::numeric_limits<float>::infinity());
@@ -90,6 +104,11 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
   if (!search.known_errors) {
     load_block<false>(box, block, values);
     if (box.weights) load_block<true>(box, block, weights);
+  }
+  Vec total_weight = splat(float(box.size));
+  if (search.squares_first && box.weights) {
+    total_weight = Vec{};
+    for (int64_t i = 0; i < box.run_length; i++) total_weight += load(weights + i * LANES);
   }
   Best best{infinity, infinity, Vec{}, splat(1)};
   IVec doubtful{};
@@ -107,8 +126,17 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
         for (int lane = 0; lane < count; lane++)
           errors[t][lane] = float(search.known_errors[(first + lane) * search.steps + step + t]);
     } else {
-      sum(search, values, weights, candidates, errors);
-      report.evaluated += tile * count;
+      bool pays = true;
+      if (search.squares_first && step > 0 && !sums_only) {
+        square(search, values, weights, candidates, errors);
+        pays = may_be_better(errors, total_weight, search.norm, best.error, is_unit);
+      }
+      if (pays) {
+        sum(search, values, weights, candidates, errors);
+        report.evaluated += tile * count;
+      } else {
+        tile = 0;
+      }
     }
     for (int t = 0; t < tile; t++) {
       if (sums_only) {
@@ -157,9 +185,11 @@ extern "C" void search_grid(const GridSearch* search, int64_t parts, GridReport*
   bool weighted = box.weights != nullptr;
   SumErrors sum = search->format.integer ? choose_sum<true>(search->norm, weighted)
                                          : choose_sum<false>(search->norm, weighted);
+  SumErrors square = search->format.integer ? choose_sum<true, SQUARE>(weighted)
+                                            : choose_sum<false, SQUARE>(weighted);
   in_parallel(box.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
     Scratch values(box.run_length), weights(weighted ? box.run_length : 0);
     for (int64_t block = first; block < last; block++)
-      search_block(*search, block, sum, values.data, weights.data, reports[part]);
+      search_block(*search, block, sum, square, values.data, weights.data, reports[part]);
   });
 }

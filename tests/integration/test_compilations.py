@@ -17,7 +17,6 @@ from calipers.ranges import engines, grid_inductor
 def _compiled_from_scratch(monkeypatch):
     monkeypatch.setenv("CALIPERS_ENGINE", "inductor")
     torch._dynamo.reset()
-    grid_inductor._compiled_advance.cache_clear()
     grid_inductor._compiled_errors.cache_clear()
     assert engines.inductor_problem(torch.device("cpu")) is None
 
@@ -44,9 +43,7 @@ def test_the_demo_model():
     assert 1 <= calibrate(model, "W4A16") <= 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "NVFP4A16"])
-def test_a_llama_of_100_million_parameters(scheme):
+def llama_of_100_million_parameters() -> LlamaForCausalLM:
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
@@ -58,4 +55,17 @@ def test_a_llama_of_100_million_parameters(scheme):
     )
     model = LlamaForCausalLM(config).bfloat16().eval()
     assert 9e7 < sum(p.numel() for p in model.parameters()) < 1.2e8
-    assert 1 <= calibrate(model, scheme) <= 2
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "NVFP4A16"])
+def test_a_llama_of_100_million_parameters(scheme):
+    assert 1 <= calibrate(llama_of_100_million_parameters(), scheme) <= 2
+
+
+def test_the_native_engine_compiles_nothing_for_a_model(monkeypatch):
+    """Its library is there, once for a machine."""
+    monkeypatch.setenv("CALIPERS_ENGINE", "native")
+    model = llama_of_100_million_parameters()
+    assert [calibrate(model, scheme) for scheme in ("W4A16", "NVFP4A16")] == [0, 0]

@@ -149,8 +149,8 @@ def explain_engines() -> list[tuple[str, bool, str]]:
         no_triton = "the triton engine needs a CUDA device, and torch sees none"
     return [
         ("eager", True, "plain torch operations, on every device: the reference"),
-        ("native", no_native is None, no_native or f"C++ by {compiler()}, on the CPU"),
         ("inductor", no_inductor is None, no_inductor or "torch.compile, on the CPU: when asked"),
+        ("native", no_native is None, no_native or f"C++ by {compiler()}, on the CPU"),
         ("triton", no_triton is None, no_triton or "Triton kernels, on CUDA devices"),
     ]
 

@@ -6,8 +6,9 @@ import functools
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import calculate_qparams
 from loguru import logger
 
 from calipers.errors import CalipersError
@@ -86,6 +87,20 @@ def assert_same_steps(compiled: torch.Tensor, eager: torch.Tensor) -> None:
     assert differing <= eager.shape[1] * 1e-4, f"{differing} of {eager.shape[1]} groups differ"
 
 
+def assert_errors_as_small(value, args, search, compiled, eager) -> None:
+    """Where steps differ, the errors of both are equal to 1e-6 of themselves."""
+    (view,) = arrange(value, "weight", args).views
+    differing = (compiled != eager).any(dim=0)
+    groups = view.values.flatten(0, -2)[differing].double()
+    token_args = args.model_copy(update={"strategy": "token"})
+    errors = []
+    for low, high in (compiled[:, differing], eager[:, differing]):
+        scale, zero_point = calculate_qparams(low, high, args)
+        found = fake_quantize(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), token_args)
+        errors.append((found - groups).abs().pow(search.norm).sum(-1))
+    torch.testing.assert_close(*errors, rtol=1e-6, atol=0)
+
+
 FORMATS = {
     "int4": (group(4, 32), DEFAULTS),
     "int4 asymmetric": (group(4, 32, symmetric=False), DEFAULTS),
@@ -120,7 +135,10 @@ def test_both_engines_choose_the_same_steps_in_many_groups(name, both_engines):
     args, search = {**FORMATS, **MORE_FORMATS}[name]
     cols = 128 * 8 if args.strategy == "group" and args.group_size == 32 else 512
     rows = 3200 if args.strategy != "channel" else 100_000
-    assert_same_steps(*both_engines(awkward(rows, cols), args, search))
+    value = awkward(rows, cols)
+    found = both_engines(value, args, search)
+    assert_same_steps(*found)
+    assert_errors_as_small(value, args, search, *found)
 
 
 class TestLayouts:

@@ -149,7 +149,8 @@ def test_hessian_of_the_identity_is_plain_squares(layout: str) -> None:
 def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:
     module = linear()
     one = seen(module, objective="hessian")
-    assert one.input_products.shape == (3, 1, 8, 8)
+    assert one.input_products.shape == (3, 1, 36)
+    assert one.input_sketch.shape == (24, 3)
     left, right = (
         Observer.load_from_registry("optimal", "weight", GROUP, module, objective="hessian")
         for _ in range(2)
@@ -159,36 +160,40 @@ def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:
     right.observe_input(inputs()[100:])
     left.merge(right)
     x = inputs().double()
-    expected = torch.stack([x[:, i : i + 8].T @ x[:, i : i + 8] for i in (0, 8, 16)]).unsqueeze(1)
+    blocks = [x[:, i : i + 8].T @ x[:, i : i + 8] for i in (0, 8, 16)]
+    row, column = torch.triu_indices(8, 8)
+    expected = torch.stack([block[row, column] for block in blocks]).unsqueeze(1)
     torch.testing.assert_close(left.input_products, expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(left.input_sketch, one.input_sketch, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(left.input_sketch[:, -1], x.sum(0), rtol=1e-5, atol=1e-3)
     loaded = seen(module, objective="hessian")
     loaded.load_state(one.state())
     assert_same_state(loaded.state(), one.state())
     wide = QuantizationArgs(num_bits=4, strategy="channel")
     channel = seen(linear(1200, 4), wide, objective="hessian")
-    assert channel.input_products.shape == (1, 3, 400, 400)
-    assert channel.input_sum.shape == (1200,)
+    assert channel.input_products.shape == (1, 3, 400 * 401 // 2)
+    assert channel.input_sketch.shape == (1200, 65)
 
 
 @pytest.mark.parametrize("layout", ["group", "channel"])
-def test_hessian_lets_columns_make_up_for_each_other_by_the_mean(layout: str) -> None:
+def test_hessian_lets_columns_make_up_for_each_other(layout: str) -> None:
     """Inputs that are not centred: the output's error is mostly that of its mean."""
     args = QuantizationArgs(num_bits=4, **LAYOUTS[layout])
     module = linear(24 if layout == "group" else 1200, 40)
     x = inputs(module.in_features).abs() + 1
     errors = {}
-    for name in ("hessian", "without mean", "imatrix"):
+    for name in ("hessian", "without sketch", "imatrix"):
         objective = "imatrix" if name == "imatrix" else "hessian"
         observer = Observer.load_from_registry(
             "optimal", "weight", args, module, objective=objective
         )
         observer.observe_input(x)
-        if name == "without mean":
-            observer.input_sum.zero_()
+        if name == "without sketch":
+            observer.input_sketch.zero_()
         weight = module.weight.detach()
         left = rest(weight, *observer(weight), args).float()
         errors[name] = float((x @ left.T).square().sum())
-    assert errors["hessian"] < 0.9 * errors["without mean"], errors
+    assert errors["hessian"] < 0.9 * errors["without sketch"], errors
     assert errors["hessian"] < 0.9 * errors["imatrix"], errors
 
 
@@ -200,8 +205,11 @@ def test_hessian_follows_g_idx() -> None:
     ordered = linear()
     plain = Observer.load_from_registry("optimal", "weight", GROUP, ordered, objective="hessian")
     plain.observe_input(inputs()[:, order])
-    expected = plain(module.weight[:, order])
-    assert_same(seen(module, objective="hessian")(module.weight), expected)
+    observer = seen(module, objective="hessian")
+    # The directions of a sketch are those of the columns as they stand.
+    for each in (plain, observer):
+        each.input_sketch.zero_()
+    assert_same(observer(module.weight), plain(module.weight[:, order]))
     with pytest.raises(CalipersError, match=r"weight_g_idx.*\(6, 24\)"):
         seen(ordered, objective="hessian")(module.weight, g_idx)
 

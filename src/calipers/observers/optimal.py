@@ -20,6 +20,7 @@ from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.projection import Scheme
+from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
 
 __all__ = ["OptimalObserver"]
 
@@ -47,11 +48,11 @@ class OptimalObserver(InputEnergyObserver):
 
     - "imatrix": squared error of a weight times E[x^2] of its input column;
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
-      its columns, plus what groups of a row add to each other's through the mean of the inputs:
-      groups are chosen one after the other, each with the others as they are. At most group_size
-      values are kept for each column, 256 where groups are wider, and 512 for the strategies
-      channel and tensor, whose rows are taken in blocks of that many columns; and the mean. It
-      takes some fifteen times as long as "imatrix";
+      its columns, plus what groups of a row add to each other's error, as far as a sketch of the
+      whole sum of x x' tells (`calipers.ranges.sketch`): groups are chosen one after the other,
+      each with the others as they are. At most group_size values are kept for each column, 256
+      where groups are wider, and 512 for the strategies channel and tensor, whose rows are taken
+      in blocks of that many columns;
     - "mse": squared error of the values alone, for activations and where there is no data. On
       weights it can make a model worse than minimum and maximum: use `memoryless_minmax` there.
 
@@ -76,16 +77,16 @@ class OptimalObserver(InputEnergyObserver):
         "found_scale": LAST,
         "found_zero_point": LAST,
         "input_products": SUM,
-        "input_sum": SUM,
+        "input_sketch": SUM,
     }
 
     #: As stored, but float32 and with the global scale divided out.
     found_scale: Tensor | None
     found_zero_point: Tensor | None
-    #: "hessian": sum of x x', (column groups, blocks, size, size), float64.
+    #: "hessian": sum of x x' in blocks, (column groups, blocks, size * (size + 1) / 2), float64.
     input_products: Tensor | None
-    #: "hessian": sum of x, (cols,), float64.
-    input_sum: Tensor | None
+    #: "hessian": the sketch of `calipers.ranges.sketch`, (cols, rank + 1), float64.
+    input_sketch: Tensor | None
 
     def __init__(
         self,
@@ -164,13 +165,14 @@ class OptimalObserver(InputEnergyObserver):
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""
         shape = observation.value.shape
         assert self.input_products is not None
-        assert self.input_sum is not None
+        assert self.input_square_sum is not None
+        assert self.input_sketch is not None
         columns = column_groups(self.args, shape[-1], self._module_g_idx())
-        size = self.input_products.diagonal(dim1=-2, dim2=-1).mean()
-        size = size.clamp(min=torch.finfo(torch.float64).tiny)
-        products = (self.input_products / size).float().to(observation.value.device)
-        mean = self.input_sum / (self.num_input_tokens * size).sqrt()
-        mean = columns.by_block(mean.unsqueeze(0)).squeeze(2).float().to(products.device)
+        device = observation.value.device
+        size = self.input_square_sum.mean().clamp(min=torch.finfo(torch.float64).tiny)
+        products = columns.products((self.input_products / size).float().to(device))
+        factors = factor_of_sketch(self.input_sketch, self.num_input_tokens, self.input_square_sum)
+        factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
         scheme = Scheme(
             self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
         )
@@ -186,7 +188,7 @@ class OptimalObserver(InputEnergyObserver):
                     f"module, if any), got shape {tuple(shape)}"
                 )
             found.append(
-                refine_by_hessian(view, pair, extremes, products[which], mean[which], scheme)
+                refine_by_hessian(view, pair, extremes, products[which], factors[which], scheme)
             )
         return found
 
@@ -198,8 +200,11 @@ class OptimalObserver(InputEnergyObserver):
         if self.objective != "hessian":
             return
         columns = column_groups(self.args, tokens.shape[-1], self._module_g_idx())
-        products = columns.products(tokens.float()).double()
-        sums = {"input_products": products, "input_sum": tokens.sum(0, dtype=torch.float64)}
+        tokens = tokens.float()
+        sums = {
+            "input_products": columns.triangles(tokens).double(),
+            "input_sketch": sketch(tokens, rank_for(columns.size)).double(),
+        }
         for name, value in sums.items():
             past = getattr(self, name)
             setattr(self, name, value if past is None else past.to(value.device) + value)

@@ -1,4 +1,4 @@
-"""`column_groups`: which input columns share a scale, and sums of x x' over them."""
+"""`column_groups`: which input columns share a scale, and sums of x x' over each such group."""
 
 from __future__ import annotations
 
@@ -41,10 +41,21 @@ class ColumnGroups:
         filled = torch.nn.functional.pad(by_group, (0, self.blocks * self.size - index.shape[1]))
         return filled.view(len(tokens), len(index), self.blocks, self.size).permute(1, 2, 0, 3)
 
-    def products(self, tokens: Tensor) -> Tensor:
-        """Sum of x x' over tokens (tokens, cols): (groups, blocks, size, size), float32."""
+    def triangles(self, tokens: Tensor) -> Tensor:
+        """Sum of x x' over tokens (tokens, cols), without what is there twice.
+
+        Shape (groups, blocks, size * (size + 1) / 2), float32: the upper triangle by rows.
+        """
         x = self.by_block(tokens)
-        return x.transpose(-1, -2) @ x
+        row, column = torch.triu_indices(self.size, self.size, device=tokens.device)
+        return (x.transpose(-1, -2) @ x)[..., row, column]
+
+    def products(self, triangles: Tensor) -> Tensor:
+        """The whole of what `triangles` gives, shape (groups, blocks, size, size)."""
+        row, column = torch.triu_indices(self.size, self.size, device=triangles.device)
+        whole = triangles.new_empty(*triangles.shape[:-1], self.size, self.size)
+        whole[..., row, column] = whole[..., column, row] = triangles
+        return whole
 
     def fit(self, view: GroupedView, which: slice | Tensor) -> bool:
         """Whether the groups of a view are made of these columns."""

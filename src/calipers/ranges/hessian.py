@@ -1,39 +1,51 @@
-"""Scales by the error of a layer's output, from blocks of the inputs' X'X and the inputs' mean.
+"""Scales by the error of a layer's output, from blocks of the inputs' X'X and a sketch of the rest.
 
 For errors d = dequantized - x of a row the error of its output is d'X'Xd. Of X'X the blocks of the
-columns that share a scale are known, and of the rest the part that the mean m of the inputs makes,
-m m' for each token: most of it where inputs are not centred, as they come out of an activation
-function or of a norm with a bias. So a group's error is d'Hd + 2 r m'd, with H its block and r what
-the other groups of the row add to the mean of the output. One group after the other is given the
-best scale, the others as they are.
-
-For fixed codes q the best scale is (q'Hx - r m'q) / (q'Hq).
+columns that share a scale are known, and of the rest LL', what a sketch tells of it (`sketch`). So
+a group's error is d'Hd + 2 d'Lr, with H its block, L the rows of its columns, and r = sum L'd over
+the other groups of the row. One group after the other is given the best of many scales, the others
+as they are: codes that are rounded at another scale make up for each other in another way, and of
+many ways one is good.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from calipers.ranges import hessian_native
 from calipers.ranges.codes import all_scales, has_scale_codes
+from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 from calipers.ranges.rounding import round_to_codes
 from calipers.ranges.views import GroupedView
 
-__all__ = ["refine_by_hessian"]
+__all__ = ["refine_by_hessian", "sum_coupled"]
 
-#: Candidates about a scale, as factors: how far they reach, and how many there are.
-REACH, CANDIDATES = 0.2, 13
-#: The same for scales that are codes: steps to each side.
-CODE_STEPS = 3
-#: How often every group is looked at.
-ROUNDS = 2
+
+class _Look(NamedTuple):
+    """Candidates about a scale, by which all groups are looked at once."""
+
+    #: How far factors reach with up to 4 bits (half as far with each bit more) and with floats.
+    reach: float
+    #: Number of factors to each side; half as many for each of three zero points.
+    sides: int
+    #: Scales to each side where scales are codes.
+    codes: int
+
+
+LOOKS = (_Look(0.2, 32, 3), _Look(0.1, 16, 2))
 #: Values of a column group that are worked on at a time.
-PIECE = 2**18
+PIECE = 2**20
+
+#: Some rows, and their values.
+_Values = list[tuple[slice, Tensor]]
 
 
 def refine_by_hessian(
@@ -41,8 +53,9 @@ def refine_by_hessian(
     start: tuple[Tensor, Tensor],
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
-    mean: Tensor,
+    factors: Tensor,
     scheme: Scheme,
+    engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points with a smaller error of the output than those given.
 
@@ -54,18 +67,40 @@ def refine_by_hessian(
         hessian: X'X, shape (column groups, blocks, size, size): the columns of a group of the view
             cut into blocks one after the other, the last filled up with zeros. One column group
             where all groups span all columns.
-        mean: Sum of the inputs over the root of their number, shape (column groups, blocks, size).
+        factors: L such that LL' stands for X'X outside of these blocks, shape
+            (column groups, blocks, size, rank).
         scheme: What is searched for.
+        engine: "eager" or "native"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
         maximum.
     """
+    chosen = choose_engine(view.values.device, engine, view.values.numel() * 2 * LOOKS[0].sides)
+    if chosen == "native" and hessian_native.supports(scheme.args):
+        found = attempt(
+            "native", lambda: _refine_view(view, start, extremes, hessian, factors, scheme, chosen)
+        )
+        if found is not None:
+            return found
+    return _refine_view(view, start, extremes, hessian, factors, scheme, "eager")
+
+
+def _refine_view(
+    view: GroupedView,
+    start: tuple[Tensor, Tensor],
+    extremes: tuple[Tensor, Tensor],
+    hessian: Tensor,
+    factors: Tensor,
+    scheme: Scheme,
+    engine: Engine,
+) -> tuple[Tensor, Tensor]:
     plain = min_max_scales(*extremes, scheme)
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
-    for where, piece in view.pieces(max(1, count) * PIECE):
+    whole_rows = view.values.numel() // max(1, math.prod(view.qparam_shape[:-1]))
+    for where, piece in view.pieces(max(count * PIECE, whole_rows)):
         first, last, _ = where[-1].indices(count)
         kept = len(where)
         columns = [
@@ -74,34 +109,46 @@ def refine_by_hessian(
                 kept - 1,
                 view.finite_only,
                 hessian[number if len(hessian) > 1 else 0],
-                mean[number if len(mean) > 1 else 0],
+                factors[number if len(factors) > 1 else 0],
                 scheme,
+                engine,
             )
             for number in range(first, last)
         ]
         flat = [each[where].reshape(-1, last - first) for each in (scale, zero_point)]
         its_plain = [each[where].reshape(-1, last - first) for each in (plain.scale, zeros)]
         _refine(columns, flat, its_plain)
-        for whole, part in zip((scale, zero_point), flat, strict=True):
-            whole[where] = part.view(whole[where].shape)
+        for all_of_them, part in zip((scale, zero_point), flat, strict=True):
+            all_of_them[where] = part.view(all_of_them[where].shape)
     return scale, zero_point
 
 
 def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -> None:
     """Go through the column groups of some rows; scales and zero points are changed in place."""
-    scale, zero_point = found
-    shares = [each.share(Scales(scale[:, i], zero_point[:, i])) for i, each in enumerate(columns)]
-    total = torch.stack(shares).sum(0)
-    for _ in range(ROUNDS):
+    own, limits, total = [], [], torch.zeros(())
+    for i, each in enumerate(columns):
+        start, its_plain = _column(found, i), _column(plain, i)
+        error, share = each.judge(start)
+        limit, plain_share = each.judge(its_plain)
+        bad = ~(error <= limit)
+        _put(found, i, its_plain.where(bad, start))
+        own.append(torch.where(bad, limit, error))
+        limits.append(limit)
+        total = torch.where(each.by_row(bad).unsqueeze(-1), plain_share, share) + total
+    for look in LOOKS:
         for i, each in enumerate(columns):
-            rest = total - shares[i]
-            best, share = each.best(
-                Scales(scale[:, i], zero_point[:, i]), Scales(plain[0][:, i], plain[1][:, i]), rest
-            )
-            scale[:, i] = best.scale
-            if best.zero_point is not None:
-                zero_point[:, i] = best.zero_point
-            shares[i], total = share, rest + share
+            best, own[i], total = each.best(_column(found, i), own[i], limits[i], total, look)
+            _put(found, i, best)
+
+
+def _column(pair: list[Tensor], index: int) -> Scales:
+    return Scales(pair[0][:, index], pair[1][:, index])
+
+
+def _put(pair: list[Tensor], index: int, scales: Scales) -> None:
+    pair[0][:, index] = scales.scale
+    if scales.zero_point is not None:
+        pair[1][:, index] = scales.zero_point
 
 
 @dataclass(frozen=True)
@@ -113,135 +160,207 @@ class _Columns:
         num_kept: Number of kept dimensions.
         finite_only: Leave NaN and Inf out.
         hessian: X'X of the columns, shape (blocks, size, size).
-        mean: Of the inputs, shape (blocks, size).
+        factors: What couples blocks and groups, shape (blocks, size, rank).
         scheme: What is searched for.
+        engine: "eager" or "native".
     """
 
     raw: Tensor
     num_kept: int
     finite_only: bool
     hessian: Tensor
-    mean: Tensor
+    factors: Tensor
     scheme: Scheme
+    engine: Engine
 
     @property
     def groups(self) -> int:
         """Number of groups."""
         return math.prod(self.raw.shape[: self.num_kept])
 
-    def values(self) -> Tensor:
-        """Shape (blocks, groups * rows, size), float32."""
-        values = self.raw.float()
-        if self.finite_only:
-            values = torch.where(values.isfinite(), values, 0)
-        blocks, size = self.mean.shape
-        values = values.reshape(-1, values.shape[-1])
-        if values.shape[-1] < blocks * size:
-            values = torch.nn.functional.pad(values, (0, blocks * size - values.shape[-1]))
-        return values.view(-1, blocks, size).transpose(0, 1).contiguous()
+    @property
+    def rows(self) -> int:
+        """Number of rows of each group."""
+        return math.prod(self.raw.shape[self.num_kept : -1])
 
-    def share(self, scales: Scales) -> Tensor:
-        """What the errors of each row add to the mean of its output, shape (groups * rows,)."""
-        return self._of_mean(self._errors(self.values(), scales)).sum(0)
+    def by_row(self, by_group: Tensor) -> Tensor:
+        """A number of each group for each of its rows, along the first dimension."""
+        return by_group if self.rows == 1 else by_group.repeat_interleave(self.rows, 0)
 
-    def best(self, start: Scales, plain: Scales, rest: Tensor) -> tuple[Scales, Tensor]:
-        """The best scales, as stored, and the share of each row with them.
+    def of_groups(self, by_row: Tensor) -> Tensor:
+        """Sums over the rows of each group, along the first dimension."""
+        return by_row if self.rows == 1 else by_row.unflatten(0, (self.groups, -1)).sum(1)
+
+    def judge(self, scales: Scales, values: _Values | None = None) -> tuple[Tensor, Tensor]:
+        """Of each group d'Hd, float64, and of each row L'd, (groups * rows, rank), float32."""
+        own, share = [], []
+        for rows, x in values or self._values():
+            errors = self._errors(x, scales, rows)
+            by_block = errors @ self.factors
+            own.append(_quadratic(errors @ self.hessian, errors, by_block))
+            share.append(by_block.sum(0))
+        return self.of_groups(torch.cat(own)), torch.cat(share)
+
+    def best(
+        self, start: Scales, own: Tensor, limit: Tensor, total: Tensor, look: _Look
+    ) -> tuple[Scales, Tensor, Tensor]:
+        """The best scales, as stored, their d'Hd, and the sum of L'd with them.
 
         Args:
             start: Scales as they are.
-            plain: Those of minimum and maximum.
-            rest: What the other column groups add to the mean of the output, (groups * rows,).
+            own: d'Hd of each group with them.
+            limit: The same with the scales of minimum and maximum, which it must not exceed.
+            total: Sum of L'd over all column groups, (groups * rows, rank).
+            look: Which candidates are tried.
         """
-        x = self.values()
-        best, (best_error, best_own, best_share) = start, self._judge(x, start, rest)
-        plain_error, plain_own, plain_share = self._judge(x, plain, rest)
-        bad = ~(best_own <= plain_own)
-        best, best_error = plain.where(bad, best), torch.where(bad, plain_error, best_error)
-        best_share = torch.where(self._by_row(bad), plain_share, best_share)
-        for candidate in self._candidates(x, start, rest):
-            error, own, share = self._judge(x, candidate, rest)
-            # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
-            better = (error < best_error) & (own <= plain_own) & (candidate.scale != 0)
-            best, best_error = candidate.where(better, best), torch.where(better, error, best_error)
-            best_share = torch.where(self._by_row(better), share, best_share)
-        return best, best_share
+        candidates = self._candidates(start, look)
+        values = list(self._values()) if self.raw.numel() <= PIECE else None
+        own_of_each, coupled, share = self._score(candidates, start, total, values)
+        allowed = (own_of_each <= limit.unsqueeze(1)) & (candidates.scale != 0)
+        error = torch.where(allowed, own_of_each + 2 * coupled, torch.inf)
+        index = error.nan_to_num(nan=torch.inf).argmin(1, keepdim=True)
+        winner = candidates.each(lambda tensor: tensor.gather(1, index)[:, 0])
+        # What ranked them cancels where codes have many bits: the winner's own error decides.
+        rest = total - share
+        its_own, its_share = self.judge(winner, values)
+        coupling = (rest * (its_share - share)).sum(1, dtype=torch.float64)
+        gain = 2 * self.of_groups(coupling) + its_own - own
+        # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
+        better = (gain < 0) & (its_own <= limit) & (winner.scale != 0)
+        share = torch.where(self.by_row(better).unsqueeze(-1), its_share, share)
+        return winner.where(better, start), torch.where(better, its_own, own), rest + share
 
-    def _candidates(self, x: Tensor, start: Scales, rest: Tensor) -> Iterator[Scales]:
+    def _score(
+        self, candidates: Scales, start: Scales, total: Tensor, values: _Values | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each candidate d'Hd, and d'Lr but for a constant; of each row L'd at the start."""
+        sums, constant, shares = [], [], []
+        for rows, x in values or self._values():
+            share = (self._errors(x, start, rows) @ self.factors).sum(0)
+            shares.append(share)
+            slopes = (total[rows] - share) @ self.factors.transpose(-1, -2)
+            products = x @ self.hessian
+            if len(self.factors) > 1:
+                by_block = x @ self.factors
+                products += (by_block.sum(0) - by_block) @ self.factors.transpose(-1, -2)
+            constant.append((x * products).sum((0, 2), dtype=torch.float64))
+            part = self._of_rows(candidates, rows)
+            summing = hessian_native.sum_coupled if self.engine == "native" else sum_coupled
+            sums.append(summing(x, products, slopes, self.hessian, self.factors, part, self.scheme))
+        quadratic, linear, slope = (self.of_groups(each) for each in torch.cat(sums, 1))
+        scale = candidates.scale.double()
+        own = self.of_groups(torch.cat(constant)).unsqueeze(1) + scale * (
+            scale * quadratic - 2 * linear
+        )
+        return own, scale * slope, torch.cat(shares)
+
+    def _candidates(self, start: Scales, look: _Look) -> Scales:
+        """Scales as stored, and zero points, (groups, candidates), neighbours side by side."""
         if has_scale_codes(self.scheme.args):
-            yield from self._codes_about(start)
-            return
-        # Projected, and ranked by the error that their codes have then; only the best is stored.
-        hx = x @ self.hessian
-        gain = torch.full_like(start.scale, -torch.inf, dtype=torch.float64)
-        winner = start
-        for candidate in self._factors(start):
-            q = self._codes(x, candidate)
-            a = self._total(hx, x, q) - self._of_groups(rest * self._of_mean(q).sum(0))
-            b = self._total(q @ self.hessian, q, q)
-            projected = Scales((a / b).float(), candidate.zero_point)
-            same_sign = projected.scale * candidate.scale > 0
-            better = (b > 0) & same_sign & (a * a / b > gain)
-            winner, gain = projected.where(better, winner), torch.where(better, a * a / b, gain)
-        yield Scales(self.scheme.store(winner.scale), winner.zero_point)
-
-    def _factors(self, start: Scales) -> Iterator[Scales]:
-        rounding = self.scheme.rounding
-        signs = (1, -1) if self.scheme.signed else (1,)
-        for sign in signs:
-            for factor in (1 + REACH * torch.linspace(-1, 1, CANDIDATES)).tolist():
-                scale = start.scale * (sign * factor)
-                if self.scheme.args.symmetric:
-                    yield Scales(scale)
-                    continue
-                assert start.zero_point is not None
-                for shift in (-1, 0, 1):
-                    zero = (start.zero_point + shift).clamp(rounding.low, rounding.high)
-                    yield Scales(scale, zero)
-
-    def _codes_about(self, start: Scales) -> Iterator[Scales]:
-        table = all_scales(self.scheme, start.scale.device)
-        # The start is one of them, but for the rounding of a division.
-        index = torch.searchsorted(table, start.scale * (1 - 1e-3))
-        for step in range(-CODE_STEPS, CODE_STEPS + 1):
-            yield Scales(table[(index + step).clamp(0, table.numel() - 1)])
-
-    def _judge(self, x: Tensor, scales: Scales, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Error of each group beside the others, d'Hd alone, and the share of each row."""
-        errors = self._errors(x, scales)
-        own = self._total(errors @ self.hessian, errors, errors)
-        share = self._of_mean(errors).sum(0)
-        return own + 2 * self._of_groups(rest * share), own, share
-
-    def _errors(self, x: Tensor, scales: Scales) -> Tensor:
-        """Dequantized values less the values."""
-        return self._codes(x, scales).mul_(self._by_row(scales.scale).unsqueeze(-1)).sub_(x)
-
-    def _codes(self, x: Tensor, scales: Scales) -> Tensor:
-        """Codes relative to the zero point, of the values' shape."""
+            table = all_scales(self.scheme, start.scale.device)
+            # The start is one of them, but for the rounding of a division.
+            index = torch.searchsorted(table, start.scale * (1 - 1e-3)).unsqueeze(1)
+            steps = torch.arange(-look.codes, look.codes + 1, device=index.device)
+            return Scales(table[(index + steps).clamp(0, table.numel() - 1)])
         rounding, symmetric = self.scheme.rounding, bool(self.scheme.args.symmetric)
-        scaled = x * self._by_row(1 / scales.scale).unsqueeze(-1)
-        if not rounding.integer:
-            return round_to_codes(scaled.abs(), None, rounding).mul_(scaled.sign())
-        if symmetric or scales.zero_point is None:
-            return scaled.round_().clamp_(rounding.low, rounding.high)
-        shift = self._by_row(scales.zero_point).unsqueeze(-1)
-        return scaled.add_(shift).round_().clamp_(rounding.low, rounding.high).sub_(shift)
+        reach = look.reach * 0.5 ** max(0, rounding.num_bits - 4 if rounding.integer else 0)
+        count = 2 * (look.sides if symmetric else look.sides // 2) + 1
+        factors = 1 + reach * torch.linspace(-1, 1, count, device=start.scale.device)
+        if self.scheme.signed:
+            factors = torch.cat([factors, -factors.flip(0)])
+        scale = self.scheme.store(start.scale.unsqueeze(1) * factors)
+        if symmetric:
+            return Scales(scale)
+        assert start.zero_point is not None
+        zeros = torch.stack([start.zero_point + shift for shift in (-1, 0, 1)], 1)
+        zeros = zeros.clamp(rounding.low, rounding.high).repeat_interleave(count, 1)
+        return Scales(torch.cat([scale, scale.flip(1), scale], 1), zeros)
 
-    def _total(self, hu: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """U'Hv of each group, float64, given uH; of different blocks by the mean alone."""
-        by_row = (hu * v).sum(-1).double().sum(0)
-        if len(self.mean) > 1:
-            left, right = self._of_mean(u), self._of_mean(v)
-            by_row += left.sum(0) * right.sum(0) - (left * right).sum(0)
-        return self._of_groups(by_row)
+    def _values(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and their values, shape (blocks, rows, size), float32."""
+        raw = self.raw.reshape(-1, self.raw.shape[-1])
+        blocks, size, _ = self.factors.shape
+        step = max(1, PIECE // (blocks * size))
+        step = max(1, step // self.rows) * self.rows if self.groups > 1 else step
+        for first in range(0, len(raw), step):
+            values = raw[first : first + step].float()
+            if self.finite_only:
+                values = torch.where(values.isfinite(), values, 0)
+            if values.shape[-1] < blocks * size:
+                values = torch.nn.functional.pad(values, (0, blocks * size - values.shape[-1]))
+            values = values.view(-1, blocks, size).transpose(0, 1).contiguous()
+            yield slice(first, first + step), values
 
-    def _of_mean(self, u: Tensor) -> Tensor:
-        """The mean's product with each row, by block, (blocks, groups * rows), float64."""
-        return (u @ self.mean.unsqueeze(-1)).squeeze(-1).double()
+    def _of_rows(self, scales: Scales, rows: slice) -> Scales:
+        """Those of the groups that some rows belong to: of whole groups, or of the only one."""
+        if self.groups > 1:
+            rows = slice(rows.start // self.rows, rows.stop // self.rows)
+        else:
+            rows = slice(None)
+        return scales.each(lambda tensor: tensor[rows])
 
-    def _of_groups(self, by_row: Tensor) -> Tensor:
-        return by_row.view(self.groups, -1).sum(1)
+    def _errors(self, x: Tensor, scales: Scales, rows: slice) -> Tensor:
+        """Dequantized values less the values."""
+        part = self._of_rows(scales, rows)
+        scale = part.scale.repeat_interleave(x.shape[1] // len(part.scale))
+        return _codes(x, part, self.scheme).mul_(scale.unsqueeze(-1)).sub_(x)
 
-    def _by_row(self, by_group: Tensor) -> Tensor:
-        rows = math.prod(self.raw.shape[self.num_kept : -1])
-        return by_group if rows == 1 else by_group.repeat_interleave(rows)
+
+def sum_coupled(
+    x: Tensor,
+    products: Tensor,
+    slopes: Tensor,
+    hessian: Tensor,
+    factors: Tensor,
+    candidates: Scales,
+    scheme: Scheme,
+) -> Tensor:
+    """What the errors of candidates are made of: the reference.
+
+    With codes q of a row at a scale, relative to the zero point, and M the matrix of all blocks:
+    q'Mq, q'Mx, and q times the slopes.
+
+    Args:
+        x: Values, shape (blocks, rows, size), float32.
+        products: Mx, of the same shape.
+        slopes: What else codes are multiplied by, of the same shape.
+        hessian: Blocks of M on its diagonal, shape (blocks, size, size).
+        factors: The others are products of these, shape (blocks, size, rank).
+        candidates: Scales and zero points, shape (groups, candidates); each group has the same
+            number of rows, which stand together.
+        scheme: The number format.
+
+    Returns:
+        Shape (3, rows, candidates), float64.
+    """
+    count = candidates.scale.shape[1]
+    found = torch.empty(3, x.shape[1], count, dtype=torch.float64, device=x.device)
+    for k in range(count):
+        one = candidates.each(operator.itemgetter((slice(None), k)))
+        q = _codes(x, one, scheme)
+        found[0, :, k] = _quadratic(q @ hessian, q, q @ factors)
+        found[1, :, k] = (q * products).sum(-1).sum(0, dtype=torch.float64)
+        found[2, :, k] = (q * slopes).sum(-1).sum(0, dtype=torch.float64)
+    return found
+
+
+def _quadratic(products: Tensor, u: Tensor, by_block: Tensor) -> Tensor:
+    """Of each row u'Mu, float64, given Hu and L'u of each block; the first is overwritten."""
+    total = products.mul_(u).sum(-1).sum(0, dtype=torch.float64)
+    if len(by_block) > 1:
+        by_block = by_block.double()
+        total += by_block.sum(0).square().sum(-1) - by_block.square().sum((0, -1))
+    return total
+
+
+def _codes(x: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
+    """Codes relative to the zero point, of the values' shape; scales by group, (groups,)."""
+    rows = x.shape[1] // len(scales.scale)
+    scaled = x * (1 / scales.scale).repeat_interleave(rows).unsqueeze(-1)
+    rounding = scheme.rounding
+    if not rounding.integer:
+        return round_to_codes(scaled.abs(), None, rounding).mul_(scaled.sign())
+    if scheme.args.symmetric or scales.zero_point is None:
+        return scaled.round_().clamp_(rounding.low, rounding.high)
+    shift = scales.zero_point.repeat_interleave(rows).unsqueeze(-1)
+    return scaled.add_(shift).round_().clamp_(rounding.low, rounding.high).sub_(shift)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,8 +96,12 @@ class Scales:
     def at(self, index: Tensor) -> Scales:
         """For each group the entry of dimension 0 that `index` names, shape (groups,)."""
         row = index.unsqueeze(0)
-        zero = None if self.zero_point is None else self.zero_point.gather(0, row)[0]
-        return Scales(self.scale.gather(0, row)[0], zero)
+        return self.each(lambda tensor: tensor.gather(0, row)[0])
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Scales:
+        """What a function makes of both."""
+        zero = None if self.zero_point is None else change(self.zero_point)
+        return Scales(change(self.scale), zero)
 
     def where(self, condition: Tensor, other: Scales) -> Scales:
         """These where the condition holds, else the others."""

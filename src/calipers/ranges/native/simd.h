@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #ifdef __AVX512F__
 constexpr int LANES = 16;
 #else
@@ -48,6 +52,19 @@ template <typename Half, typename Whole>
 static inline void split(const Whole& whole, Half& first, Half& second) {
   std::memcpy(&first, &whole, sizeof first);
   std::memcpy(&second, reinterpret_cast<const char*>(&whole) + sizeof first, sizeof second);
+}
+
+// One bit for each lane whose mask is set.
+static inline uint32_t bits_of_lanes(IVec mask) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return uint32_t(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < LANES; lane++) bits |= uint32_t(mask[lane] & 1) << lane;
+  return bits;
+#endif
 }
 
 static inline bool any(IVec mask) {

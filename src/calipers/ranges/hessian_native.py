@@ -1,0 +1,86 @@
+"""Sums of candidates over coupled columns, on the CPU in C++."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from calipers.ranges.native.build import library
+from calipers.ranges.native.call import LANES, NativeFormat, address, number_of_parts, supports
+from calipers.ranges.projection import Scales, Scheme
+
+__all__ = ["sum_coupled", "supports"]
+
+
+class _CoupledTask(ctypes.Structure):
+    """`CoupledTask` of hessian.h."""
+
+    _fields_ = (
+        ("format", NativeFormat),
+        ("values", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("rows_of_group", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("shares", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+def sum_coupled(
+    x: Tensor,
+    products: Tensor,
+    slopes: Tensor,
+    hessian: Tensor,
+    factors: Tensor,
+    candidates: Scales,
+    scheme: Scheme,
+) -> Tensor:
+    """As `calipers.ranges.hessian.sum_coupled`, code by code as they change."""
+    groups, count = candidates.scale.shape
+    blocks, rows, size = x.shape
+    by_column = [_fill(each, size) for each in (x, products, slopes)]
+    matrix = _fill(hessian.transpose(-1, -2), size)  # symmetric
+    matrix = torch.nn.functional.pad(matrix, (0, 0, 0, -size % LANES)).contiguous()
+    rank = factors.shape[-1] if blocks > 1 else 0
+    factors = torch.nn.functional.pad(factors, (0, -rank % LANES, 0, -size % LANES)).contiguous()
+    scales = candidates.scale.contiguous()
+    zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
+    shares = torch.zeros(rows, count, rank + -rank % LANES)
+    found = torch.zeros(3, rows, count, dtype=torch.float64)
+    task = _CoupledTask(
+        NativeFormat.of(scheme.args, None),
+        *(address(each) for each in by_column),
+        address(matrix),
+        address(factors),
+        address(scales),
+        address(zeros),
+        blocks,
+        rows,
+        size + -size % LANES,
+        rank + -rank % LANES,
+        rows // groups,
+        count,
+        address(shares),
+        address(found),
+    )
+    parts = number_of_parts(rows, x.numel() * count)
+    library().sum_coupled(ctypes.byref(task), ctypes.c_int64(parts))
+    return found
+
+
+def _fill(by_column: Tensor, size: int) -> Tensor:
+    """The last dimension filled up to whole vectors."""
+    if size % LANES == 0:
+        return by_column.contiguous()
+    return torch.nn.functional.pad(by_column, (0, -size % LANES))

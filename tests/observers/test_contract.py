@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import MappingProxyType as Options
+from typing import Any
 
 import pytest
+import torch
 from compressed_tensors.registry import standardize_lookup_name
 
 from calipers.observers import (
@@ -19,6 +21,7 @@ from calipers.observers import (
     StaticMinMaxObserver,
 )
 from observers.contract_suite import ObserverContract
+from observers.samples import Case
 
 MSE = {"maxshrink": 0.20, "patience": 5, "grid": 100, "norm": 2.4, "expand": 1.0}
 IMATRIX = {**MSE, "maxshrink": 0.95, "grid": 20, "norm": 3.0, "strict": False}
@@ -94,6 +97,55 @@ class TestOptimal(ObserverContract):
     defaults = Options({"objective": "imatrix", "signed": False})
     options = Options({"objective": "mse"})
     needs_data = True
+
+
+class OnSeenInputs(ObserverContract):
+    """Objectives that weigh a weight's errors by inputs: every observer has seen some."""
+
+    name = "optimal"
+    remembers = "last"
+    needs_data = True
+    # Their values have other columns than the inputs: tests/observers/test_optimal.py has g_idx.
+    test_nonfinite_values_are_left_out = None
+    test_permuted_g_idx_brings_columns_together = None
+    test_groups_of_unequal_sizes = None
+    # Compare with observers that have seen no inputs, or others.
+    test_merge_against_one_observer_of_all = None
+    test_reset_makes_it_new = None
+    # Build observers of their own.
+    test_both_forms_build_the_same_observer = None
+    test_first_form_takes_strategies_of_activations = None
+    test_options_come_from_args_and_keywords_and_args_stay_unchanged = None
+
+    def build(self, case: Case, **given: Any) -> Observer:
+        if case.base_name != "weight" or case.value().dim() < 2:
+            pytest.skip("weights with input columns only")
+        observer = super().build(case, **given)
+        cols = case.value().shape[-1]
+        generator = torch.Generator().manual_seed(cols)
+        inputs = torch.randn(50, cols, generator=generator) * torch.linspace(0.5, 2, cols)
+        observer.observe_input((inputs + inputs.roll(1, -1)).to(self.device))
+        return observer
+
+
+class TestOptimalIMatrix(OnSeenInputs):
+    options = Options({"objective": "imatrix"})
+
+
+class TestOptimalIMatrixSigned(OnSeenInputs):
+    options = Options({"objective": "imatrix", "signed": True})
+
+    def build(self, case: Case, **given: Any) -> Observer:
+        args = given.get("args") or case.args()
+        if not (args.symmetric and args.type == "int"):
+            pytest.skip("symmetric integers only")
+        return super().build(case, **given)
+
+
+class TestOptimalHessian(OnSeenInputs):
+    options = Options({"objective": "hessian"})
+    # They are chosen one after the other.
+    test_each_group_is_measured_by_itself = None
 
 
 def names_under_test() -> dict[str, type[ObserverContract]]:

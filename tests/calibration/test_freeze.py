@@ -11,6 +11,7 @@ from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
     apply_quantization_config,
+    fake_quantize,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
@@ -173,6 +174,37 @@ def test_global_scales_are_shared_within_fused_groups():
         for i in range(2)
     ]
     assert layers[0] != layers[1]
+
+
+def test_optimal_chooses_the_best_of_a_few_global_scales_for_a_fused_group():
+    model = tiny_llama()
+    reference = copy.deepcopy(model)
+    frozen(model, "NVFP4A16", observer="optimal", observer_options={"objective": "mse"})
+    args = PRESETS["NVFP4A16"]["weights"]
+    chosen = []
+    for parent, families in (("self_attn", FAMILIES[:1]), ("mlp", FAMILIES[1:2])):
+        members = [f"model.layers.0.{parent}.{leaf}" for leaf in families[0]]
+        weights = [reference.get_submodule(name).weight.detach() for name in members]
+        largest = max(float(weight.abs().max()) for weight in weights)
+        errors = []
+        for step in range(4):
+            scale = torch.tensor([448 * 6 / largest / 2 * 2 ** (-step / 32)])
+            errors.append(sum(float(nvfp4_error(weight, scale, args)) for weight in weights))
+        found = {model.get_submodule(name).weight_global_scale.item() for name in members}
+        best = min(range(4), key=errors.__getitem__)
+        (scale,) = found
+        assert math.isclose(scale, 448 * 6 / largest / 2 * 2 ** (-best / 32), rel_tol=1e-6)
+        chosen.append(best)
+    assert any(chosen), "no group tells the first one from the best"
+
+
+def nvfp4_error(weight: torch.Tensor, global_scale: torch.Tensor, args) -> torch.Tensor:
+    module = nn.Module()
+    module.weight_global_scale = global_scale
+    observer = Observer.load_from_registry("optimal", "weight", args, module, objective="mse")
+    scale, zero_point = observer(weight)
+    rounded = fake_quantize(weight, scale, zero_point, args, global_scale)
+    return (rounded - weight).double().square().sum()
 
 
 def test_a_missing_member_of_a_fused_group_is_tolerated():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from compressed_tensors.quantization import (
@@ -32,6 +34,10 @@ from calipers.observers import Observer
 __all__ = ["freeze_modules"]
 
 _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
+#: Global scales that are compared, over the smallest of a fused group: codes of local scales lie an
+#: eighth of an octave apart at most, and these are the phases between. And by how many values.
+_GLOBAL_FACTORS = tuple(2 ** (-step / 32) for step in range(4))
+_SAMPLE = 2**18
 
 
 def freeze_modules(
@@ -77,6 +83,13 @@ def freeze_modules(
     return [_report(each, substitutes, errors.get(each.name)) for each in observed]
 
 
+class _Sample(NamedTuple):
+    """Some rows of a weight, and how many each of them stands for."""
+
+    rows: torch.Tensor
+    factor: float
+
+
 class _Work:
     """The three passes over the modules of one freeze."""
 
@@ -91,41 +104,73 @@ class _Work:
         self._progress = progress
 
     def write_global_scales(self) -> None:
-        """TENSOR_GROUP: one global scale per fused group, the smallest of its members'.
+        """TENSOR_GROUP: one global scale per fused group, from the smallest of its members'.
 
         A global scale is 448 * 6 / amax, so the smallest is that of the group's largest value.
         """
         by_name = {each.name: each for each in self._observed if _has_global_scale(each)}
         groups = find_fused_groups(by_name)
-        done = list(self._counted("global scales", [by_name[n] for group in groups for n in group]))
-        scales = {each.name: self._global_scales(each) for each in done}
+        members = self._counted("global scales", [by_name[n] for group in groups for n in group])
         for group in groups:
-            for base_name in ("weight", "input"):
-                own = {n: scales[n][base_name] for n in group if base_name in scales[n]}
+            # One group at a time: of each weight a sample is kept until the group is done.
+            scales: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "input": {}}
+            samples: dict[str, _Sample] = {}
+            for each in itertools.islice(members, len(group)):
+                for base_name, scale in self._global_scales(each, samples).items():
+                    scales[base_name][each.name] = scale
+            for base_name, own in scales.items():
                 if not own:
                     continue
                 first = next(iter(own.values()))
                 shared = torch.stack([scale.to(first.device) for scale in own.values()]).amin(dim=0)
+                if base_name == "weight":
+                    shared = self._choose_global_scale([by_name[n] for n in own], samples, shared)
                 for name in own:
-                    each = by_name[name]
-                    args = args_of(each.scheme, base_name)
-                    write_qparam(each.module, f"{base_name}_global_scale", shared, args, name)
+                    args = args_of(by_name[name].scheme, base_name)
+                    key = f"{base_name}_global_scale"
+                    write_qparam(by_name[name].module, key, shared, args, name)
+        next(members, None)  # so that the last one is counted
 
-    def _global_scales(self, each: ObservedModule) -> dict[str, torch.Tensor]:
+    def _global_scales(
+        self, each: ObservedModule, samples: dict[str, _Sample]
+    ) -> dict[str, torch.Tensor]:
+        """Global scales of a module by base name; of its weight a sample is added to `samples`."""
         found = {}
         for base_name in each.observers:
             if args_of(each.scheme, base_name).strategy != _TENSOR_GROUP:
                 continue
             observer = self._observer(each, base_name)
             if base_name == "weight":
+                weight = _weight_of(each)
                 with _borrowed_memory(observer):
-                    scale = observer.get_global_scale(_weight_of(each))
+                    scale = observer.get_global_scale(weight)
+                rows = weight.flatten(0, -2)
+                step = max(1, rows.numel() // _SAMPLE)
+                samples[each.name] = _Sample(rows[::step].clone(), len(rows) / len(rows[::step]))
             else:
                 scale = observer.get_global_scale()
             if scale is None:
                 raise CalipersError(f"{observer.name}: the observer gave no global scale")
             found[base_name] = scale
         return found
+
+    def _choose_global_scale(
+        self,
+        members: Sequence[ObservedModule],
+        samples: dict[str, _Sample],
+        shared: torch.Tensor,
+    ) -> torch.Tensor:
+        """The best of a few by the errors of all members; `shared` where they cannot tell."""
+        scales = [shared * factor for factor in _GLOBAL_FACTORS]
+        total = torch.zeros(len(scales), dtype=torch.float64)
+        for each in members:
+            observer, (rows, factor) = self._observer(each, "weight"), samples[each.name]
+            with _borrowed_memory(observer):
+                errors = observer.global_scale_errors(rows, [s.to(rows.device) for s in scales])
+            if errors is None:
+                return shared
+            total += errors.cpu() * factor
+        return scales[int(total.argmin())] if bool(total.isfinite().all()) else shared
 
     def write_weights(self) -> dict[str, float]:
         """Scales and zero points of weights; the relative error of each, by module name."""

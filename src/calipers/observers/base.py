@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
@@ -472,6 +472,19 @@ class Observer(InternalModule, RegistryMixin):
         dtype = self._observed_dtype.dtype
         scale: Tensor = generate_gparam(cast_range(low, dtype), cast_range(high, dtype))
         return scale
+
+    def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
+        """How well a value would be quantized with other global scales (NVFP4).
+
+        Args:
+            observed: Rows of a weight, shape (rows, cols).
+            scales: Global scales, shape (1,) each.
+
+        Returns:
+            An error for each, shape (len(scales),), float64, that can be added to those of layers
+            with the same inputs; None of an observer that has no opinion.
+        """
+        return None
 
     def get_range(self) -> Range | None:
         """The minimum and maximum that the qparams follow from, of their shape.

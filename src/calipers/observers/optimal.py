@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
 from compressed_tensors.quantization.utils import generate_gparam
 from pydantic import Field
@@ -67,8 +68,9 @@ class OptimalObserver(InputEnergyObserver):
     vLLM). Kernels that fold scales into integers (W4A8) or store them unsigned cannot.
 
     NVFP4's global scale is 448 * 6 / amax / 2, half of what the largest value needs: local scales
-    of every group, also the one of the largest value, then have an octave of codes above them. It
-    follows from the largest value alone, so that members of a fused layer agree on the smallest.
+    of every group, also the one of the largest value, then have an octave of codes above them.
+    `calibrate` takes the best of a few scales below the smallest of a fused layer's members, by the
+    sum of their errors (`global_scale_errors`).
     """
 
     Options = OptimalOptions
@@ -140,6 +142,32 @@ class OptimalObserver(InputEnergyObserver):
         low, high = observation.extremes[0]
         limit = torch.finfo(torch.float32).max
         return tuple((2 * t.float()).clamp(-limit, limit) for t in (low, high))  # type: ignore[return-value]
+
+    def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
+        """Squared errors with the best local scales, weighted as for "imatrix" unless by "mse"."""
+        rows = self._as_value(observed)
+        if self._module_g_idx() is not None:
+            return None
+        arrangement = self._arrange(rows, None)
+        observation = self._look_at(
+            rows, arrangement.views, lambda other: self._arrange(other, None).views
+        )
+        importance = self.importance(observation)
+        weights = 1 if importance is None else self._mean_squares(rows)
+        errors = []
+        for scale in scales:
+            found = search_optimal_scales(
+                observation.views,
+                observation.extremes,
+                self.args,
+                importance=importance,
+                global_scale=scale,
+            )
+            local, zero_point = arrangement.assemble(found)
+            rounded = fake_quantize(rows.float(), local * scale, zero_point, self.args, scale)
+            square = (rounded - rows.float()).square() * weights
+            errors.append(square.sum(dtype=torch.float64))
+        return torch.stack(errors)
 
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """E[x^2] of each value's column; None for the objective "mse".

@@ -88,6 +88,7 @@ $(BENCH_STAMP): $(STAMP)
 
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
 	@$(BIN)/python benchmarks/quality/run.py $(BENCH_ARGS)
+	@$(BIN)/python benchmarks/optimal.py
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

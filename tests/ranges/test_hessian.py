@@ -12,7 +12,7 @@ from calipers.ranges import arrange, engines, hessian, hessian_native, min_max
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian, sum_coupled
 from calipers.ranges.optimal import search_optimal_scales
-from calipers.ranges.projection import Scales, Scheme
+from calipers.ranges.projection import Scales, Scheme, min_max_scales
 from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
 
 
@@ -209,6 +209,29 @@ def test_groups_and_blocks_make_up_for_each_other(layout: str, monkeypatch) -> N
         *rest, found = refined(args, False, "native", coupled)
         errors.append(output_error(*rest, found, args))
     assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("layout", ["group", "channel"])
+@pytest.mark.parametrize("name", [*SCHEMES, "NVFP4A16", "MXFP4A16"])
+def test_no_group_is_worse_than_with_minimum_and_maximum(name: str, layout: str) -> None:
+    """By d'Hd of its own columns, whatever it gains with the others."""
+    if name in SCHEMES:
+        args = QuantizationArgs(**SCHEMES[name], **LAYOUTS[layout])
+    else:
+        args = preset_name_to_scheme(name, ["Linear"]).weights
+    value, x, arrangement, found = refined(args, name == "int4 signed", "native")
+    size = args.group_size or value.shape[1]
+    blocks = x.unflatten(1, (-1, size)).transpose(0, 1).double()
+    plain = min_max_scales(*min_max(arrangement.views[0]), Scheme(args, torch.float32))
+    zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
+    errors = []
+    token_args = args.model_copy(update={"strategy": "token"})
+    groups = value.unflatten(1, (-1, size))
+    for pair in (found, (plain.scale, zeros)):
+        scale, zero_point = (each.view(*groups.shape[:2], 1) for each in pair)
+        left = (fake_quantize(groups, scale, zero_point, token_args) - groups).double()
+        errors.append((blocks @ left.permute(1, 2, 0)).square().sum(1))
+    assert (errors[0] <= errors[1] * (1 + 1e-4)).all()
 
 
 @pytest.mark.parametrize("engine", ["eager", "native"])

@@ -356,7 +356,9 @@ def _quadratic(products: Tensor, u: Tensor, by_block: Tensor) -> Tensor:
 def _codes(x: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
     """Codes relative to the zero point, of the values' shape; scales by group, (groups,)."""
     rows = x.shape[1] // len(scales.scale)
-    scaled = x * (1 / scales.scale).repeat_interleave(rows).unsqueeze(-1)
+    # Divided, as compressed-tensors does it: the largest value lies on a tie with min/max, and to
+    # which side it goes is not all the same here.
+    scaled = x / scales.scale.repeat_interleave(rows).unsqueeze(-1)
     rounding = scheme.rounding
     if not rounding.integer:
         return round_to_codes(scaled.abs(), None, rounding).mul_(scaled.sign())

@@ -50,7 +50,7 @@ def sum_coupled(
     groups, count = candidates.scale.shape
     blocks, rows, size = x.shape
     by_column = [_fill(each, size) for each in (x, products, slopes)]
-    matrix = _fill(hessian.transpose(-1, -2), size)  # symmetric
+    matrix = _fill(hessian, size)
     matrix = torch.nn.functional.pad(matrix, (0, 0, 0, -size % LANES)).contiguous()
     rank = factors.shape[-1] if blocks > 1 else 0
     factors = torch.nn.functional.pad(factors, (0, -rank % LANES, 0, -size % LANES)).contiguous()

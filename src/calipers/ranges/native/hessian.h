@@ -50,15 +50,19 @@ static inline void add_times(float* target, float factor, const float* source, i
 template <bool INTEGER>
 static void try_scale(const CoupledTask& task, int64_t block, int64_t row, float scale, float zero,
                       Coupled& state) {
-  const Candidate candidate{splat(scale), splat(1 / scale), splat(zero) + FAR};
+  const Vec divisor = splat(scale), inverse = splat(1 / scale);
+  const Candidate of_quotient{splat(1), splat(1), splat(zero) + FAR};
   const int64_t width = task.width, rank = task.rank, source = (block * task.rows + row) * width;
   const float *values = task.values + source, *slopes = task.slopes + source;
   const float *target = task.products + source, *matrix = task.matrix + block * width * width;
   double quadratic = 0, linear = 0, slope = 0;
   for (int64_t i = 0; i < width; i += LANES) {
     Vec x = load(values + i);
-    Vec code = code_of<INTEGER>(task.format, x, candidate);
-    if (!INTEGER) code = from_bits(bits_of(code) | (bits_of(x) & INT32_MIN));
+    // The quotient, rounded right, so that ties stay ties.
+    Vec quotient = x * inverse;
+    quotient += (x - quotient * divisor) * inverse;
+    Vec code = code_of<INTEGER>(task.format, quotient, of_quotient);
+    if (!INTEGER) code = from_bits(bits_of(code) | (bits_of(quotient) & INT32_MIN));
     Vec change = code - load(state.codes + i);
     uint32_t changed = bits_of_lanes(change != Vec{});
     if (!changed) continue;

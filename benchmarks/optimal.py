@@ -1,0 +1,117 @@
+"""How long `optimal` takes beside what it is compared with, all in turn in one process.
+
+    python benchmarks/optimal.py --json out.json
+
+In an environment with the `bench` extra: llmcompressor's observers are timed where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from sides import peer_is_here, peer_observer
+from timing import Call, alternate
+from torch import Tensor
+
+from calipers.observers import Observer
+
+Json = dict[str, Any]
+TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two observers on one weight; `theirs` is ours too unless `peer`."""
+
+    name: str
+    args: QuantizationArgs
+    rows: int
+    ours: str
+    theirs: str
+    #: Least ratio theirs / ours that is wanted; below 1 where ours may be slower.
+    wanted: float
+    our_options: Json = field(default_factory=dict)
+    their_options: Json = field(default_factory=dict)
+    peer: bool = False
+
+
+def cases(cols: int) -> list[Case]:
+    """What issue by issue was asked for: ratios of times."""
+    int4 = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
+    channel = QuantizationArgs(num_bits=4, strategy="channel")
+    nvfp4 = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
+    hessian = {"objective": "hessian"}
+    expanded = "nvfp4_expanded_imatrix"
+    return [
+        Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 10, peer=True),
+        Case(
+            "int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, their_options={"norm": 2.0}
+        ),
+        Case("NVFP4", nvfp4, cols // 8, "optimal", expanded, 100, peer=True),
+        Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 20, hessian),
+        Case("int4 channel", channel, cols, "optimal", "optimal", 1 / 20, hessian),
+    ]
+
+
+def our_call(name: str, args: QuantizationArgs, options: Json, weight: Tensor, x: Tensor) -> Call:
+    """Observing the weight, the inputs seen already."""
+    observer = Observer.load_from_registry(name, "weight", args, **options)
+    if observer.needs_data:
+        observer.observe_input(x)
+    return Call(lambda: observer.observe(weight))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write what was measured here")
+    parser.add_argument("--size", type=int, default=4096, help="columns, and rows of most cases")
+    parser.add_argument("--pairs", type=int, help="pairs of samples; default: by time")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(TOKENS, options.size, generator=generator)
+    x = x * torch.randn(options.size, generator=generator).exp() + 0.3
+    results = []
+    print("| format | ours | theirs | ours, ms | theirs, ms | theirs / ours | wanted |")
+    print("|---|---|---|---|---|---|---|")
+    for case in cases(options.size):
+        if case.peer and not peer_is_here():
+            continue
+        weight = torch.randn(case.rows, options.size, generator=generator) * 0.02
+        ours = our_call(case.ours, case.args, case.our_options, weight, x)
+        if case.peer:
+            energy = x.square().mean(0)
+            theirs = peer_observer(case.theirs, case.args, case.their_options, weight, energy).call
+        else:
+            theirs = our_call(case.theirs, case.args, case.their_options, weight, x)
+        timing = alternate(ours, theirs, options.pairs)
+        labels = [
+            " ".join(["llmcompressor" * peer, name, *map(str, given.values())]).strip()
+            for name, given, peer in (
+                (case.ours, case.our_options, False),
+                (case.theirs, case.their_options, case.peer),
+            )
+        ]
+        print(
+            f"| {case.name}, {case.rows} rows | {labels[0]} | {labels[1]} | {timing.ours_ms:.0f} "
+            f"| {timing.theirs_ms:.0f} | {timing.speedup:.3g} | {case.wanted:.3g} |",
+            flush=True,
+        )
+        found = asdict(timing)
+        results.append({"case": case.name, "ours": labels[0], "theirs": labels[1], **found})
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

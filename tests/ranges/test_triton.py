@@ -22,6 +22,8 @@ from loguru import logger
 from calipers.observers import Observer
 from calipers.ranges import GroupedView, ShrinkGrid, arrange, engines, min_max, search_grid_ranges
 from calipers.ranges.engines import choose_engine, triton_problem
+from calipers.ranges.optimal import search_optimal_scales
+from calipers.ranges.rounding import Rounding
 
 HERE = Path(__file__)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -294,6 +296,87 @@ class TestLikeTheReference:
         assert_like_the_reference(awkward(4, 64), args, device)
 
 
+def optimal_twice(value, args, importance=None, **options):
+    """Scales, zero points and errors of all groups, by the engine and by the reference."""
+    views = list(arrange(value, "weight", args).views)
+    extremes = [min_max(view) for view in views]
+    weights = None
+    if importance is not None:
+        importance = importance.to(value.device).expand_as(value)
+        weights = list(arrange(importance, "weight", args).views)
+    for engine in ("triton", "eager"):
+        found = search_optimal_scales(
+            views, extremes, args, importance=weights, engine=engine, **options
+        )
+        errors = []
+        for position, (view, pair) in enumerate(zip(views, found, strict=True)):
+            scale, zero_point = (t.unsqueeze(-1) for t in pair)
+            kept, reduced = view.kept_dims, view.reduce_dims
+            x = view.gathered().permute(*kept, *reduced).reshape(*view.qparam_shape, -1).float()
+            token_args = args.model_copy(update={"strategy": "token", "scale_dtype": None})
+            loss = (fake_quantize(x, scale, zero_point, token_args).double() - x).square()
+            if weights is not None:
+                weight = weights[position].gathered().permute(*kept, *reduced)
+                loss *= weight.reshape(x.shape)
+            errors.append(loss.sum(-1).flatten())
+        yield torch.cat([t.flatten() for t, _ in found]), torch.cat(errors)
+    assert "triton" not in engines._failures, engines._failures
+
+
+class TestOptimal:
+    """Sums for candidate scales, by the scales that `search_optimal_scales` makes of them."""
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize(
+        "name", ["int2", "int4", "int8", "int4 asymmetric", "fp8", "fp4", "mxfp4", "nvfp4"]
+    )
+    def test_formats(self, name, weighted, device):
+        value = awkward(60, 128).to(device)
+        value = value[value.abs().amax(1) > 1e-20]  # whose sums are normal numbers
+        importance = awkward(1, 128).abs() if weighted else None
+        args, _ = FORMATS[name]
+        (mine, errors), (theirs, expected) = optimal_twice(value, args, importance)
+        torch.testing.assert_close(errors, expected, rtol=2e-3, atol=1e-12)
+        assert float((mine / theirs - 1).abs().gt(1e-5).float().mean()) < 0.02
+
+    def test_signed(self, device):
+        (mine, errors), (_, expected) = optimal_twice(
+            awkward(20, 128)[11:].to(device), group(4, 32), signed=True
+        )
+        assert bool((mine < 0).any())
+        torch.testing.assert_close(errors, expected, rtol=2e-3, atol=1e-12)
+
+    @pytest.mark.parametrize("cols", [4500, 8192])
+    def test_long_groups(self, cols, device):
+        args = QuantizationArgs(num_bits=4, strategy="channel")
+        (_, errors), (_, expected) = optimal_twice(awkward(3, cols).to(device), args)
+        torch.testing.assert_close(errors, expected, rtol=2e-3, atol=1e-12)
+
+    def test_every_sum(self, device):
+        """The kernel itself, rows that fit a block and rows that do not."""
+        from calipers.ranges import sums_triton
+        from calipers.ranges.group_sums import Sums
+
+        for args in (group(4, 32), group(4, 32, symmetric=False), group(4, 32, type="float")):
+            rounding = Rounding.of(args)
+            for length in (33, 5000):
+                x = awkward(7, length)[:5].to(device)
+                inverse = 1 / x.abs().amax(1).clamp(min=1e-6)
+                ratio = torch.linspace(0.05, 0.2, 4).unsqueeze(1).repeat(1, 5).to(device)
+                zero = None if args.symmetric else torch.full_like(ratio, 1.0)
+                weight = awkward(5, length, seed=1).abs().to(device)
+                found = sums_triton.sum_rows(rounding, x, weight, inverse, ratio, zero)
+                every = Sums(rounding, "all", 4)
+                expected = every(x, weight, inverse, ratio, zero)
+                torch.testing.assert_close(every.of_all(found), expected, rtol=1e-4, atol=1e-6)
+                bounded = Sums(rounding, "bounded residual", 4)
+                if not rounding.integer:
+                    expected = bounded(x, weight, inverse, ratio, zero)
+                    torch.testing.assert_close(
+                        bounded.of_all(found), expected, rtol=1e-4, atol=1e-6
+                    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="no CUDA device")
 class TestOnAGpu:
@@ -423,7 +506,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from calipers.ranges import grid_triton
+    from calipers.ranges import grid_triton, sums_triton
 
     names = {
         torch.float32: "*fp32",
@@ -451,7 +534,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
         assert done.asm["cubin"]
         compiled.add(kernel.__name__)
 
-    monkeypatch.setattr(grid_triton, "_launch", launch)
+    monkeypatch.setattr(grid_triton, "launch", launch)
     formats = ["int4", "int4 asymmetric", "fp8", "nvfp4", "mxfp4", "bfloat16 scales", "norm 2.0"]
     cases = [(awkward(20, 128).bfloat16(), *FORMATS[name], None, None) for name in formats]
     importance, g_idx = awkward(1, 128).abs(), torch.arange(128).remainder(4)
@@ -468,4 +551,11 @@ def test_every_kernel_compiles(capability, monkeypatch):
             weights = list(arrange(weight.expand_as(value), "weight", args, order).views)
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
         grid_triton.search(views, extremes, args, grid, weights, scale)
-    assert compiled == {"search_steps", "pick_steps", "cut_steps"}
+    for name in ("int4", "int4 asymmetric", "fp8", "nvfp4"):
+        rounding = Rounding.of(FORMATS[name][0])
+        for length in (32, 9000):
+            x, ratio = awkward(20, length), torch.ones(14, 20)
+            zero = ratio if "asymmetric" in name else None
+            for weight in (None, x.abs()):
+                sums_triton.sum_rows(rounding, x, weight, torch.ones(20), ratio, zero)
+    assert compiled == {"search_steps", "pick_steps", "cut_steps", "sum_candidates"}

@@ -24,7 +24,7 @@ from calipers.ranges.box import MOST_DIMS, Box, Dim
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["search", "supports"]
+__all__ = ["launch", "on_device", "power_of_two", "search", "supports"]
 
 #: Values of a program: 32 in each of 128 threads.
 TILE = 4096
@@ -86,7 +86,7 @@ def search(
         global_scale: TENSOR_GROUP only, shape (1,).
     """
     device = views[0].values.device
-    with _on(device):
+    with on_device(device):
         steps = _Steps.of(grid, device)
         searches = [
             _Search(view, low, high, weights, steps)
@@ -102,11 +102,12 @@ def search(
     return [each.result() for each in searches]
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are started on this device meanwhile."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     """Start a kernel: the one place, so that tests can look at what is started."""
     kernel[(programs,)](**arguments, **OPTIONS)
 
@@ -144,7 +145,7 @@ class _Steps:
     def cut(self, patience: int) -> None:
         """Keep the steps up to the end of the patience; none where later ones changed nothing."""
         arguments = {"state": self.state, "num_steps": self.number, "patience": patience}
-        _launch(kernels.cut_steps, 1, arguments)
+        launch(kernels.cut_steps, 1, arguments)
 
 
 class _Search:
@@ -176,10 +177,10 @@ class _Search:
         partial = None
         if self._runs > 1:
             partial = self._low.new_empty(self._steps.number, self._groups, self._runs)
-        block = _power_of_two(self._run_length)
+        block = power_of_two(self._run_length)
         per_program = 1
         if partial is None:
-            per_program = min(MOST_GROUPS, TILE // block, _power_of_two(self._groups))
+            per_program = min(MOST_GROUPS, TILE // block, power_of_two(self._groups))
         arguments = {
             **self._ranges(),
             **_box_arguments(self._box),
@@ -196,7 +197,7 @@ class _Search:
             "BLOCK_N": block,
         }
         programs = -(-self._groups // per_program) * self._runs
-        _launch(kernels.search_steps, programs, arguments)
+        launch(kernels.search_steps, programs, arguments)
         if partial is not None:
             self._errors = partial.sum(-1)
             self._pick()
@@ -213,9 +214,9 @@ class _Search:
         return self._best_low.view(self._shape), self._best_high.view(self._shape)
 
     def _pick(self) -> None:
-        block = min(128, _power_of_two(self._groups))
+        block = min(128, power_of_two(self._groups))
         arguments = {**self._ranges(), "errors": self._errors, "BLOCK_G": block}
-        _launch(kernels.pick_steps, -(-self._groups // block), arguments)
+        launch(kernels.pick_steps, -(-self._groups // block), arguments)
 
     def _ranges(self) -> dict[str, Any]:
         return {
@@ -240,7 +241,7 @@ def _runs(length: int) -> tuple[int, int]:
     return -(-length // run_length), run_length
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`, and 2."""
     return 1 << max(1, (number - 1).bit_length())
 

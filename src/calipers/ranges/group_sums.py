@@ -1,8 +1,8 @@
 """Sums over groups for many candidate scales at once: what every scale search is made of.
 
 `GroupBatch` brings a view's values together as (groups, n) float32, some groups at a time, and
-evaluates sums of a candidate tile over them: eagerly, or by functions that torch.compile made, in
-which each value is loaded once for all candidates of the tile.
+evaluates sums of a candidate tile over them: eagerly, by functions that torch.compile made, or by a
+Triton kernel, in which each value is loaded once for all candidates of the tile.
 """
 
 from __future__ import annotations
@@ -86,6 +86,13 @@ class Sums:
             over = (x - self.rounding.high * ratio[self.tile - 1].unsqueeze(-1)).clamp(min=0)
             rows.append(_weighted(over, weight, over).sum(-1))
         return torch.stack(rows)
+
+    def of_all(self, found: Tensor) -> Tensor:
+        """Those asked for, of all three for each candidate and the one more row."""
+        count = found.shape[0] // 3
+        if self.kind == "projection":
+            return found[: 2 * count]
+        return found[2 * count :] if self.kind == "bounded residual" else found[: 3 * count]
 
     def _of_candidate(
         self,
@@ -220,7 +227,11 @@ class GroupBatch:
             ratio = ratio.repeat_interleave(runs, dim=1)
             if zero_point is not None:
                 zero_point = zero_point.repeat_interleave(runs, dim=1)
-        if self.engine == "eager":
+        if self.engine == "triton" and sums.kind != "polish":  # which wants float64, once
+            from calipers.ranges.sums_triton import sum_rows
+
+            found = sums.of_all(sum_rows(sums.rounding, values, weight, inverse, ratio, zero_point))
+        elif self.engine != "inductor":
             found = sums(values, weight, inverse, ratio, zero_point)
         else:
             rows = mark_dynamic([values, weight], [inverse, ratio, zero_point])
@@ -239,7 +250,7 @@ def group_batches(
         importance: The weights of the values, of the same shape; None weighs all alike.
         engine: What evaluates the sums.
     """
-    limit = piece_size(view.values) if engine == "eager" else COMPILED_PIECE
+    limit = COMPILED_PIECE if engine == "inductor" else piece_size(view.values)
     shape = view.qparam_shape
     if group_size(view) > limit:
         everything = tuple(slice(None) for _ in shape)

@@ -41,7 +41,8 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
             range then serves the positive side.
-        engine: "eager", "native" or "inductor"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "native", "inductor" or "triton"; None chooses, see
+            `calipers.ranges.engines`.
 
     Returns:
         For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,
@@ -60,7 +61,7 @@ def search_optimal_scales(
             for view, (low, high), weight in zip(views, extremes, weights, strict=True)
         ]
 
-    if chosen in ("native", "inductor"):
+    if chosen != "eager":
         found = attempt(chosen, lambda: search(chosen))
         if found is not None:
             return found
@@ -93,4 +94,4 @@ def _batches(
     dtypes = [each.values.dtype for each in (view, importance) if each is not None]
     if engine == "native" and supports(scheme.args, *dtypes):
         return native_batches(view, importance, scheme)
-    return group_batches(view, importance, "inductor" if engine == "inductor" else "eager")
+    return group_batches(view, importance, "eager" if engine == "native" else engine)

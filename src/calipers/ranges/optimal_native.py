@@ -134,10 +134,7 @@ class NativeBatch:
             address(found),
         )
         library().sum_candidates(ctypes.byref(task), ctypes.c_int64(self.parts(count)))
-        found = found.view(-1, self.box.groups, self.box.runs).sum(-1)
-        if sums.kind == "projection":
-            return found[: 2 * count]
-        return found[2 * count :] if sums.kind == "bounded residual" else found[: 3 * count]
+        return sums.of_all(found.view(-1, self.box.groups, self.box.runs).sum(-1))
 
 
 def native_batches(

@@ -1,0 +1,71 @@
+"""Sums over groups for candidate scales on CUDA by Triton: values are loaded once for a tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calipers.ranges import grid_triton
+from calipers.ranges import sums_triton_kernels as kernels
+from calipers.ranges.rounding import Rounding
+
+__all__ = ["sum_rows"]
+
+#: Values of a program.
+TILE = 4096
+
+
+def sum_rows(
+    rounding: Rounding,
+    values: Tensor,
+    weight: Tensor | None,
+    inverse_base: Tensor,
+    ratio: Tensor,
+    zero_point: Tensor | None,
+) -> Tensor:
+    """For each row and candidate the sums of `calipers.ranges.group_sums.Sums`, all of them.
+
+    Args:
+        rounding: The number format.
+        values: Shape (rows, n), float32.
+        weight: Of the same shape, >= 0; None weighs all alike.
+        inverse_base: Shape (rows,): x = value * inverse_base.
+        ratio: Candidate scales in units of the base, shape (candidates, rows).
+        zero_point: Of the same shape; None for zero.
+
+    Returns:
+        Shape (3 * candidates + 1, rows), float32: sums of w x q, of w q^2, of squared residuals,
+        and of what clipping alone costs at the last candidate.
+    """
+    rows, length = values.shape
+    count = ratio.shape[0]
+    values, ratio = values.contiguous(), ratio.contiguous()
+    found = torch.empty(3 * count + 1, rows, dtype=torch.float32, device=values.device)
+    block = min(TILE, grid_triton.power_of_two(length))
+    per_program = min(TILE // block, grid_triton.power_of_two(rows))
+    # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
+    mantissa, smallest = (1, 127 << 23) if rounding.num_bits == 4 else (3, 121 << 23)
+    arguments = {
+        "values": values,
+        "weights": values if weight is None else weight.contiguous(),
+        "inverse_base": inverse_base.contiguous(),
+        "ratios": ratio,
+        "zeros": ratio if zero_point is None else zero_point.contiguous(),
+        "found": found,
+        "num_rows": rows,
+        "length": length,
+        "count": count,
+        "WEIGHTED": weight is not None,
+        "SHIFTED": zero_point is not None,
+        "INTEGER": rounding.integer,
+        "LOWEST": rounding.low,
+        "HIGHEST": rounding.high,
+        "SHIFT": 1.5 * 2**23 / 2**mantissa,
+        "SMALLEST": smallest,
+        "SHORT": length <= block,
+        "BLOCK_G": per_program,
+        "BLOCK_N": block,
+    }
+    with grid_triton.on_device(values.device):
+        grid_triton.launch(kernels.sum_candidates, -(-rows // per_program), arguments)
+    return found

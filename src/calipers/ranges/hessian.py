@@ -216,7 +216,7 @@ class _Columns:
         candidates = self._candidates(start, look)
         values = list(self._values()) if self.raw.numel() <= PIECE else None
         own_of_each, coupled, share = self._score(candidates, start, total, values)
-        allowed = (own_of_each <= limit.unsqueeze(1)) & (candidates.scale != 0)
+        allowed = own_of_each <= limit.unsqueeze(1)
         error = torch.where(allowed, own_of_each + 2 * coupled, torch.inf)
         index = error.nan_to_num(nan=torch.inf).argmin(1, keepdim=True)
         winner = candidates.each(lambda tensor: tensor.gather(1, index)[:, 0])
@@ -226,7 +226,7 @@ class _Columns:
         coupling = (rest * (its_share - share)).sum(1, dtype=torch.float64)
         gain = 2 * self.of_groups(coupling) + its_own - own
         # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
-        better = (gain < 0) & (its_own <= limit) & (winner.scale != 0)
+        better = (gain < 0) & (its_own <= limit)
         share = torch.where(self.by_row(better).unsqueeze(-1), its_share, share)
         return winner.where(better, start), torch.where(better, its_own, own), rest + share
 
@@ -269,6 +269,7 @@ class _Columns:
         if self.scheme.signed:
             factors = torch.cat([factors, -factors.flip(0)])
         scale = self.scheme.store(start.scale.unsqueeze(1) * factors)
+        scale = torch.where(scale == 0, start.scale.unsqueeze(1), scale)  # too small to be stored
         if symmetric:
             return Scales(scale)
         assert start.zero_point is not None

@@ -41,7 +41,7 @@ class _Look(NamedTuple):
 
 
 LOOKS = (_Look(0.2, 32, 3), _Look(0.1, 16, 2))
-#: Values of a column group that are worked on at a time.
+#: Values of a column group that are worked on at a time; of several column groups a quarter each.
 PIECE = 2**20
 
 #: Some rows, and their values.
@@ -100,7 +100,7 @@ def _refine_view(
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
     whole_rows = view.values.numel() // max(1, math.prod(view.qparam_shape[:-1]))
-    for where, piece in view.pieces(max(count * PIECE, whole_rows)):
+    for where, piece in view.pieces(max(count * PIECE // 4, PIECE, whole_rows)):
         first, last, _ = where[-1].indices(count)
         kept = len(where)
         columns = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import MappingProxyType as Options
 from typing import Any
 
@@ -90,13 +89,6 @@ class TestHistogram(ObserverContract):
     name = "histogram"
     remembers = "all"
     defaults = Options({"method": "mse", "percentile": 99.99})
-    # The search is tested in test_histogram.py; the percentile is found without one.
-    options = Options({"method": "percentile"})
-
-    def build(self, case: Case, **given: Any) -> Observer:
-        if math.prod(case.qparams) > 12:
-            pytest.skip("a mebibyte for each scale: it is made for a few")
-        return super().build(case, **given)
 
 
 class TestOptimal(ObserverContract):

@@ -1,6 +1,16 @@
 """Before any test module is imported: asserts of the shared suite explain themselves too."""
 
+import os
+
 import pytest
+
+# Tests side by side share the cores: OpenMP's threads wait for each other by spinning, so that two
+# processes that take both cores each need five times as long. Set before torch is loaded, and for
+# the processes that tests start.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    _SHARE = max(1, (os.cpu_count() or 1) // _WORKERS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(_SHARE))
 
 pytest.register_assert_rewrite(
     "observers.contract_suite",

@@ -10,16 +10,20 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from loguru import logger
 
+from calipers.observers import Observer
 from calipers.ranges import (
     GroupedView,
     ShrinkGrid,
     arrange,
     engines,
     grid_native,
+    hessian_native,
     min_max,
+    min_max_native,
+    optimal_native,
     search_grid_ranges,
 )
-from calipers.ranges.native import build
+from calipers.ranges.native import build, call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = {
@@ -93,15 +97,74 @@ class TestMinMax:
             assert_same_extremes(view)
             assert_same_extremes(GroupedView(every.view(dtype).view(-1, 16), (1,)).finite())
 
-    def test_any_number_of_threads(self):
+    def test_any_number_of_threads(self, on_one_thread_and_five):
         view = arrange(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel")).views
-        expected, threads = min_max(view[0], engine="native"), torch.get_num_threads()
+        one, five = on_one_thread_and_five(lambda: min_max(view[0], engine="native"))
+        assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
+
+
+@pytest.fixture
+def on_one_thread_and_five(monkeypatch):
+    """What a search finds on one thread, and, cut into parts however small it is, on five."""
+    parts = []
+
+    def counted(*work):
+        parts.append(call.number_of_parts(*work))
+        return parts[-1]
+
+    monkeypatch.setattr(call, "WORTH_THREADS", 1)
+    for module in (grid_native, hessian_native, min_max_native, optimal_native):
+        monkeypatch.setattr(module, "number_of_parts", counted)
+
+    def search_twice(search):
+        threads, found = torch.get_num_threads(), []
         try:
-            torch.set_num_threads(5)
-            found = min_max(view[0], engine="native")
+            for count in (1, 5):
+                torch.set_num_threads(count)
+                parts.clear()
+                found.append(search())
+                assert max(parts) == count, "the engine did not take part, or not in parts"
         finally:
             torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        return found
+
+    return search_twice
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grid_search_on_any_number_of_threads(bits, on_one_thread_and_five):
+    args = QuantizationArgs(num_bits=bits, strategy="group", group_size=16)
+    (view,) = arrange(values(), "weight", args).views
+    extremes = [min_max(view)]
+    search = ShrinkGrid(maxshrink=0.2, grid=100, patience=5, norm=2.4)
+    ((one,), (five,)) = on_one_thread_and_five(
+        lambda: search_grid_ranges([view], extremes, args, search, engine="native")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
+
+
+@pytest.mark.parametrize("objective", ["mse", "hessian"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"strategy": "group", "group_size": 16},
+        {"strategy": "group", "group_size": 16, "symmetric": False},
+        {"strategy": "channel"},
+        {"strategy": "group", "group_size": 16, "type": "float"},
+    ],
+    ids=["int4", "int4 asymmetric", "int4 channel", "fp4"],
+)
+def test_optimal_on_any_number_of_threads(scheme, objective, on_one_thread_and_five):
+    args = QuantizationArgs(num_bits=4, observer_kwargs={"objective": objective}, **scheme)
+    value = values(96, 64)
+
+    def search():
+        observer = Observer.load_from_registry("optimal", "weight", args)
+        observer.observe_input(values(100, 64) + values(100, 64).roll(1, -1))
+        return observer(value)
+
+    one, five = on_one_thread_and_five(search)
+    assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
 
 
 def test_steps_that_clip_too_much_are_left_out():

@@ -52,19 +52,26 @@ class Histogram:
         that are bfloat16 numbers (small integers too), and a bin's mean is always exact.
 
         Returns:
-            Values, float32, shape (1 or qparams, n); and weights, float64, shape (qparams, n).
+            Values, float32, shape (1 or qparams, n); and weights, float64, shape (qparams, n). No
+            more than the qparam of the most different patterns has, the others filled up with
+            weights of zero.
         """
         counts = self.counts.flatten(0, -2)
         occupied = counts.any(0).nonzero().flatten()
         weights = counts[:, occupied].double()
+        most = int((weights > 0).sum(-1).max()) if weights.numel() else 0
+        own = occupied.unsqueeze(0)
+        if most < occupied.numel():
+            place = (weights == 0).to(torch.int8).argsort(dim=-1, stable=True)[:, :most]
+            own, weights = occupied[place], weights.gather(-1, place)
         if self.offsets is None:
-            patterns = occupied.to(torch.int32).to(torch.int16)  # wraps, so that bits stay
-            return patterns.view(self.dtype).float().unsqueeze(0), weights
-        sums = self.offsets.flatten(0, -2)[:, occupied].double()
+            patterns = own.to(torch.int32).to(torch.int16)  # wraps, so that bits stay
+            return patterns.view(self.dtype).float(), weights
+        sums = self.offsets.flatten(0, -2).gather(-1, own.expand_as(weights)).double()
         mean = sums / weights.clamp(min=1)
         reach = torch.minimum(mean, NUM_PATTERNS - 1 - mean) * _TO_DEVIATION
-        edge = (occupied.to(torch.int32) << 16).view(torch.float32).double()
-        last = ((occupied.to(torch.int32) << 16) | 0xFFFF).view(torch.float32).double()
+        edge = (own.to(torch.int32) << 16).view(torch.float32).double()
+        last = ((own.to(torch.int32) << 16) | 0xFFFF).view(torch.float32).double()
         step = (last - edge) / (NUM_PATTERNS - 1)
         values = torch.cat([edge + step * (mean - reach), edge + step * (mean + reach)], -1)
         return values.float(), torch.cat([weights, weights], -1) / 2
@@ -92,18 +99,28 @@ def count_patterns(view: GroupedView) -> Histogram:
         index = (bits if offsets is None else bits >> 16) & (NUM_PATTERNS - 1)
         if groups > 1:
             index = index + torch.arange(groups, device=index.device).unsqueeze(-1) * NUM_PATTERNS
-        size = groups * NUM_PATTERNS
         index = index.flatten()
-        target += torch.bincount(index, minlength=size).view(target.shape)
+        _add_counts(target, index)
         if offsets is not None:
             # Sums in float64 are exact here: integers below 2**53, and so the order does not show.
-            lower = (bits & (NUM_PATTERNS - 1)).flatten().double()
-            sums = torch.bincount(index, weights=lower, minlength=size)
-            offsets[where] += sums.to(torch.int64).view(target.shape)
+            _add_counts(offsets[where], index, (bits & (NUM_PATTERNS - 1)).flatten())
     exponent = _EXPONENT[dtype]
-    patterns = torch.arange(NUM_PATTERNS, device=counts.device)
-    finite = (patterns & exponent) != exponent
-    return Histogram(counts * finite, None if offsets is None else offsets * finite, dtype)
+    for sign in (0, NUM_PATTERNS // 2):
+        for each in (counts, offsets):
+            if each is not None:
+                each[..., sign + exponent : sign + NUM_PATTERNS // 2] = 0
+    return Histogram(counts, offsets, dtype)
+
+
+def _add_counts(target: Tensor, index: Tensor, weights: Tensor | None = None) -> None:
+    """Count each index in the flattened target, or sum weights that are integers."""
+    if index.numel() < target.numel() and target.is_contiguous():
+        # Few values in many bins: what a histogram of its own would cost is its bins.
+        added = torch.ones_like(index) if weights is None else weights
+        target.view(-1).scatter_add_(0, index.long(), added.long())
+        return
+    found = torch.bincount(index, weights=weights, minlength=target.numel())
+    target += found.to(torch.int64).view(target.shape)
 
 
 def _in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:

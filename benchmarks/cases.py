@@ -36,6 +36,9 @@ class Case:
     against_read: bool = False
     #: `ranges.min_max` alone, without an observer around it.
     pure: bool = False
+    #: NVFP4: ours knows the module's global scale, as it does in a calibration, and so rounds local
+    #: scales as they will be stored; the peer never does.
+    global_scale: bool = False
 
     @property
     def is_search(self) -> bool:
@@ -91,6 +94,7 @@ def all_cases() -> list[Case]:
         ),
         Case("mse int8 channel", INT8_CHANNEL, at_least=12),
         Case("mse nvfp4 g16", NVFP4, at_least=40),
+        Case("mse nvfp4 g16, global scale", NVFP4, global_scale=True, at_least=40),
         Case("imatrix_mse int4 g128", INT4_G128, "imatrix_mse", at_least=10),
         # With the default patience of 5 the peer would not walk through all 80 steps.
         Case(

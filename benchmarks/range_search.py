@@ -112,6 +112,7 @@ class Setting:
             weight,
             self.importance,
             whole_call=self.case.whole_call,
+            global_scale=self.case.global_scale,
         )
 
     def peer(self) -> Side:
@@ -227,14 +228,15 @@ def check_search(setting: Setting, ours: Side, theirs: Side | None) -> list[Chec
     """Ours against the peer, which counts for float32 values, and else against the eager engine.
 
     The peer sums errors in the dtype of the values, so that in bfloat16 its steps are not a
-    measure; the eager engine on the same values in float32 is.
+    measure; the eager engine on the same values in float32 is. So it is where ours rounds local
+    scales, which the peer does not.
     """
     found = ours.range()
-    is_float32 = setting.case.dtype == torch.float32
+    comparable = setting.case.dtype == torch.float32 and not setting.case.global_scale
     checks = []
     if theirs is not None:
-        checks.append(compare(setting, found, theirs.range(), "llmcompressor", is_float32))
-    if theirs is None or not is_float32:
+        checks.append(compare(setting, found, theirs.range(), "llmcompressor", comparable))
+    if theirs is None or not comparable:
         with chosen_engine("eager"):
             reference = setting.ours(setting.weight.float()).range()
         checks.append(compare(setting, found, reference, "eager engine on float32", True))
@@ -481,8 +483,8 @@ def measure_warm(options: argparse.Namespace, report: Json) -> None:
         f"\n{sum(r['met'] for r in bounded)} of {len(bounded)} required ratios reached"
         "\nratio: theirs/ours where it must be at least (>=), ours/theirs where at most (<=);"
         " theirs for minmax: one torch.aminmax, but llmcompressor at 64x64"
-        "\ndiffer: groups with another step than the peer's (bfloat16, or no peer: than those of"
-        " the eager engine on float32); minmax: not equal bit for bit"
+        "\ndiffer: groups with another step than the peer's (bfloat16, a global scale, or no peer:"
+        " than those of the eager engine on float32); minmax: not equal bit for bit"
         f"\nscratch: peak beyond input and results, at most {SCRATCH_LIMIT}:"
         " torch's allocator / resident memory of the process; ! where above"
     )

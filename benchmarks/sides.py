@@ -75,12 +75,16 @@ def our_observer(
     importance: Tensor | None,
     *,
     whole_call: bool = False,
+    global_scale: bool = False,
 ) -> Side:
     """`observer.observe(weight)`; before each call statistics are reset and E[x^2] is put back.
 
-    With `whole_call` the qparams are derived as well.
+    With `whole_call` the qparams are derived as well; with `global_scale` the module has its own.
     """
-    observer = Observer.load_from_registry(name, "weight", args, **options)
+    module = torch.nn.Module()
+    observer = Observer.load_from_registry(name, "weight", args, module, **options)
+    if global_scale:
+        module.weight_global_scale = observer.get_global_scale(weight)
 
     def prepare() -> None:
         observer.reset()
@@ -98,6 +102,7 @@ def our_observer(
         if whole_call:
             observer.get_qparams()
 
+    run.module = module  # type: ignore[attr-defined]  # observers hold it weakly
     return Side(run, found, prepare)
 
 

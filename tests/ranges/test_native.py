@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from compressed_tensors.quantization.utils import generate_gparam
 from loguru import logger
 
 from calipers.observers import Observer
@@ -177,6 +179,24 @@ def test_steps_that_clip_too_much_are_left_out():
     assert grid_native.evaluated.count <= 512 * 24
     (expected,) = search_grid_ranges([view], [extremes], args, search, engine="eager")
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("preset", ["NVFP4A16", "MXFP4A16", "MXFP8A16"])
+def test_steps_of_one_rounded_scale_are_tried_once(preset):
+    """Counted: some of the 20 steps alone, with the same answer."""
+    value, args = values(512, 256), preset_name_to_scheme(preset, ["Linear"]).weights
+    (view,) = arrange(value, "weight", args).views
+    extremes, global_scale = [min_max(view)], None
+    if args.strategy == "tensor_group":
+        global_scale = generate_gparam(value.amin(), value.amax())
+    search = ShrinkGrid(maxshrink=0.2, grid=100, patience=0, norm=2.4)
+    found, expected = (
+        search_grid_ranges([view], extremes, args, search, global_scale=global_scale, engine=engine)
+        for engine in ("native", "eager")
+    )
+    groups = value.numel() // args.group_size
+    assert groups <= grid_native.evaluated.count <= groups * (5 if global_scale is not None else 2)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
 
 
 @pytest.mark.parametrize("weighted", [False, True])

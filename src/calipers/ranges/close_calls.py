@@ -5,8 +5,6 @@ Which of them the reference takes is decided by the order in which it sums; so i
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
@@ -73,7 +71,7 @@ class _Batch:
         finite_only: bool,
     ) -> None:
         self.found, self.extremes, self.args = found, extremes, args
-        self.grid = replace(grid, patience=0)  # the steps to take are known
+        self.grid = grid
         self.global_scale, self.num_steps = global_scale, num_steps
         self.finite_only = finite_only
         self._clear()
@@ -101,12 +99,12 @@ class _Batch:
             torch.cat([whole[where][marked] for where, marked in self.places])
             for whole in self.extremes
         )
-        ((lows, highs),) = grid_eager.search(
-            [view],
-            [(low, high)],
+        lows, highs = grid_eager.search_few(
+            view,
+            (low, high),
             self.args,
             self.grid,
-            [GroupedView(torch.cat(self.weights), (1,)) if self.weights else None],
+            GroupedView(torch.cat(self.weights), (1,)) if self.weights else None,
             self.global_scale,
             self.num_steps,
         )

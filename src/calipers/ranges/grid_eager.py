@@ -17,7 +17,7 @@ from torch import Tensor
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["search"]
+__all__ = ["search", "search_few"]
 
 
 def search(
@@ -54,6 +54,45 @@ def search(
     return [(each.best_min, each.best_max) for each in searches]
 
 
+def search_few(
+    view: GroupedView,
+    extremes: tuple[Tensor, Tensor],
+    args: QuantizationArgs,
+    grid: ShrinkGrid,
+    importance: GroupedView | None,
+    global_scale: Tensor | None,
+    num_steps: int,
+) -> tuple[Tensor, Tensor]:
+    """As `search` without patience, of a view whose groups are few: all steps in one go.
+
+    Args:
+        view: The values, shape (groups, n).
+        extremes: Minimum and maximum of each group, float32, expanded.
+        args: Quantization arguments, as for `search`.
+        grid: The candidates.
+        importance: The weights of the values, of the same shape, or None.
+        global_scale: TENSOR_GROUP only, shape (1,).
+        num_steps: Number of candidates.
+    """
+
+    def at_each_step(one: GroupedView) -> GroupedView:
+        values = one.values.expand(num_steps, *one.values.shape)
+        return GroupedView(values, (2,), finite_only=one.finite_only)
+
+    shrinks = [grid.shrink(step) for step in range(num_steps)]
+    factors = torch.tensor(shrinks, device=extremes[0].device).unsqueeze(1)
+    low, high = (end * factors for end in extremes)
+    weights = None if importance is None else at_each_step(importance)
+    every = _Search(at_each_step(view), low, high, weights, args, grid.norm, global_scale)
+    scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+    error = every.error(scale, zero_point)
+    error = torch.where(error < torch.inf, error, torch.inf)  # NaN is never smaller
+    # torch's argmin does not promise the first of equals.
+    steps = torch.arange(num_steps, device=error.device).unsqueeze(1)
+    first = torch.where(error == error.amin(0), steps, num_steps).amin(0, keepdim=True)
+    return low.gather(0, first)[0], high.gather(0, first)[0]
+
+
 class _Search:
     """The state of the search in one view."""
 
@@ -81,14 +120,14 @@ class _Search:
         """Try one candidate; returns whether any group became better."""
         low, high = self.min_vals * shrink, self.max_vals * shrink
         scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
-        error = self._error(scale, zero_point)
+        error = self.error(scale, zero_point)
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)
         self.best_min = torch.where(better, low, self.best_min)
         self.best_max = torch.where(better, high, self.best_max)
         return bool(better.any())
 
-    def _error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+    def error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
         """Sum over each group of weight * |fake_quantize(x) - x|**norm, float32."""
         view = self.view
         error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)

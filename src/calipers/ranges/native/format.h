@@ -60,11 +60,12 @@ __attribute__((noinline)) static void shrink_range(const Vec* range, float facto
   shrunk[1] = range[1] * factor;
 }
 
-// compressed_tensors.quantization.utils.calculate_qparams, bit by bit, the global scale divided out.
-static inline Candidate qparams(const Format& format, Vec low, Vec high) {
-  Vec none{}, scale, zero{};
+// compressed_tensors.quantization.utils.calculate_qparams, bit by bit: the scale as it is stored.
+static inline Vec stored_scale(const Format& format, Vec low, Vec high, Vec& zero) {
+  Vec none{}, scale;
   low = low > none ? none : low;
   high = high < none ? none : high;
+  zero = none;
   if (format.symmetric) {
     Vec size = -low > high ? -low : high;
     size = (low != low) ? low : size;
@@ -88,7 +89,12 @@ static inline Candidate qparams(const Format& format, Vec low, Vec high) {
     scale = scale > format.scale_limit ? splat(format.scale_limit) : scale;
     scale = float_code(scale, 1572864.0f, 121 << 23);
   }
-  scale = select(scale == none, splat(format.scale_eps), scale);
-  if (format.global) scale = scale / format.global_scale;
-  return {scale, 1 / scale, zero + FAR};
+  return select(scale == none, splat(format.scale_eps), scale);
+}
+
+static inline Candidate candidate_of(Vec scale, Vec zero) { return {scale, 1 / scale, zero + FAR}; }
+
+// The same, the global scale divided out.
+static inline Candidate candidate_of_stored(const Format& format, Vec scale, Vec zero) {
+  return candidate_of(format.global ? scale / format.global_scale : scale, zero);
 }

@@ -1,7 +1,6 @@
 // The shrink grid: a block of units is brought into the cache once for all candidates.
 #pragma once
 
-#include <cmath>
 #include <limits>
 
 #include "power.h"
@@ -38,23 +37,31 @@ struct GridReport {
 template <bool INTEGER, Power POWER, bool WEIGHTED>
 static void sum_errors(const GridSearch& search, const float* values, const float* weights,
                        const Candidate* candidates, Vec* errors) {
+  // One by one: as a whole arrays are copied and cleared by instructions that take long to start.
   Candidate c[TILE];
-  for (int t = 0; t < TILE; t++) c[t] = candidates[t], errors[t] = Vec{};
+#pragma GCC unroll 8
+  for (int t = 0; t < TILE; t++) {
+    c[t].scale = candidates[t].scale;
+    c[t].inverse = candidates[t].inverse;
+    c[t].far = candidates[t].far;
+    errors[t] = Vec{};
+  }
   for (int64_t begin = 0; begin < search.box.run_length; begin += CHUNK) {
     int64_t end = std::min(begin + CHUNK, search.box.run_length);
-    Vec sums[TILE] = {};
+    Vec sums[TILE];
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) sums[t] = Vec{};
     for (int64_t i = begin; i < end; i++) {
       Vec value = load(values + i * LANES);
       Vec weight = WEIGHTED ? load(weights + i * LANES) : Vec{};
-      for (int t = 0; t < TILE; t++) {
-        Vec error = error_of<INTEGER>(search.format, value, c[t]);
-        Vec loss = power_of<POWER>(error, search.norm);
-        if (WEIGHTED)
-          sums[t] += loss * weight;
-        else
-          sums[t] += loss;
-      }
+      Vec losses[TILE];
+#pragma GCC unroll 8
+      for (int t = 0; t < TILE; t++) losses[t] = error_of<INTEGER>(search.format, value, c[t]);
+      raise_to_power<POWER, TILE>(losses, search.norm);
+#pragma GCC unroll 8
+      for (int t = 0; t < TILE; t++) sums[t] += WEIGHTED ? losses[t] * weight : losses[t];
     }
+#pragma GCC unroll 8
     for (int t = 0; t < TILE; t++) errors[t] += sums[t];
   }
 }
@@ -69,6 +76,7 @@ static SumErrors choose_sum(bool weighted) {
 template <bool INTEGER>
 static SumErrors choose_sum(float norm, bool weighted) {
   if (norm == 2) return choose_sum<INTEGER, SQUARE>(weighted);
+  if (norm == 3) return choose_sum<INTEGER, CUBE>(weighted);
   if (norm < 2) return choose_sum<INTEGER, BELOW_TWO>(weighted);
   if (norm > 4) return choose_sum<INTEGER, STEEP>(weighted);
   return choose_sum<INTEGER, ABOVE_TWO>(weighted);
@@ -91,36 +99,107 @@ static bool may_be_better(const Vec* squares, Vec total_weight, float norm, Vec 
   return any(possible & is_unit);
 }
 
+// The candidates of a block: those of every step, or, where scales are rounded so that many steps
+// have the same, for each lane those that differ from the one before.
+struct Steps {
+  const GridSearch& search;
+  Vec range[2];
+  bool distinct;
+  float* scales;  // distinct: as stored, a vector for each candidate
+  float* numbers;  // distinct: of the first step of each
+  int64_t count;
+
+  Vec stored(int64_t step, Vec& zero) const {
+    Vec shrunk[2];
+    shrink_range(range, search.factors[step], shrunk);
+    return stored_scale(search.format, shrunk[0], shrunk[1], zero);
+  }
+
+  void find_distinct() {
+    int64_t held[LANES] = {};
+    Vec last{};
+    count = 0;
+    for (int64_t step = 0; step < search.steps; step++) {
+      Vec zero, scale = stored(step, zero);
+      uint32_t others = step ? bits_of_lanes(scale != last) : (1u << LANES) - 1;
+      for (; others; others &= others - 1) {
+        const int lane = __builtin_ctz(others);
+        const int64_t at = held[lane]++ * LANES + lane;
+        scales[at] = scale[lane];
+        numbers[at] = float(step);
+        count = std::max(count, held[lane]);
+      }
+      last = scale;
+    }
+    // A candidate that comes again does not win.
+    for (int lane = 0; lane < LANES; lane++)
+      for (int64_t i = held[lane]; i < count; i++) {
+        scales[i * LANES + lane] = scales[(i - 1) * LANES + lane];
+        numbers[i * LANES + lane] = numbers[(i - 1) * LANES + lane];
+      }
+  }
+
+  Candidate candidate(int64_t index) const {
+    index = std::min(index, count - 1);
+    Vec zero{};
+    Vec scale = distinct ? load(scales + index * LANES) : stored(index, zero);
+    return candidate_of_stored(search.format, scale, zero);
+  }
+
+  int64_t step_of(int64_t index, int lane) const {
+    return distinct ? int64_t(numbers[index * LANES + lane]) : index;
+  }
+};
+
+// Whether clipping the largest value alone costs more than the best from here on, which only grows:
+// codes reach no further than the shrunk range and one scale, whatever the zero point is.
+static bool clips_too_much(const GridSearch& search, Vec largest, float factor, Vec best,
+                           IVec is_unit) {
+  Vec over = largest / search.expand - largest * (factor * (1 + 2 / search.clip_steps));
+  over = larger(over, Vec{});
+  // Of each norm there is, |x|**norm by exp2 and log2: right to 1e-6, and bounds may be too low.
+  Vec exponent = smaller(larger(log2_of(over) * search.norm, splat(-126)), splat(126));
+  Vec least = select(exponent > splat(-126), exp2_of(exponent) * (1 - 1e-4f), Vec{});
+  return all((least > best) | (best == Vec{}) | ~is_unit);
+}
+
+// Memory of a thread.
+struct Room {
+  float *values, *weights, *scales, *numbers;
+};
+
 static void search_block(const GridSearch& search, int64_t block, SumErrors sum, SumErrors square,
-                         float* values, float* weights, GridReport& report) {
+                         const Room& room, GridReport& report) {
   const Box& box = search.box;
   const bool sums_only = search.errors != nullptr;
   const Vec infinity = splat(std::numeric_limits<float>::infinity());
   int64_t first = block * LANES, count = std::min<int64_t>(LANES, box.units() - first);
-  Vec range[2] = {by_group(box, search.low, block), by_group(box, search.high, block)};
-  Vec largest = larger(range[1], -range[0]);
+  Steps steps{search,
+              {by_group(box, search.low, block), by_group(box, search.high, block)},
+              search.format.scale_type != ANY_SCALE && !sums_only && !search.known_errors,
+              room.scales,
+              room.numbers,
+              search.steps};
+  if (steps.distinct) steps.find_distinct();
+  Vec largest = larger(steps.range[1], -steps.range[0]);
   IVec is_unit{};
   for (int lane = 0; lane < LANES; lane++) is_unit[lane] = lane < count ? -1 : 0;
   if (!search.known_errors) {
-    load_block<false>(box, block, values);
-    if (box.weights) load_block<true>(box, block, weights);
+    load_block<false>(box, block, room.values);
+    if (box.weights) load_block<true>(box, block, room.weights);
   }
   Vec total_weight = splat(float(box.size));
   if (search.squares_first && box.weights) {
     total_weight = Vec{};
-    for (int64_t i = 0; i < box.run_length; i++) total_weight += load(weights + i * LANES);
+    for (int64_t i = 0; i < box.run_length; i++) total_weight += load(room.weights + i * LANES);
   }
   Best best{infinity, infinity, Vec{}, splat(1)};
   IVec doubtful{};
-  for (int64_t step = 0; step < search.steps; step += TILE) {
+  for (int64_t step = 0; step < steps.count; step += TILE) {
     Candidate candidates[TILE];
     Vec errors[TILE];
-    for (int t = 0; t < TILE; t++) {
-      Vec shrunk[2];
-      shrink_range(range, search.factors[std::min(step + t, search.steps - 1)], shrunk);
-      candidates[t] = qparams(search.format, shrunk[0], shrunk[1]);
-    }
-    int64_t tile = std::min<int64_t>(TILE, search.steps - step);
+    for (int t = 0; t < TILE; t++) candidates[t] = steps.candidate(step + t);
+    int64_t tile = std::min<int64_t>(TILE, steps.count - step);
     if (search.known_errors) {
       for (int t = 0; t < tile; t++)
         for (int lane = 0; lane < count; lane++)
@@ -128,11 +207,11 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
     } else {
       bool pays = true;
       if (search.squares_first && step > 0 && !sums_only) {
-        square(search, values, weights, candidates, errors);
+        square(search, room.values, room.weights, candidates, errors);
         pays = may_be_better(errors, total_weight, search.norm, best.error, is_unit);
       }
       if (pays) {
-        sum(search, values, weights, candidates, errors);
+        sum(search, room.values, room.weights, candidates, errors);
         report.evaluated += tile * count;
       } else {
         tile = 0;
@@ -146,32 +225,28 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       }
       Vec error = errors[t], scale = candidates[t].scale;
       IVec better = (error < best.error) & is_unit;
-      if (any(better)) report.gains[step + t] = 1;
+      for (uint32_t some = bits_of_lanes(better); some; some &= some - 1) {
+        const int lane = __builtin_ctz(some);
+        const int64_t its_step = steps.step_of(step + t, lane);
+        report.gains[its_step] = 1;
+        best.factor[lane] = search.factors[its_step];
+      }
       // The same scale again, as rounded scales come, is no other candidate.
       Vec loser = larger(best.error, error);
       IVec nearer = (scale != best.scale) & (loser < best.next);
       best.next = select(nearer, loser, best.next);
       best.error = select(better, error, best.error);
       best.scale = select(better, scale, best.scale);
-      best.factor = select(better, splat(search.factors[step + t]), best.factor);
       // One over so small a scale is no number.
       doubtful |= (scale < splat(std::numeric_limits<float>::min())) & (largest > Vec{});
     }
-    if (sums_only || !search.clip_steps || step + TILE >= search.steps) continue;
-    // What clipping the largest value alone costs only grows from here on: codes reach no further
-    // than the shrunk range and one scale, whatever the zero point is.
-    float factor = search.factors[step + TILE];
-    Vec over = largest / search.expand - largest * (factor * (1 + 2 / search.clip_steps));
-    Vec least{};
-    over = larger(over, Vec{});
-    for (int lane = 0; lane < LANES; lane++)
-      least[lane] = over[lane] > 0 ? std::pow(over[lane], search.norm) * (1 - 1e-4f) : 0;
-    if (all((least > best.error) | (best.error == Vec{}) | ~is_unit)) break;
+    if (sums_only || !search.clip_steps || step + TILE >= steps.count) continue;
+    if (clips_too_much(search, largest, search.factors[step + TILE], best.error, is_unit)) break;
   }
   if (sums_only) return;
   doubtful |= best.next <= best.error * (1 + search.doubt);
   Vec found[2];
-  for (int end = 0; end < 2; end++) found[end] = range[end] * best.factor;
+  for (int end = 0; end < 2; end++) found[end] = steps.range[end] * best.factor;
   for (int lane = 0; lane < count; lane++) {
     search.best_low[first + lane] = found[0][lane];
     search.best_high[first + lane] = found[1][lane];
@@ -189,7 +264,9 @@ extern "C" void search_grid(const GridSearch* search, int64_t parts, GridReport*
                                             : choose_sum<false, SQUARE>(weighted);
   in_parallel(box.blocks(), parts, [&](int64_t part, int64_t first, int64_t last) {
     Scratch values(box.run_length), weights(weighted ? box.run_length : 0);
+    Scratch scales(search->steps), numbers(search->steps);
+    const Room room{values.data, weights.data, scales.data, numbers.data};
     for (int64_t block = first; block < last; block++)
-      search_block(*search, block, sum, square, values.data, weights.data, reports[part]);
+      search_block(*search, block, sum, square, room, reports[part]);
   });
 }

@@ -36,11 +36,14 @@ static inline void sum_products(const Format& format, const Block& block, const 
                                 Add add) {
   for (int64_t begin = 0; begin < block.length; begin += CHUNK) {
     int64_t end = std::min(begin + CHUNK, block.length);
-    Products sums[TILE] = {};
+    Products sums[TILE];
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++) sums[t].xq = sums[t].qq = sums[t].residual = Vec{};
     for (int64_t i = begin; i < end; i++) {
       Vec x = load(block.values + i * LANES);
       Vec w = WEIGHTED ? load(block.weights + i * LANES) : Vec{};
       Vec wx = WEIGHTED ? w * x : x;
+#pragma GCC unroll 8
       for (int t = 0; t < TILE; t++) {
         Vec q = code_of<INTEGER>(format, x, c[t]);
         sums[t].xq += wx * q;
@@ -54,8 +57,6 @@ static inline void sum_products(const Format& format, const Block& block, const 
     for (int t = 0; t < TILE; t++) add(t, sums[t]);
   }
 }
-
-static inline Candidate candidate_of(Vec scale, Vec zero) { return {scale, 1 / scale, zero + FAR}; }
 
 // -- the sums themselves, for candidates that are given ------------------------------------------
 

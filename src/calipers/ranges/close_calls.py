@@ -15,8 +15,8 @@ from calipers.ranges.views import GroupedView
 
 __all__ = ["decide_close_calls"]
 
-#: Values looked through, and gathered for the reference, at a time.
-PIECE = 2**20
+#: Values looked through at a time, and values gathered for one call of the reference.
+LOOKED_THROUGH, GATHERED = 2**22, 2**20
 
 Range = tuple[Tensor, Tensor]
 
@@ -45,15 +45,15 @@ def decide_close_calls(
         global_scale: TENSOR_GROUP only, shape (1,).
         num_steps: Steps that the search came to.
     """
-    weights = None if importance is None else importance.pieces(PIECE)
+    weights = None if importance is None else importance.pieces(LOOKED_THROUGH)
     group_size = view.values.numel() // max(1, close.numel())
     batch = _Batch(found, extremes, args, grid, global_scale, num_steps, view.finite_only)
-    for where, piece in view.pieces(PIECE):
+    for where, piece in view.pieces(LOOKED_THROUGH):
         weight = None if weights is None else next(weights)[1]
         marked = close[where]
         if piece.numel() < group_size * marked.numel() or not bool(marked.any()):
             continue  # parts of groups: sums of so many values leave little doubt
-        batch.add(where, marked, piece, weight)
+        batch.add(where, marked.nonzero(as_tuple=True), piece, weight)
     batch.decide()
 
 
@@ -77,18 +77,22 @@ class _Batch:
         self._clear()
 
     def _clear(self) -> None:
-        self.places: list[tuple[tuple[slice, ...], Tensor]] = []
+        self.places: list[tuple[tuple[slice, ...], tuple[Tensor, ...]]] = []
         self.values: list[Tensor] = []
         self.weights: list[Tensor] = []
 
     def add(
-        self, where: tuple[slice, ...], marked: Tensor, piece: Tensor, weight: Tensor | None
+        self,
+        where: tuple[slice, ...],
+        marked: tuple[Tensor, ...],
+        piece: Tensor,
+        weight: Tensor | None,
     ) -> None:
         self.places.append((where, marked))
         self.values.append(piece[marked].flatten(1))
         if weight is not None:
             self.weights.append(weight[marked].flatten(1))
-        if sum(values.numel() for values in self.values) >= PIECE:
+        if sum(values.numel() for values in self.values) >= GATHERED:
             self.decide()
 
     def decide(self) -> None:

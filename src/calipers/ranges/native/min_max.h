@@ -13,6 +13,9 @@ struct MinMax {
   void* high;
 };
 
+// Bytes of a register: wider vectors would live in memory.
+constexpr int WIDTH = sizeof(Vec);
+
 // Floats are compared as integers: with the bits of negative ones turned over they have the same
 // order. Codes beyond those of the infinities are NaN, so that the extremes tell whether there was
 // one.
@@ -73,11 +76,11 @@ static inline Lanes gather(const Integer* source, int64_t i, int64_t count, int6
 }
 
 template <typename Integer, bool finite_only>
-static inline void take_all(Extremes<Integer, 64>& found, const Integer* values, int64_t count,
+static inline void take_all(Extremes<Integer, WIDTH>& found, const Integer* values, int64_t count,
                             int64_t stride, Integer infinity) {
-  using Lanes = typename Extremes<Integer, 64>::Lanes;
-  constexpr int64_t COUNT = 64 / sizeof(Integer);
-  Extremes<Integer, 64> part = found;  // in registers
+  using Lanes = typename Extremes<Integer, WIDTH>::Lanes;
+  constexpr int64_t COUNT = WIDTH / sizeof(Integer);
+  Extremes<Integer, WIDTH> part = found;  // in registers
   int64_t i = 0;
   if (stride == 1)
     for (; i + COUNT <= count; i += COUNT) {
@@ -95,7 +98,7 @@ constexpr int64_t MOST_BESIDE = 64;
 
 template <typename Integer, bool finite_only>
 static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integer infinity) {
-  using Found = Extremes<Integer, 64>;
+  using Found = Extremes<Integer, WIDTH>;
   using Lanes = typename Found::Lanes;
   const Box& box = task.box;
   const Integer* values = static_cast<const Integer*>(box.values);
@@ -117,8 +120,8 @@ static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integ
                                               infinity);
     });
     for (int64_t k = 0; k < beside; k++) {
-      Found all{Lanes{} + fold<Integer, 64>(found[k].low, least),
-                Lanes{} + fold<Integer, 64>(found[k].high, most)};
+      Found all{Lanes{} + fold<Integer, WIDTH>(found[k].low, least),
+                Lanes{} + fold<Integer, WIDTH>(found[k].high, most)};
       all.close(infinity);
       lows[unit + k] = all.low[0];
       highs[unit + k] = all.high[0];
@@ -126,9 +129,14 @@ static void find_extremes(const MinMax& task, int64_t first, int64_t last, Integ
   }
 }
 
-// Groups of sixteen one after the other, as NVFP4 has them: neighbours are compared with each other
-// until there is one for each group, sixteen vectors at a time.
-constexpr int LEVELS = 4;
+// Groups of sixteen one after the other, as NVFP4 has them: vectors of one group are compared, then
+// neighbours with each other until there is one for each group.
+constexpr int64_t SHORT_GROUP = 16;
+
+// How often neighbours are compared: one lane for each group is left of as many lanes.
+constexpr int levels_for(int64_t lanes) {
+  return lanes == 1 ? 0 : 1 + levels_for(lanes / 2);
+}
 
 template <typename Lanes, typename Pick, size_t... I>
 static inline Lanes join(Lanes a, Lanes b, Pick pick, std::index_sequence<I...>) {
@@ -143,14 +151,18 @@ static inline Lanes join(Lanes a, Lanes b, Pick pick, std::index_sequence<I...>)
 }
 
 template <typename Integer, bool finite_only, int level>
-static inline Extremes<Integer, 64> join_neighbours(const Integer* values, Integer infinity) {
-  using Found = Extremes<Integer, 64>;
+static inline Extremes<Integer, WIDTH> join_neighbours(const Integer* values, Integer infinity) {
+  using Found = Extremes<Integer, WIDTH>;
   using Lanes = typename Found::Lanes;
+  constexpr int64_t LEAF = std::max(SHORT_GROUP, Found::COUNT);
   if constexpr (level == 0) {
     Found found{Lanes{} + infinity, Lanes{} + Integer(~infinity)};
-    Lanes bits;
-    std::memcpy(&bits, values, sizeof bits);
-    found.template take<finite_only>(bits, infinity);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < LEAF; i += Found::COUNT) {
+      Lanes bits;
+      std::memcpy(&bits, values + i, sizeof bits);
+      found.template take<finite_only>(bits, infinity);
+    }
     return found;
   } else {
     auto least = [](Lanes a, Lanes b) { return a < b ? a : b; };
@@ -158,7 +170,7 @@ static inline Extremes<Integer, 64> join_neighbours(const Integer* values, Integ
     auto lanes = std::make_index_sequence<Found::COUNT>();
     auto a = join_neighbours<Integer, finite_only, level - 1>(values, infinity);
     auto b = join_neighbours<Integer, finite_only, level - 1>(
-        values + (Found::COUNT << (level - 1)), infinity);
+        values + (LEAF << (level - 1)), infinity);
     return {join(a.low, b.low, least, lanes), join(a.high, b.high, most, lanes)};
   }
 }
@@ -167,12 +179,13 @@ static inline Extremes<Integer, 64> join_neighbours(const Integer* values, Integ
 template <typename Integer, bool finite_only>
 static int64_t find_short_extremes(const MinMax& task, int64_t first, int64_t last,
                                    Integer infinity) {
-  using Found = Extremes<Integer, 64>;
+  using Found = Extremes<Integer, WIDTH>;
   const Box& box = task.box;
   bool straight = !box.columns && box.runs == 1 && box.kept.count == 1 && box.reduced.count == 1;
-  if (!straight || box.size != 1 << LEVELS || box.kept.value[0] != box.size ||
+  if (!straight || box.size != SHORT_GROUP || box.kept.value[0] != box.size ||
       box.reduced.value[0] != 1)
     return 0;
+  constexpr int LEVELS = levels_for(std::min(SHORT_GROUP, Found::COUNT));
   int64_t unit = first;
   for (; unit + Found::COUNT <= last; unit += Found::COUNT) {
     const Integer* values = static_cast<const Integer*>(box.values) + unit * box.size;

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import calipers
 from calipers.demo import MODEL_PATH
-from calipers.ranges import engines, grid_inductor
+from calipers.ranges import engines, grid_inductor, group_sums
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,7 @@ def _compiled_from_scratch(monkeypatch):
     monkeypatch.setenv("CALIPERS_ENGINE", "inductor")
     torch._dynamo.reset()
     grid_inductor._compiled_errors.cache_clear()
+    group_sums._compiled.cache_clear()
     assert engines.inductor_problem(torch.device("cpu")) is None
 
 
@@ -26,10 +27,11 @@ def compilations() -> int:
     return count
 
 
-def calibrate(model: torch.nn.Module, scheme: str) -> int:
+def calibrate(model: torch.nn.Module, scheme: str, observer: str = "memoryless_mse") -> int:
     """Graphs compiled for the weights of the model."""
     before = compilations()
-    report = calipers.calibrate(copy.deepcopy(model), scheme, "memoryless_mse")
+    data = [torch.arange(64).view(1, -1)] if observer == "optimal" else None
+    report = calipers.calibrate(copy.deepcopy(model), scheme, observer, data)
     assert len(report.modules) > 1
     assert not engines._failures
     return compilations() - before
@@ -59,9 +61,10 @@ def llama_of_100_million_parameters() -> LlamaForCausalLM:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("observer", ["memoryless_mse", "optimal"])
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A16", "NVFP4A16"])
-def test_a_llama_of_100_million_parameters(scheme):
-    assert 1 <= calibrate(llama_of_100_million_parameters(), scheme) <= 2
+def test_a_llama_of_100_million_parameters(scheme, observer):
+    assert 1 <= calibrate(llama_of_100_million_parameters(), scheme, observer) <= 2
 
 
 def test_the_native_engine_compiles_nothing_for_a_model(monkeypatch):

@@ -70,8 +70,7 @@ class _Batch:
         num_steps: int,
         finite_only: bool,
     ) -> None:
-        self.found, self.extremes, self.args = found, extremes, args
-        self.grid = grid
+        self.found, self.extremes, self.args, self.grid = found, extremes, args, grid
         self.global_scale, self.num_steps = global_scale, num_steps
         self.finite_only = finite_only
         self._clear()

@@ -102,7 +102,6 @@ def count_patterns(view: GroupedView) -> Histogram:
         index = index.flatten()
         _add_counts(target, index)
         if offsets is not None:
-            # Sums in float64 are exact here: integers below 2**53, and so the order does not show.
             _add_counts(offsets[where], index, (bits & (NUM_PATTERNS - 1)).flatten())
     exponent = _EXPONENT[dtype]
     for sign in (0, NUM_PATTERNS // 2):
@@ -119,6 +118,7 @@ def _add_counts(target: Tensor, index: Tensor, weights: Tensor | None = None) ->
         added = torch.ones_like(index) if weights is None else weights
         target.view(-1).scatter_add_(0, index.long(), added.long())
         return
+    # Sums in float64 are exact here: integers below 2**53, and so the order does not show.
     found = torch.bincount(index, weights=weights, minlength=target.numel())
     target += found.to(torch.int64).view(target.shape)
 

@@ -157,9 +157,11 @@ static bool clips_too_much(const GridSearch& search, Vec largest, float factor, 
                            IVec is_unit) {
   Vec over = largest / search.expand - largest * (factor * (1 + 2 / search.clip_steps));
   over = larger(over, Vec{});
-  // Of each norm there is, |x|**norm by exp2 and log2: right to 1e-6, and bounds may be too low.
+  // |x|**norm for any norm, right to 1e-5; a bound may be too low.
   Vec exponent = smaller(larger(log2_of(over) * search.norm, splat(-126)), splat(126));
-  Vec least = select(exponent > splat(-126), exp2_of(exponent) * (1 - 1e-4f), Vec{});
+  // Of what is below the normal numbers the logarithm is too large: it bounds nothing.
+  IVec known = (over >= splat(std::numeric_limits<float>::min())) & (exponent > splat(-126));
+  Vec least = select(known, exp2_of(exponent) * (1 - 1e-4f), Vec{});
   return all((least > best) | (best == Vec{}) | ~is_unit);
 }
 

@@ -139,7 +139,7 @@ static inline Vec by_group(const Box& box, const float* numbers, int64_t block) 
   float lanes[LANES];
   for (int lane = 0; lane < LANES; lane++) {
     int64_t unit = std::min(block * LANES + lane, box.units() - 1);
-    lanes[lane] = numbers[unit / box.runs];
+    lanes[lane] = numbers[box.runs > 1 ? unit / box.runs : unit];
   }
   return load(lanes);
 }

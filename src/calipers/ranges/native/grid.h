@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "power.h"
 #include "sums.h"
@@ -268,7 +269,12 @@ extern "C" void search_grid(const GridSearch* search, int64_t parts, GridReport*
     Scratch values(box.run_length), weights(weighted ? box.run_length : 0);
     Scratch scales(search->steps), numbers(search->steps);
     const Room room{values.data, weights.data, scales.data, numbers.data};
+    // Written once: reports of several threads share a line of the cache.
+    std::vector<uint8_t> gains(search->steps);
+    GridReport report{gains.data(), 0};
     for (int64_t block = first; block < last; block++)
-      search_block(*search, block, sum, square, room, reports[part]);
+      search_block(*search, block, sum, square, room, report);
+    std::copy(gains.begin(), gains.end(), reports[part].gains);
+    reports[part].evaluated = report.evaluated;
   });
 }

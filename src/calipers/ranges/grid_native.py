@@ -1,7 +1,8 @@
 """The shrink grid on the CPU in C++: a group's values are brought into the cache for all steps.
 
-Its errors are off by some millionths. Groups whose two best candidates lie closer than that are
-searched again by the reference, so that it is the reference's step that is chosen there too.
+Its errors are off by up to some hundred-thousandths. Groups whose two best candidates lie closer
+than that are searched again by the reference, so that it is the reference's step that is chosen
+there too.
 """
 
 from __future__ import annotations
@@ -27,10 +28,6 @@ from calipers.ranges.shrink import ShrinkGrid, last_step
 from calipers.ranges.views import GroupedView
 
 __all__ = ["Evaluated", "search", "supports"]
-
-#: Part of the smallest error by which the next one must be larger to leave no doubt: squares are
-#: summed to some 1e-7, other powers to some 1e-6.
-CLOSE, CLOSE_OF_SQUARES = 5e-6, 2e-6
 
 Range = tuple[Tensor, Tensor]
 
@@ -147,7 +144,7 @@ class _Search:
             self.grid.expand,
             _clip_steps(self.args) if self.importance is None else 0,
             _squares_first(self.args, self.grid),
-            CLOSE_OF_SQUARES if self.grid.norm == 2 else CLOSE,
+            _doubt(self.grid.norm),
             address(known),
             address(errors),
             address(self.low),
@@ -181,6 +178,18 @@ class _Search:
                 num_steps,
             )
         return self.low, self.high
+
+
+def _doubt(norm: float) -> float:
+    """Part of the smallest error by which the next one must be larger to leave no doubt.
+
+    Sums of squares and cubes are right to some 1e-7. Any other power (power.h) may be off by 2.6e-6
+    of itself from the exponential, and by 9e-6 from the logarithm for each power taken by it.
+    """
+    if norm in (2, 3):
+        return 2e-6
+    by_logarithm = abs(norm - 1 if norm < 2 else norm / 2 - 1)
+    return 2 * (9e-6 * by_logarithm + 3e-6) + 2e-6
 
 
 def _clip_steps(args: QuantizationArgs) -> int:

@@ -41,7 +41,7 @@ static inline Vec code_of(const Format& format, Vec value, const Candidate& c) {
     Vec code = larger(value * c.inverse + c.far, splat(format.lowest + FAR));
     return smaller(code, splat(format.highest + FAR)) - c.far;
   }
-  Vec size = smaller(size_of(value * c.inverse), splat(format.highest));
+  Vec size = smaller(size_of(value) * c.inverse, splat(format.highest));
   return float_code(size, format.shift, int32_t(format.smallest));
 }
 

@@ -146,10 +146,6 @@ struct Steps {
     Vec scale = distinct ? load(scales + index * LANES) : stored(index, zero);
     return candidate_of_stored(search.format, scale, zero);
   }
-
-  int64_t step_of(int64_t index, int lane) const {
-    return distinct ? int64_t(numbers[index * LANES + lane]) : index;
-  }
 };
 
 // Whether clipping the largest value alone costs more than the best from here on, which only grows:
@@ -220,6 +216,7 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
         tile = 0;
       }
     }
+    uint32_t gains = 0;
     for (int t = 0; t < tile; t++) {
       if (sums_only) {
         for (int lane = 0; lane < count; lane++)
@@ -228,9 +225,15 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       }
       Vec error = errors[t], scale = candidates[t].scale;
       IVec better = (error < best.error) & is_unit;
-      for (uint32_t some = bits_of_lanes(better); some; some &= some - 1) {
-        const int lane = __builtin_ctz(some);
-        const int64_t its_step = steps.step_of(step + t, lane);
+      uint32_t gaining = bits_of_lanes(better);
+      gains |= gaining;
+      if (!steps.distinct && gaining) {
+        report.gains[step + t] = 1;
+        best.factor = select(better, splat(search.factors[step + t]), best.factor);
+      }
+      for (; steps.distinct && gaining; gaining &= gaining - 1) {
+        const int lane = __builtin_ctz(gaining);
+        const int64_t its_step = int64_t(steps.numbers[(step + t) * LANES + lane]);
         report.gains[its_step] = 1;
         best.factor[lane] = search.factors[its_step];
       }
@@ -243,7 +246,8 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       // One over so small a scale is no number.
       doubtful |= (scale < splat(std::numeric_limits<float>::min())) & (largest > Vec{});
     }
-    if (sums_only || !search.clip_steps || step + TILE >= steps.count) continue;
+    // While errors still fall the bound is far from them.
+    if (sums_only || !search.clip_steps || gains || step + TILE >= steps.count) continue;
     if (clips_too_much(search, largest, search.factors[step + TILE], best.error, is_unit)) break;
   }
   if (sums_only) return;

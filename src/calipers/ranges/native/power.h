@@ -16,28 +16,27 @@ static inline void polynomial(const float (&coefficients)[DEGREE + 1], const Vec
     for (int i = 0; i < COUNT; i++) found[i] = found[i] * x[i] + coefficients[k];
 }
 
-constexpr float LOG2[] = {0.01552991196513176f, -0.07955770939588547f, 0.1942943036556244f,
-                          -0.32590195536613464f, 0.4735534191131592f,  -0.7205854654312134f,
-                          1.442667841911316f};
-constexpr float EXP2[] = {0.0013276472454890609f, 0.009675540961325169f, 0.05550713092088699f,
-                          0.24022120237350464f,   0.6931469440460205f,   1.0000001192092896f};
+// log2(m) + 1 - m for 1 <= m < 2 to 1.3e-5, and 2**x for |x| <= 1/2 to 2.6e-6 of itself: by Remez.
+constexpr float LOG2[] = {0.0448736102f, -0.416563687f, 1.63114876f,
+                          -3.55079292f,  4.09171081f,   -1.80036403f};
+constexpr float EXP2[] = {0.00957010191f, 0.0559178603f, 0.240247448f, 0.693121815f, 0.999999261f};
 
-// Logarithms of numbers >= 0, right to 3e-7, in place; of zero -127, where any number does here.
+// Logarithms of numbers >= 0, right to 1.4e-5, in place; of zero -127, where any number does here.
 template <int COUNT>
 static inline void log2_of(Vec* x) {
-  Vec m[COUNT], curve[COUNT];
+  Vec mantissa[COUNT], curve[COUNT];
 #pragma GCC unroll 8
   for (int i = 0; i < COUNT; i++) {
-    m[i] = from_bits((bits_of(x[i]) & 0x7fffff) | 0x3f800000) - 1.0f;
-    // Below the bits of 2**23 an integer's bits are its value.
-    x[i] = from_bits((bits_of(x[i]) >> 23) | 0x4b000000) - 8388735.0f;
+    mantissa[i] = from_bits((bits_of(x[i]) & 0x7fffff) | 0x3f800000);
+    // Bits read as an integer are the exponent and, as its fraction, the mantissa less one.
+    x[i] = __builtin_convertvector(bits_of(x[i]) - 0x3f800000, Vec);
   }
-  polynomial<COUNT, 6>(LOG2, m, curve);
+  polynomial<COUNT, 5>(LOG2, mantissa, curve);
 #pragma GCC unroll 8
-  for (int i = 0; i < COUNT; i++) x[i] += curve[i] * m[i];
+  for (int i = 0; i < COUNT; i++) x[i] = x[i] * 0x1p-23f + curve[i];
 }
 
-// Powers of two, for exponents of -126 to 127, right to 1e-7 of themselves, in place.
+// Powers of two, for exponents of -126 to 127, right to 2.6e-6 of themselves, in place.
 template <int COUNT>
 static inline void exp2_of(Vec* x) {
   IVec whole[COUNT];
@@ -48,7 +47,7 @@ static inline void exp2_of(Vec* x) {
     whole[i] = bits_of(far) << 23;
     x[i] -= far - FAR;  // -.5 to .5
   }
-  polynomial<COUNT, 5>(EXP2, x, curve);
+  polynomial<COUNT, 4>(EXP2, x, curve);
 #pragma GCC unroll 8
   for (int i = 0; i < COUNT; i++) x[i] = from_bits(bits_of(curve[i]) + whole[i]);
 }

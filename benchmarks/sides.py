@@ -33,15 +33,20 @@ Range = tuple[Tensor, Tensor]
 
 
 class Side:
-    """A call to time and the range that it found last."""
+    """A call to time and the range that it found last.
+
+    `module` is kept for the observer, which holds it weakly.
+    """
 
     def __init__(
         self,
         run: Callable[[], object],
         found: Callable[[], Range],
         prepare: Callable[[], object] | None = None,
+        module: torch.nn.Module | None = None,
     ) -> None:
         self.call = Call(run) if prepare is None else Call(run, prepare)
+        self.module = module
         self._found = found
 
     def range(self) -> Range:
@@ -102,8 +107,7 @@ def our_observer(
         if whole_call:
             observer.get_qparams()
 
-    run.module = module  # type: ignore[attr-defined]  # observers hold it weakly
-    return Side(run, found, prepare)
+    return Side(run, found, prepare, module)
 
 
 def our_min_max(args: QuantizationArgs, weight: Tensor) -> Side:

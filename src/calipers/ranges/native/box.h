@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "simd.h"
 
@@ -94,44 +95,80 @@ static inline void walk_run(const Box& box, int64_t unit, Visit visit) {
   }
 }
 
-template <Type type, bool finite_only, bool weight>
-static void load_unit(const Box& box, int64_t unit, float* target) {
-  const void* source = weight ? box.weights : box.values;
-  walk_run<weight>(box, unit, [&](int64_t at, int64_t count, int64_t stride) {
-    for (int64_t i = 0; i < count; i++, target += LANES) {
-      float x = load_one<type>(source, at + i * stride);
-      *target = finite_only && (bits_of_one(x) & 0x7f800000) == 0x7f800000 ? 0 : x;
-    }
-  });
+// The same, as searches take it in.
+template <Type type, bool finite_only>
+static inline float take_one(const void* source, int64_t at) {
+  float x = load_one<type>(source, at);
+  return finite_only && (bits_of_one(x) & 0x7f800000) == 0x7f800000 ? 0 : x;
 }
 
-template <bool finite_only, bool weight>
-static void load_unit(const Box& box, int64_t unit, float* target) {
-  switch (weight ? box.weight_type : box.value_type) {
-    case FLOAT32:
-      return load_unit<FLOAT32, finite_only, weight>(box, unit, target);
-    case BFLOAT16:
-      return load_unit<BFLOAT16, finite_only, weight>(box, unit, target);
-    default:
-      return load_unit<FLOAT16, finite_only, weight>(box, unit, target);
-  }
+// Where the values of a block's units lie when each is one straight part.
+struct Straight {
+  int64_t at[LANES];
+  int64_t stride;
+};
+
+template <bool weight>
+static bool is_straight(const Box& box, int64_t block, Straight& found) {
+  if (box.columns || (block + 1) * LANES > box.units()) return false;
+  bool straight = true;
+  for (int lane = 0; lane < LANES; lane++)
+    walk_run<weight>(box, block * LANES + lane, [&](int64_t at, int64_t count, int64_t stride) {
+      found.at[lane] = at;
+      found.stride = stride;
+      straight &= count == box.run_length;
+    });
+  return straight;
+}
+
+template <Type type, bool finite_only, size_t... lane>
+static void load_straight(const void* source, const Straight& from, int64_t length, float* target,
+                          std::index_sequence<lane...>) {
+  for (int64_t i = 0; i < length; i++)
+    store(target + i * LANES,
+          Vec{take_one<type, finite_only>(source, from.at[lane] + i * from.stride)...});
 }
 
 // One lane for each unit of the block; zeros where a run or the block is short, which cost nothing:
 // every format has a code for zero.
+template <Type type, bool finite_only, bool weight>
+static void load_block(const Box& box, int64_t block, float* target) {
+  const void* source = weight ? box.weights : box.values;
+  Straight straight;
+  if (is_straight<weight>(box, block, straight)) {
+    load_straight<type, finite_only>(source, straight, box.run_length, target,
+                                     std::make_index_sequence<LANES>());
+    return;
+  }
+  for (int lane = 0; lane < LANES; lane++) {
+    int64_t unit = block * LANES + lane, done = 0;
+    if (unit < box.units())
+      walk_run<weight>(box, unit, [&](int64_t at, int64_t count, int64_t stride) {
+        for (int64_t i = 0; i < count; i++, done++)
+          target[done * LANES + lane] = take_one<type, finite_only>(source, at + i * stride);
+      });
+    for (; done < box.run_length; done++) target[done * LANES + lane] = 0;
+  }
+}
+
+template <bool finite_only, bool weight>
+static void load_block(const Box& box, int64_t block, float* target) {
+  switch (weight ? box.weight_type : box.value_type) {
+    case FLOAT32:
+      return load_block<FLOAT32, finite_only, weight>(box, block, target);
+    case BFLOAT16:
+      return load_block<BFLOAT16, finite_only, weight>(box, block, target);
+    default:
+      return load_block<FLOAT16, finite_only, weight>(box, block, target);
+  }
+}
+
 template <bool weight>
 static void load_block(const Box& box, int64_t block, float* target) {
-  for (int lane = 0; lane < LANES; lane++) {
-    int64_t unit = block * LANES + lane, count = 0;
-    if (unit < box.units()) {
-      count = count_of(box, unit);
-      if (box.finite_only && !weight)
-        load_unit<true, weight>(box, unit, target + lane);
-      else
-        load_unit<false, weight>(box, unit, target + lane);
-    }
-    for (int64_t i = count; i < box.run_length; i++) target[i * LANES + lane] = 0;
-  }
+  if (box.finite_only && !weight)
+    load_block<true, weight>(box, block, target);
+  else
+    load_block<false, weight>(box, block, target);
 }
 
 // A number of the group of each lane.

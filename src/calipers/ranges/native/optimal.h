@@ -25,7 +25,8 @@ struct Winner {
   Vec gain, ratio, zero;
 };
 
-constexpr int TILE_OF_PRODUCTS = 4;
+// Sums and candidates of more would not fit into sixteen registers.
+constexpr int TILE_OF_PRODUCTS = LANES == 16 ? 4 : 2;
 
 // Take some candidates in: their sums, and the best of them by lane.
 template <bool INTEGER, bool WEIGHTED, bool RESIDUAL>

@@ -170,6 +170,22 @@ class TestLayouts:
     def test_sixteen_bit_values(self, both_engines, dtype):
         assert_same_steps(*both_engines(awkward(640, 128).to(dtype), group(4, 32)))
 
+    @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
+    @pytest.mark.parametrize(
+        "value",
+        [
+            awkward(128, 640).t(),
+            awkward(640, 256)[:, ::2],
+            awkward(3 * 128, 70).view(3, 128, 70).transpose(1, 2)[:, :, ::2],
+        ],
+        ids=["transposed", "every other column", "three dimensions"],
+    )
+    def test_values_that_lie_apart(self, value, weighted):
+        """By `native`; `inductor` would be compiled for a minute."""
+        random = torch.Generator().manual_seed(1)
+        importance = torch.rand(value.shape[-1], 2, generator=random)[:, 0] if weighted else None
+        assert_same_steps(*search_twice("native", value, group(4, 32), importance=importance))
+
     def test_importance(self, both_engines):
         importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 3
         value = awkward(640, 128)

@@ -102,7 +102,7 @@ static inline float take_one(const void* source, int64_t at) {
   return finite_only && (bits_of_one(x) & 0x7f800000) == 0x7f800000 ? 0 : x;
 }
 
-// Where the values of a block's units lie when each is one straight part.
+// Where the values of a block's units lie when each is one straight part of one dimension.
 struct Straight {
   int64_t at[LANES];
   int64_t stride;
@@ -110,7 +110,7 @@ struct Straight {
 
 template <bool weight>
 static bool is_straight(const Box& box, int64_t block, Straight& found) {
-  if (box.columns || (block + 1) * LANES > box.units()) return false;
+  if (box.columns || box.reduced.count > 1 || (block + 1) * LANES > box.units()) return false;
   bool straight = true;
   for (int lane = 0; lane < LANES; lane++)
     walk_run<weight>(box, block * LANES + lane, [&](int64_t at, int64_t count, int64_t stride) {

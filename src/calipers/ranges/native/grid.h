@@ -87,15 +87,22 @@ struct Best {
   Vec error, next, scale, factor;
 };
 
+// 2**exponent or less, where the exponent adds up logarithms `norm` times at most: each time it may
+// be too large by what log2_of is off.
+static inline Vec power_bound(Vec exponent, float norm) {
+  Vec power = exp2_of(smaller(larger(exponent, splat(-126)), splat(126)));
+  return power * (1 - 1e-4f - 1e-5f * norm);
+}
+
 // By the inequality of power means sum w |d|^p >= (sum w)^(1 - p/2) (sum w d^2)^(p/2), p > 2: whether
 // some of a tile's squared errors leave room for a smaller error than the best.
 static bool may_be_better(const Vec* squares, Vec total_weight, float norm, Vec best, IVec is_unit) {
   IVec possible{};
   for (int t = 0; t < TILE; t++) {
     Vec exponent = log2_of(squares[t]) * (norm / 2) + log2_of(total_weight) * (1 - norm / 2);
-    // Less than rounding takes away; and near the smallest numbers the bound says nothing.
-    Vec bound = exp2_of(smaller(larger(exponent, splat(-126)), splat(126))) * (1 - 1e-4f);
-    possible |= (bound <= best) | (exponent < splat(-100)) | (squares[t] != squares[t]);
+    // Near the smallest numbers the bound says nothing.
+    possible |= (power_bound(exponent, norm) <= best) | (exponent < splat(-100)) |
+                (squares[t] != squares[t]);
   }
   return any(possible & is_unit);
 }
@@ -154,11 +161,10 @@ static bool clips_too_much(const GridSearch& search, Vec largest, float factor, 
                            IVec is_unit) {
   Vec over = largest / search.expand - largest * (factor * (1 + 2 / search.clip_steps));
   over = larger(over, Vec{});
-  // |x|**norm for any norm, right to 1e-5; a bound may be too low.
-  Vec exponent = smaller(larger(log2_of(over) * search.norm, splat(-126)), splat(126));
+  Vec exponent = log2_of(over) * search.norm;
   // Of what is below the normal numbers the logarithm is too large: it bounds nothing.
   IVec known = (over >= splat(std::numeric_limits<float>::min())) & (exponent > splat(-126));
-  Vec least = select(known, exp2_of(exponent) * (1 - 1e-4f), Vec{});
+  Vec least = select(known, power_bound(exponent, search.norm), Vec{});
   return all((least > best) | (best == Vec{}) | ~is_unit);
 }
 
@@ -216,7 +222,7 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
         tile = 0;
       }
     }
-    uint32_t gains = 0;
+    bool falls = false;
     for (int t = 0; t < tile; t++) {
       if (sums_only) {
         for (int lane = 0; lane < count; lane++)
@@ -226,16 +232,17 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       Vec error = errors[t], scale = candidates[t].scale;
       IVec better = (error < best.error) & is_unit;
       uint32_t gaining = bits_of_lanes(better);
-      gains |= gaining;
-      if (!steps.distinct && gaining) {
+      falls |= gaining != 0;
+      if (steps.distinct) {
+        for (; gaining; gaining &= gaining - 1) {
+          const int lane = __builtin_ctz(gaining);
+          const int64_t its_step = int64_t(steps.numbers[(step + t) * LANES + lane]);
+          report.gains[its_step] = 1;
+          best.factor[lane] = search.factors[its_step];
+        }
+      } else if (gaining) {
         report.gains[step + t] = 1;
         best.factor = select(better, splat(search.factors[step + t]), best.factor);
-      }
-      for (; steps.distinct && gaining; gaining &= gaining - 1) {
-        const int lane = __builtin_ctz(gaining);
-        const int64_t its_step = int64_t(steps.numbers[(step + t) * LANES + lane]);
-        report.gains[its_step] = 1;
-        best.factor[lane] = search.factors[its_step];
       }
       // The same scale again, as rounded scales come, is no other candidate.
       Vec loser = larger(best.error, error);
@@ -247,7 +254,7 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       doubtful |= (scale < splat(std::numeric_limits<float>::min())) & (largest > Vec{});
     }
     // While errors still fall the bound is far from them.
-    if (sums_only || !search.clip_steps || gains || step + TILE >= steps.count) continue;
+    if (sums_only || !search.clip_steps || falls || step + TILE >= steps.count) continue;
     if (clips_too_much(search, largest, search.factors[step + TILE], best.error, is_unit)) break;
   }
   if (sums_only) return;

@@ -12,7 +12,7 @@ from compressed_tensors.offload.utils import send_tensors
 
 from calipers.errors import CalipersError
 
-__all__ = ["Progress", "run_batches"]
+__all__ = ["Progress", "eval_mode", "run_batches"]
 
 # stage, done, total (None where it is not known)
 Progress: TypeAlias = Callable[[str, int, "int | None"], object]
@@ -47,7 +47,7 @@ def run_batches(
         )
     total = len(batches) if isinstance(batches, Sized) else None
     device = get_execution_device(model, torch.device("cpu"))
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if progress is not None:
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
@@ -72,7 +72,8 @@ def _call(model: torch.nn.Module, batch: object, device: torch.device | str) -> 
 
 
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while; training flags are put back."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

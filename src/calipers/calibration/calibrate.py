@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from calipers.calibration.attach import plan_observers
 from calipers.calibration.batches import Progress
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule
+from calipers.calibration.plan import plan_observers, without_never_called
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration, OnMissing, check_on_missing
@@ -24,7 +24,7 @@ def calibrate(
     scheme: SchemeLike = "W4A16",
     observer: str | None = None,
     data: Iterable[Any] | None = None,
-    ignore: str | Iterable[str] = ("lm_head",),
+    ignore: str | Iterable[str] = (),
     *,
     observer_options: Mapping[str, Any] | None = None,
     activation_observer: str | None = None,
@@ -41,7 +41,9 @@ def calibrate(
             where there is data and "memoryless_minmax" where there is none.
         data: Batches; see `Calibration.run`. None where the observers and the scheme need none:
             weights alone, or dynamic activations.
-        ignore: Modules left alone: names, class names or "re:" patterns.
+        ignore: Modules left alone: names, class names or "re:" patterns, of layers or of what
+            contains them. Output heads and routers are left alone in any case, unless a target of
+            the scheme is the exact name of one.
         observer_options: Options of the weight observers.
         activation_observer: Observer of static activations; None takes the one that the scheme
             names, else "static_minmax".
@@ -63,10 +65,11 @@ def calibrate(
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
-    config, observed = plan_observers(model, scheme, choice, ignore)
+    plan = plan_observers(model, scheme, choice, ignore)
     if data is None:
-        refuse_without_data(observed)
-    with Calibration(model, config, observed, choice) as calibration:
+        refuse_without_data(plan.observed)
+        plan = without_never_called(model, plan)
+    with Calibration(model, plan) as calibration:
         if data is not None:
             calibration.run(data, progress)
         return calibration.freeze(on_missing, progress)

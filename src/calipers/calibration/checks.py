@@ -7,21 +7,22 @@ from collections.abc import Iterator
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
+from calipers.calibration.fused import find_fused_problems
 from calipers.calibration.module_checks import find_module_problems
 from calipers.calibration.pattern_checks import find_pattern_problems
-from calipers.calibration.targets import Target, match_targets_to_schemes
+from calipers.calibration.targets import Resolution, Target, resolve_modules
 from calipers.errors import SchemeError
 
-__all__ = ["check_scheme"]
+__all__ = ["check_scheme", "resolve_and_check"]
 
 
 def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Target]:
     """Check that every module can take the scheme which the config gives it.
 
-    Found here: target and ignore patterns that match nothing ("lm_head" may be ignored where
-    there is none), modules of a type that compressed-tensors cannot quantize, modules already
-    quantized, group sizes that do not divide a module's columns, strategies and number formats
-    that the layer or compressed-tensors cannot take.
+    Found here: target and ignore patterns that match nothing (an ignored "lm_head" is only warned
+    of), modules of a type that compressed-tensors cannot quantize, modules already quantized,
+    group sizes that do not divide a module's columns, strategies and number formats that the layer
+    or compressed-tensors cannot take, and NVFP4 for some members of a fused layer alone.
 
     Args:
         model: Any model, offloaded or not; nothing in it is changed.
@@ -34,17 +35,27 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
     Raises:
         SchemeError: One error that lists every offending pattern and module with its reason.
     """
-    targets = match_targets_to_schemes(model, config)
-    problems = list(_find_problems(model, config, targets))
+    return resolve_and_check(model, config).targets
+
+
+def resolve_and_check(model: torch.nn.Module, config: QuantizationConfig) -> Resolution:
+    """As `check_scheme`; the answer also says what is left alone and why.
+
+    Raises:
+        SchemeError: As `check_scheme`.
+    """
+    resolution = resolve_modules(model, config)
+    problems = list(_find_problems(model, config, resolution))
     if problems:
         raise SchemeError("\n  ".join(["the model cannot take this scheme:", *problems]))
-    return targets
+    return resolution
 
 
 def _find_problems(
-    model: torch.nn.Module, config: QuantizationConfig, targets: list[Target]
+    model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
 ) -> Iterator[str]:
-    yield from find_pattern_problems(model, config)
-    for target in targets:
+    yield from find_pattern_problems(model, config, resolution)
+    for target in resolution.targets:
         for reason in find_module_problems(target):
             yield f"{target.name or type(target.module).__name__}: {reason}"
+    yield from find_fused_problems(model, resolution)

@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 import torch
 from compressed_tensors.quantization import (
-    QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
     QuantizationStrategy,
-    apply_quantization_config,
+    initialize_module_for_quantization,
 )
-from compressed_tensors.utils import match_named_modules
 from loguru import logger
 
 from calipers.calibration.batches import Progress
@@ -26,7 +24,6 @@ from calipers.calibration.observed import ObservedModule, args_of
 from calipers.calibration.qparams import write_qparam
 from calipers.calibration.report import ModuleReport
 from calipers.calibration.rollback import undo_on_error
-from calipers.calibration.targets import is_quantizable, schemes_by_target
 from calipers.calibration.weight_error import measure_weight_error
 from calipers.errors import CalipersError
 from calipers.observers import Observer
@@ -41,8 +38,6 @@ _SAMPLE = 2**18
 
 
 def freeze_modules(
-    model: torch.nn.Module,
-    config: QuantizationConfig,
     observed: Sequence[ObservedModule],
     choice: ObserverChoice,
     substitutes: Substitutes,
@@ -54,9 +49,7 @@ def freeze_modules(
     derived and its observer's range forgotten before the next; then activations.
 
     Args:
-        model: The model, not quantized yet.
-        config: The resolved config; not changed.
-        observed: The modules to quantize; all others that the config matches stay as they are.
+        observed: The modules to quantize, not quantized yet; their schemes are not changed.
         choice: How the observers were chosen, recorded in the schemes put on the modules.
         substitutes: Observers asked in place of the modules' own.
         progress: Called as `progress(stage, done, total)` for the stages "global scales",
@@ -71,9 +64,7 @@ def freeze_modules(
     if not observed:
         return []
     with undo_on_error([each.module for each in observed]), torch.no_grad():
-        apply_quantization_config(
-            model, _config_to_apply(model, config, observed, choice), show_progress=False
-        )
+        _initialize(observed, choice)
         work = _Work(observed, substitutes, progress)
         work.write_global_scales()
         errors = work.write_weights()
@@ -238,25 +229,18 @@ def _borrowed_memory(observer: Observer) -> Iterator[None]:
         observer.load_state(gathered)
 
 
-def _config_to_apply(
-    model: torch.nn.Module,
-    config: QuantizationConfig,
-    observed: Sequence[ObservedModule],
-    choice: ObserverChoice,
-) -> QuantizationConfig:
-    """The config for these modules alone, with the observers that were really used."""
-    applied = config.model_copy(deep=True)
-    for scheme in applied.config_groups.values():
-        if isinstance(scheme, QuantizationScheme):
+def _initialize(observed: Sequence[ObservedModule], choice: ObserverChoice) -> None:
+    """Empty qparams on every module, with the observers that were really used in its scheme.
+
+    Modules of one scheme share one object, as after `apply_quantization_config`.
+    """
+    recorded: dict[int, QuantizationScheme] = {}
+    for each in observed:
+        scheme = recorded.get(id(each.scheme))
+        if scheme is None:
+            scheme = recorded[id(each.scheme)] = each.scheme.model_copy(deep=True)
             _record_observers(scheme, choice)
-    wanted = {id(each.module) for each in observed}
-    left_out = [
-        name
-        for name, module in match_named_modules(model, schemes_by_target(config), config.ignore)
-        if is_quantizable(module) and id(module) not in wanted
-    ]
-    applied.ignore = [*(applied.ignore or []), *left_out]
-    return applied
+        initialize_module_for_quantization(each.module, scheme)
 
 
 def _record_observers(scheme: QuantizationScheme, choice: ObserverChoice) -> None:

@@ -9,20 +9,24 @@ from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from loguru import logger
 
 from calipers.calibration.batches import Progress, run_batches
-from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.calls import CallCounter
 from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
 from calipers.calibration.missing import find_missing, missing_data_error
 from calipers.calibration.observed import ObservedModule
-from calipers.calibration.report import CalibrationReport
+from calipers.calibration.plan import Plan
+from calipers.calibration.report import CalibrationReport, quantized_share
+from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
 
 __all__ = ["Calibration", "OnMissing", "check_on_missing"]
 
 OnMissing = Literal["error", "skip", "fallback"]
+#: A smaller share of quantized weights is warned of.
+_LITTLE = 0.5
 
 
 def check_on_missing(on_missing: str) -> None:
@@ -46,9 +50,7 @@ class Calibration:
 
     Args:
         model: The model.
-        config: The resolved config; kept, so it must be the calibration's own.
-        observed: The modules to observe, in the model's order; they are attached here.
-        choice: How their observers were chosen.
+        plan: What to quantize and how; its observers are attached here.
 
     Attributes:
         model: The model.
@@ -59,17 +61,15 @@ class Calibration:
     def __init__(
         self,
         model: torch.nn.Module,
-        config: QuantizationConfig,
-        observed: Sequence[ObservedModule],
-        choice: ObserverChoice,
+        plan: Plan,
     ) -> None:
         self.model = model
-        self.observed = list(observed)
+        self.observed = list(plan.observed)
         self.batches = 0
-        self._config = config
-        self._choice = choice
+        self._plan = plan
         self._seconds = 0.0
         self._state: Literal["attached", "frozen", "detached"] = "attached"
+        self._calls = CallCounter(model, [each.name for each in self.observed])
         try:
             for each in self.observed:
                 each.attach()
@@ -129,16 +129,31 @@ class Calibration:
         self._expect_attached("freeze")
         check_on_missing(on_missing)
         with self._clock():
-            kept, substitutes = self._settle_missing(on_missing)
-            rows = freeze_modules(
-                self.model, self._config, kept, self._choice, substitutes, progress
-            )
+            never_called = self._calls.never_called
+            called = [each for each in self.observed if each.name not in never_called]
+            kept, substitutes = self._settle_missing(called, on_missing)
+            rows = freeze_modules(kept, self._plan.choice, substitutes, progress)
+        self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
         self._state = "frozen"
         wanted = {each.name for each in kept}
-        skipped = [each.name for each in self.observed if each.name not in wanted]
-        return CalibrationReport(rows, skipped, self._seconds, self.batches)
+        reasons: dict[str, Reason] = {
+            each.name: "never called" if each.name in never_called else "no data"
+            for each in self.observed
+            if each.name not in wanted
+        }
+        left_alone = self._left_alone(reasons)
+        share = quantized_share(rows, self.model, left_alone)
+        _tell(left_alone, share)
+        return CalibrationReport(
+            modules=rows,
+            skipped=[name for name, reason in reasons.items() if reason == "no data"],
+            left_alone=left_alone,
+            quantized_share=share,
+            seconds=self._seconds,
+            batches=self.batches,
+        )
 
     def detach(self) -> None:
         """Remove every observer and hook; may be called at any time and again.
@@ -146,6 +161,7 @@ class Calibration:
         Where the model was not frozen it is exactly as before `attach`; where it was, its
         quantization stays and nothing else.
         """
+        self._calls.remove()
         for each in self.observed:
             each.detach()
         self._state = "detached"
@@ -161,19 +177,30 @@ class Calibration:
     ) -> None:
         self.detach()
 
-    def _settle_missing(self, on_missing: OnMissing) -> tuple[list[ObservedModule], Substitutes]:
-        missing = find_missing(self.observed)
+    def _settle_missing(
+        self, observed: list[ObservedModule], on_missing: OnMissing
+    ) -> tuple[list[ObservedModule], Substitutes]:
+        missing = find_missing(observed)
         if not missing:
-            return self.observed, {}
+            return observed, {}
         if on_missing == "skip":
             lacking = {each.observed.name for each in missing}
-            return [each for each in self.observed if each.name not in lacking], {}
+            return [each for each in observed if each.name not in lacking], {}
         if on_missing == "error":
             raise missing_data_error(missing, self.batches, tried_fallback=False)
-        substitutes, left = find_substitutes(self.observed, missing)
+        substitutes, left = find_substitutes(observed, missing)
         if left:
             raise missing_data_error(left, self.batches, tried_fallback=True)
-        return self.observed, substitutes
+        return observed, substitutes
+
+    def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
+        """Those of the plan and those found while running, in the model's order."""
+        records = {each.name: each for each in self._plan.resolution.left_alone}
+        for each in self.observed:
+            if each.name in reasons:
+                records[each.name] = leave_alone(each.name, each.module, reasons[each.name])
+        order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
+        return sorted(records.values(), key=lambda each: order[each.name])
 
     def _expect_attached(self, what: str) -> None:
         if self._state != "attached":
@@ -189,3 +216,20 @@ class Calibration:
             yield
         finally:
             self._seconds += time.perf_counter() - start
+
+
+def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
+    never_called = [each.name for each in left_alone if each.reason == "never called"]
+    if never_called:
+        logger.warning(
+            "{} layers were left alone, since the model reads their weights without calling them "
+            "({}, ...): a quantized forward would not run",
+            len(never_called),
+            never_called[0],
+        )
+    if share < _LITTLE:
+        logger.warning(
+            "only {:.0%} of the model's projection weights are quantized: see the report's "
+            "left_alone for what was not, and why",
+            share,
+        )

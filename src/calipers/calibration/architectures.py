@@ -124,10 +124,12 @@ def find_bypassed(model: nn.Module) -> set[str]:
     found = set()
     for name, module in model.named_modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            found |= {inside for inside, each in _inside(model, name) if is_projection(each)}
+            found |= {
+                inside for inside, each in _inside(model, name) if isinstance(each, nn.Linear)
+            }
         if "Mamba" in type(module).__name__:
             child = getattr(module, "dt_proj", None)
-            if isinstance(child, nn.Module) and not type(module).__name__.startswith("Jamba"):
+            if isinstance(child, nn.Module):
                 found.add(f"{name}.dt_proj" if name else "dt_proj")
     return found
 

@@ -55,7 +55,8 @@ def find_fused_problems(model: nn.Module, resolution: Resolution) -> Iterator[st
         before = getattr(model.get_submodule(each.name), "quantization_scheme", None)
         given.setdefault(each.name, before)
     warnings = []
-    for members in find_fused_groups(given):
+    order = [name for name, _ in model.named_modules() if name in given]
+    for members in find_fused_groups(order):
         if len({_kind(given[name]) for name in members}) < 2:
             continue
         parent = members[0].rpartition(".")[0]
@@ -80,9 +81,9 @@ def _said(scheme: QuantizationScheme | None) -> str:
     parts = []
     for what, args in (("weights", scheme.weights), ("inputs", scheme.input_activations)):
         if args is not None:
-            kind = getattr(args.type, "value", args.type)
-            parts.append(f"{what} {kind}{args.num_bits} {getattr(args.strategy, 'value', '')}")
-    return " and ".join(part.strip() for part in parts)
+            kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
+            parts.append(f"{what} {kind}{args.num_bits} {strategy}")
+    return " and ".join(parts)
 
 
 def _is_nvfp4(scheme: QuantizationScheme | None) -> bool:

@@ -90,7 +90,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
 
 def _scheme_key(scheme: QuantizationScheme) -> str:
     """What makes two schemes the same: all but the names that they were given by."""
-    return scheme.model_dump_json(exclude={"targets", "format"})
+    return str(scheme.model_dump_json(exclude={"targets", "format"}))
 
 
 def _class_of(module: nn.Module) -> str | None:

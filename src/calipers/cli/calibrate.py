@@ -194,7 +194,7 @@ def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
         ("peak memory", decimal(result["peak_memory_bytes"])),
     ]
     lines.append(("quantized", f"{report.quantized_share:.1%} of the projection weights"))
-    lines += [("left alone", text) for text in summarize_left_alone(report.left_alone)]
+    lines += [("left unquantized", text) for text in summarize_left_alone(report.left_alone)]
     lines.append(("checkpoint", result["out"] or "not written (no --out)"))
     print_lines(lines)
 

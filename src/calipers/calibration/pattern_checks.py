@@ -14,7 +14,6 @@ from loguru import logger
 
 from calipers.calibration.targets import (
     Resolution,
-    find_ignored,
     is_quantizable,
     schemes_by_target,
 )
@@ -34,9 +33,7 @@ def find_pattern_problems(
     matched modules that hold matrices of their own, and nothing quantizable inside, are told.
     """
     modules = list(model.named_modules())
-    for pattern in config.ignore or []:
-        if find_ignored(model, [pattern]):
-            continue
+    for pattern in resolution.unused:
         if pattern in _MAY_MATCH_NOTHING:
             logger.warning("ignore pattern {!r} matches no module", pattern)
         else:

@@ -95,11 +95,13 @@ class Resolution:
         targets: The modules to quantize with their schemes, in the model's order.
         left_alone: All others that hold projection weights, in the model's order.
         kept: Names of modules that no target reaches: ignored, heads, routers, never called.
+        unused: Ignore patterns that match no module.
     """
 
     targets: list[Target]
     left_alone: list[LeftAlone]
     kept: dict[str, Reason] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -148,7 +150,8 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
     schemes = schemes_by_target(config)
     targets, left_alone = [], []
     with disable_onloading():
-        kept = _find_kept(model, config, exact=set(schemes))
+        ignored, unused = find_ignored(model, config.ignore or [])
+        kept = _find_kept(model, ignored, exact=set(schemes))
         for name, module in model.named_modules():
             if isinstance(module, InternalModule):
                 continue
@@ -163,7 +166,7 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
             if is_projection(module):
                 reason = kept.get(name) or _reason(module, scheme)
                 left_alone.append(leave_alone(name, module, reason))
-    return Resolution(targets, left_alone, kept)
+    return Resolution(targets, left_alone, kept, unused)
 
 
 def leave_alone(name: str, module: nn.Module, reason: Reason) -> LeftAlone:
@@ -179,17 +182,17 @@ def _reason(module: nn.Module, scheme: QuantizationScheme | None) -> Reason:
     return "not targeted" if scheme is None else "its scheme leaves weights alone"
 
 
-def _find_kept(model: nn.Module, config: QuantizationConfig, exact: set[str]) -> dict[str, Reason]:
+def _find_kept(model: nn.Module, ignored: Iterable[str], exact: set[str]) -> dict[str, Reason]:
     """Modules that are left alone whatever pattern matches them; exact targets but for ignored."""
     kept: dict[str, Reason] = dict.fromkeys(find_bypassed(model) - exact, "never called")
     kept.update(dict.fromkeys(find_routers(model) - exact, "router"))
     kept.update(dict.fromkeys(find_output_heads(model) - exact, "output head"))
-    kept.update(dict.fromkeys(find_ignored(model, config.ignore or []), "ignored by you"))
+    kept.update(dict.fromkeys(ignored, "ignored by you"))
     return kept
 
 
-def find_ignored(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
-    """Modules that ignore patterns mean, with the first pattern that does.
+def find_ignored(model: nn.Module, patterns: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Names of the modules that ignore patterns mean, and the patterns that mean none.
 
     A pattern means the modules that compressed-tensors matches it to (exact name, class name of
     the module or of a base, "re:" regex from the start of the name), and where it matches a
@@ -211,15 +214,17 @@ def find_ignored(model: nn.Module, patterns: Iterable[str]) -> dict[str, str]:
         if name and (isinstance(module, nn.Embedding) or is_projection(module)):
             for container in _containers(name):
                 inside[container].append(name)
-    ignored: dict[str, str] = {}
+    ignored: set[str] = set()
+    unused = []
     for pattern in patterns:
         hit = set(_match(pattern, names, by_class))
         for container in hit & inside.keys():
             if hit.isdisjoint(inside[container]):
                 hit.update(inside[container])
-        for name in hit:
-            ignored.setdefault(name, pattern)
-    return ignored
+        ignored |= hit
+        if not hit:
+            unused.append(pattern)
+    return ignored, unused
 
 
 def _containers(name: str) -> Iterator[str]:

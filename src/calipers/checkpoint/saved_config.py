@@ -176,13 +176,17 @@ def _check(
         if isinstance(scheme, QuantizationScheme)
         for target in scheme.targets
     }
+    # Long lists hold exact names: looked up, so that the others are few for each module.
+    ignored = set(config.ignore or []).intersection(named)
+    ignoring = [each for each in config.ignore or [] if each.startswith("re:") or "." not in each]
+    patterns = [target for target in by_target if target not in named]
     wrong = []
     for name, module in named.items():
-        matched = match_targets(name, module, by_target)
-        if matched and is_match(name, module, config.ignore or []):
-            matched = []
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
+        matched = [name] if name in by_target else match_targets(name, module, patterns)
+        if matched and (name in ignored or is_match(name, module, ignoring)):
+            matched = []
         read = _scheme_key(by_target[matched[0]]) if matched else None
         own = _scheme_key(schemes[name]) if name in schemes else None
         if read != own:

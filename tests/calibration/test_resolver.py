@@ -312,6 +312,17 @@ class TestKinds:
         expected = attention / (attention + experts + routers)
         assert report.quantized_share == pytest.approx(expected, rel=1e-12)
 
+    def test_shapes_that_do_not_fit_are_left_alone_on_request(self):
+        model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+        scheme = QuantizationConfig(config_groups={"MXFP4A16": ["Linear"]})
+        with pytest.raises(SchemeError, match=r"1: weights: group_size 32 does not divide its 48"):
+            calibrate(model, scheme)
+        report = calibrate(model, scheme, on_unfit="skip")
+        assert by_reason(report) == {"shape": ["1"]}
+        assert [each.name for each in report.modules] == ["0"]
+        with pytest.raises(ValueError, match="on_unfit must be one of error, skip, got 'drop'"):
+            calibrate(model, scheme, on_unfit="drop")
+
     def test_a_second_call_counts_what_the_first_one_did(self):
         model = tiny_llama()
         calibrate(model, "W8A8", ignore="LlamaMLP")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.plan import plan_observers
 from calipers.calibration.schemes import SchemeLike
@@ -23,6 +24,7 @@ def attach(
     observer_options: Mapping[str, Any] | None = None,
     activation_observer: str | None = None,
     ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -42,6 +44,8 @@ def attach(
         ignore: Modules left alone: names, class names or "re:" patterns, of layers or of what
             contains them. Output heads and routers are left alone in any case, unless a target of
             the scheme is the exact name of one.
+        on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
+            "skip" leaves them alone.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -52,4 +56,4 @@ def attach(
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
     choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
-    return Calibration(model, plan_observers(model, scheme, choice, ignore))
+    return Calibration(model, plan_observers(model, scheme, choice, ignore, on_unfit))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from calipers.calibration.batches import Progress
+from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import plan_observers, without_never_called
@@ -29,6 +30,7 @@ def calibrate(
     observer_options: Mapping[str, Any] | None = None,
     activation_observer: str | None = None,
     on_missing: OnMissing = "error",
+    on_unfit: OnUnfit = "error",
     progress: Progress | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
@@ -48,6 +50,8 @@ def calibrate(
         activation_observer: Observer of static activations; None takes the one that the scheme
             names, else "static_minmax".
         on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
+        on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
+            "skip" leaves them alone.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
             "global scales", "weights" and "activations"; `total` is None where it is not known.
 
@@ -65,7 +69,7 @@ def calibrate(
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
-    plan = plan_observers(model, scheme, choice, ignore)
+    plan = plan_observers(model, scheme, choice, ignore, on_unfit)
     if data is None:
         refuse_without_data(plan.observed)
         plan = without_never_called(model, plan)

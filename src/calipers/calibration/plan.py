@@ -12,11 +12,11 @@ from loguru import logger
 
 from calipers.calibration.architectures import has_fused_experts
 from calipers.calibration.calls import find_never_called
-from calipers.calibration.checks import resolve_and_check
+from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule, build_observed
 from calipers.calibration.schemes import SchemeLike, resolve_config
-from calipers.calibration.targets import Resolution, leave_alone
+from calipers.calibration.targets import Resolution
 from calipers.errors import CalipersError
 from calipers.observers import Observer
 
@@ -45,6 +45,7 @@ def plan_observers(
     scheme: SchemeLike,
     choice: ObserverChoice,
     ignore: str | Iterable[str],
+    on_unfit: OnUnfit = "error",
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
 
@@ -53,7 +54,7 @@ def plan_observers(
     """
     _refuse_twice(model)
     config = resolve_config(scheme, ignore)
-    resolution = resolve_and_check(model, config)
+    resolution = resolve_and_check(model, config, on_unfit)
     _warn_of_fused_experts(model)
     return Plan(config, resolution, build_observed(resolution.targets, choice), choice)
 
@@ -66,15 +67,7 @@ def without_never_called(model: torch.nn.Module, plan: Plan) -> Plan:
     uncalled = find_never_called(model, [each.name for each in plan.observed])
     if not uncalled:
         return plan
-    targets = plan.resolution.targets
-    resolution = replace(
-        plan.resolution,
-        targets=[each for each in targets if each.name not in uncalled],
-        left_alone=[
-            *plan.resolution.left_alone,
-            *(leave_alone(t.name, t.module, "never called") for t in targets if t.name in uncalled),
-        ],
-    )
+    resolution = plan.resolution.without(dict.fromkeys(uncalled, "never called"))
     observed = [each for each in plan.observed if each.name not in uncalled]
     return replace(plan, resolution=resolution, observed=observed)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from compressed_tensors import InternalModule
@@ -47,6 +47,8 @@ Reason = Literal[
     "not targeted",
     "its scheme leaves weights alone",
     "no data",
+    "shape",
+    "cannot be loaded back",
     "quantized before",
 ]
 
@@ -93,7 +95,7 @@ class Resolution:
 
     Attributes:
         targets: The modules to quantize with their schemes, in the model's order.
-        left_alone: All others that hold projection weights, in the model's order.
+        left_alone: All others that hold projection weights.
         kept: Names of modules that no target reaches: ignored, heads, routers, never called.
         unused: Ignore patterns that match no module.
     """
@@ -102,6 +104,19 @@ class Resolution:
     left_alone: list[LeftAlone]
     kept: dict[str, Reason] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+
+    def without(self, reasons: Mapping[str, Reason]) -> Resolution:
+        """The same, with these targets left alone, each for its reason."""
+        moved = [
+            leave_alone(each.name, each.module, reasons[each.name])
+            for each in self.targets
+            if each.name in reasons
+        ]
+        return replace(
+            self,
+            targets=[each for each in self.targets if each.name not in reasons],
+            left_alone=[*self.left_alone, *moved],
+        )
 
 
 def is_quantizable(module: nn.Module) -> bool:

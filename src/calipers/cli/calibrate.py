@@ -82,6 +82,10 @@ def calibrate(
         str,
         typer.Option(help="Modules that see no data: error, skip (leave unquantized) or fallback."),
     ] = "error",
+    on_unfit: Annotated[
+        str,
+        typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
+    ] = "error",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
     ] = None,
@@ -128,7 +132,13 @@ def calibrate(
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
-        plan = plan_observers(loaded, scheme, choice, patterns)
+        plan = plan_observers(
+            loaded,
+            scheme,
+            choice,
+            patterns,
+            on_unfit,  # type: ignore[arg-type]  # checked there
+        )
         length = min(sequence_length, max_positions(loaded) or sequence_length)
         if data is not None or eval_file is not None or out is not None:
             tokenizer = load_tokenizer(path)

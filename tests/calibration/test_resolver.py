@@ -7,113 +7,26 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from compressed_tensors.quantization import QuantizationConfig
 from loguru import logger
 from torch import nn
 
+from architectures import (
+    bert,
+    gpt2_classifier,
+    jamba,
+    llama4,
+    llama_classifier,
+    mamba,
+    mixtral,
+    qwen3_next,
+    whisper,
+)
 from calibration.tiny_models import hidden_batches, tiny_llama, tiny_moe, token_batches
 from calipers.calibration import attach, calibrate, resolve_config
 from calipers.calibration.architectures import find_output_heads, find_routers
 from calipers.calibration.targets import Resolution, resolve_modules
 from calipers.errors import SchemeError
-
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 128,
-}
-
-
-def tiny(kind: str, config: str, **fields: Any) -> nn.Module:
-    """A random transformers model of the class and config class of these names."""
-    made = getattr(transformers, config)(**fields)
-    return getattr(transformers, kind)(made).eval()
-
-
-def whisper() -> nn.Module:
-    return tiny(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        d_model=64,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        vocab_size=64,
-        num_mel_bins=8,
-        max_source_positions=8,
-        max_target_positions=8,
-        pad_token_id=0,
-    )
-
-
-def bert() -> nn.Module:
-    return tiny("BertForMaskedLM", "BertConfig", **SIZES)
-
-
-def gpt2_classifier() -> nn.Module:
-    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 128, "pad_token_id": 0}
-    return tiny("GPT2ForSequenceClassification", "GPT2Config", **sizes)
-
-
-def llama_classifier() -> nn.Module:
-    return tiny("LlamaForSequenceClassification", "LlamaConfig", pad_token_id=0, **SIZES)
-
-
-def mixtral() -> nn.Module:
-    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 2}
-    return tiny("MixtralForCausalLM", "MixtralConfig", **sizes)
-
-
-def llama4() -> nn.Module:
-    sizes = {**SIZES, "intermediate_size_mlp": 256, "num_local_experts": 2, "head_dim": 32}
-    return tiny("Llama4ForCausalLM", "Llama4TextConfig", num_key_value_heads=2, **sizes)
-
-
-def qwen3_next() -> nn.Module:
-    return tiny(
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        layer_types=["linear_attention", "full_attention"],
-        **SIZES,
-    )
-
-
-def jamba() -> nn.Module:
-    return tiny(
-        "JambaForCausalLM",
-        "JambaConfig",
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        use_mamba_kernels=False,
-        attn_layer_offset=1,
-        attn_layer_period=2,
-        expert_layer_offset=1,
-        expert_layer_period=2,
-        mamba_dt_rank=16,
-        **SIZES,
-    )
-
-
-def mamba() -> nn.Module:
-    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 16}
-    return tiny("MambaForCausalLM", "MambaConfig", **sizes)
 
 
 class Wrapper(nn.Module):

@@ -13,6 +13,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from torch import nn
 
 import calipers
+from architectures import falcon, gemma3, mixtral, qwen2_vl
 from calibration.tiny_models import tiny_llama
 from calipers.checkpoint import saved_config as module_under_test
 from calipers.checkpoint.saved_config import saved_config
@@ -124,57 +125,10 @@ class TestSubclassesOfLinear:
         assert size(model) == size(plain)
 
     def test_of_falcon(self, tmp_path):
-        torch.manual_seed(0)
-        config = transformers.FalconConfig(
-            hidden_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, alibi=False
-        )
-        model = transformers.FalconForCausalLM(config).eval()
+        model = falcon()
         report = calipers.calibrate(model, "FP8_DYNAMIC")
         assert report.quantized_share == 1.0
         comes_back(model, tmp_path / "model")
-
-
-SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-}
-
-
-def qwen2_vl() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
-    config = transformers.Qwen2VLConfig(
-        text_config={**SIZES, "rope_parameters": rope},
-        vision_config={"depth": 1, "embed_dim": 128, "hidden_size": 128, "num_heads": 4},
-        image_token_id=120,
-        video_token_id=121,
-        vision_start_token_id=122,
-        vision_end_token_id=123,
-    )
-    return transformers.Qwen2VLForConditionalGeneration(config)
-
-
-def gemma3() -> Any:
-    vision = {
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    config = transformers.Gemma3Config(
-        text_config={**SIZES, "head_dim": 32},
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=120,
-        boi_token_index=121,
-        eoi_token_index=122,
-    )
-    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 class TestRenamedCheckpoints:
@@ -190,7 +144,6 @@ class TestRenamedCheckpoints:
     )
     @pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
     def test_ignored_towers_stay_ignored(self, make, pattern, here, stored, scheme, tmp_path):
-        torch.manual_seed(0)
         made = make()
         made.save_pretrained(tmp_path / "source")
         model = type(made).from_pretrained(tmp_path / "source").eval()
@@ -215,8 +168,7 @@ def test_a_config_that_does_not_resolve_to_the_model_stops_the_save(tmp_path, mo
 
 
 def test_routers_are_on_the_ignore_list_though_they_are_no_linear_here():
-    config = transformers.MixtralConfig(**SIZES, num_local_experts=2)
-    model = transformers.MixtralForCausalLM(config)
+    model = mixtral()
     calipers.calibrate(model, "W8A8")
     found = saved_config(model)
     assert isinstance(found, QuantizationConfig)

@@ -1,4 +1,4 @@
-"""Tiny random transformers models of the architectures that the field brings, and inputs for them."""
+"""Tiny random models of the architectures that the field brings, and inputs for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups in which candidates are equal up to rounding: the native grid takes the reference's step."""
+"""Where candidates are equal up to rounding the native grid takes the step of the reference."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class _Work:
     ) -> torch.Tensor:
         """The best of a few by the errors of all members; `shared` where they cannot tell."""
         scales = [shared * factor for factor in _GLOBAL_FACTORS]
-        total = torch.zeros(len(scales), dtype=torch.float64)
+        total = torch.zeros(len(scales), dtype=torch.float64, device="cpu")
         for each in members:
             observer, (rows, factor) = self._observer(each, "weight"), samples[each.name]
             with _borrowed_memory(observer):

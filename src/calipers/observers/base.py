@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors import InternalModule
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.registry import RegistryMixin
 from loguru import logger
 from torch import Tensor
@@ -29,6 +28,8 @@ from calipers.ranges import (
     range_of_qparams,
 )
 from calipers.ranges.casting import cast_range
+from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
+from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["Observation", "Observer"]
 
@@ -246,7 +247,7 @@ class Observer(InternalModule, RegistryMixin):
 
     # -- observing ---------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @undisturbed
     def forward(self, observed: Tensor, g_idx: Tensor | None = None) -> QParams:
         """Observe a value and derive qparams: `observe`, then `get_qparams`; counts tokens.
 
@@ -260,7 +261,7 @@ class Observer(InternalModule, RegistryMixin):
         self.record_observed_tokens(observed)
         return self.get_qparams(observed, g_idx)
 
-    @torch.no_grad()
+    @undisturbed
     def observe(self, observed: Tensor, g_idx: Tensor | None = None) -> None:
         """Update the statistics by a value; no scale is computed.
 
@@ -288,7 +289,7 @@ class Observer(InternalModule, RegistryMixin):
         )
         self._take_in(observation, arrangement)
 
-    @torch.no_grad()
+    @undisturbed
     def observe_global(self, observed: Tensor) -> None:
         """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
         value = self._as_value(observed)
@@ -367,7 +368,7 @@ class Observer(InternalModule, RegistryMixin):
 
     # -- deriving ----------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @undisturbed
     def get_qparams(self, observed: Tensor | None = None, g_idx: Tensor | None = None) -> QParams:
         """Scale and zero point.
 
@@ -452,7 +453,7 @@ class Observer(InternalModule, RegistryMixin):
     def post_calculate_qparams(self) -> None:
         """Hook, called once after each recalculation of the qparams."""
 
-    @torch.no_grad()
+    @undisturbed
     def get_global_scale(self, observed: Tensor | None = None) -> Tensor | None:
         """Global scale for NVFP4, float32, shape (1,).
 
@@ -470,8 +471,7 @@ class Observer(InternalModule, RegistryMixin):
         assert self._observed_dtype is not None
         low, high = self._range(self.global_range_names)
         dtype = self._observed_dtype.dtype
-        scale: Tensor = generate_gparam(cast_range(low, dtype), cast_range(high, dtype))
-        return scale
+        return global_scale_of_range(cast_range(low, dtype), cast_range(high, dtype))
 
     def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
         """How well a value would be quantized with other global scales (NVFP4).
@@ -540,7 +540,9 @@ class Observer(InternalModule, RegistryMixin):
         for name, statistic in self.statistics.items():
             value = getattr(self, name)
             if value is not None:
-                state[name.lstrip("_")] = torch.tensor(value) if statistic.integer else value
+                if statistic.integer:
+                    value = torch.tensor(value, dtype=torch.int64, device="cpu")
+                state[name.lstrip("_")] = value
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -625,7 +627,7 @@ class Observer(InternalModule, RegistryMixin):
         self.__dict__.update(
             grown,
             **{count: getattr(self, count) + 1},
-            _observed_dtype=torch.empty(0, dtype=dtype),
+            _observed_dtype=torch.empty(0, dtype=dtype, device="cpu"),
             _stale=self._stale or names == self.range_names,
         )
 
@@ -722,10 +724,9 @@ class Observer(InternalModule, RegistryMixin):
         global_scale = None
         if self.args.strategy == _TENSOR_GROUP:
             global_scale = self._need_global_scale().to(low.device)
-        scale, zero_point = calculate_qparams(
-            cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale=global_scale
+        return qparams_of_range(
+            cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale
         )
-        return scale, zero_point
 
     def _observe_first_form(self, value: Tensor, g_idx: Tensor | None) -> None:
         """Scale and zero point by the subclass' `calculate_qparams`, view by view."""
@@ -751,7 +752,7 @@ class Observer(InternalModule, RegistryMixin):
                 for i, view in enumerate(arrangement.views)
             ]
         self._scale, self._zero_point = arrangement.assemble(list(parts))
-        self._observed_dtype = torch.empty(0, dtype=value.dtype)
+        self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True
 

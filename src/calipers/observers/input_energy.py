@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calipers.observers.base import Observer
 from calipers.observers.statistics import COUNT, SUM, Statistic
+from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["InputEnergyObserver", "first_tensor"]
 
@@ -56,7 +57,7 @@ class InputEnergyObserver(Observer):
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-    @torch.no_grad()
+    @undisturbed
     def _see_input(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -64,7 +65,7 @@ class InputEnergyObserver(Observer):
         if inputs is not None and inputs.numel():
             self.observe_input(inputs)
 
-    @torch.no_grad()
+    @undisturbed
     def observe_input(self, inputs: Tensor) -> None:
         """Add a batch of the module's inputs to E[x^2].
 

@@ -74,5 +74,11 @@ def factor_of_sketch(sums: Tensor, num_tokens: int, square_sum: Tensor) -> Tenso
 @functools.lru_cache(maxsize=8)
 def _directions(cols: int, rank: int) -> Tensor:
     """Plus and minus ones, shape (cols, rank); the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (cols, rank), generator=generator).float() * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (
+        torch.randint(
+            0, 2, (cols, rank), generator=generator, dtype=torch.int64, device="cpu"
+        ).float()
+        * 2
+        - 1
+    )

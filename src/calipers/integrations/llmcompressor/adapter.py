@@ -212,7 +212,9 @@ class IMatrixAdapter(Adapter):
         found = self.inner.input_square_sum
         module = None if self._module_ref is None else self._module_ref()
         if found is None and module is not None and self._collects is not None:
-            found = torch.zeros(module.in_features, device=module.weight.device)
+            found = torch.zeros(
+                module.in_features, dtype=torch.float32, device=module.weight.device
+            )
         return None if found is None else found.float()
 
     @_imatrix_sum.setter
@@ -224,7 +226,7 @@ class IMatrixAdapter(Adapter):
     def _imatrix_count(self) -> Tensor:
         self._need_unused()
         shown = self._imatrix_sum
-        device = None if shown is None else shown.device
+        device = torch.device("cpu") if shown is None else shown.device
         return torch.tensor(self.inner.num_input_tokens, dtype=torch.int64, device=device)
 
     @_imatrix_count.setter

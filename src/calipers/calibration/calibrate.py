@@ -30,6 +30,7 @@ def calibrate(
     activation_observer: str | None = None,
     on_missing: OnMissing = "error",
     progress: Progress | None = None,
+    use_attention_mask: bool = True,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -48,6 +49,7 @@ def calibrate(
         on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
             "global scales", "weights" and "activations"; `total` is None where it is not known.
+        use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -68,7 +70,7 @@ def calibrate(
         refuse_without_data(observed)
     with Calibration(model, config, observed, choice) as calibration:
         if data is not None:
-            calibration.run(data, progress)
+            calibration.run(data, progress, use_attention_mask=use_attention_mask)
         return calibration.freeze(on_missing, progress)
 
 

@@ -45,12 +45,19 @@ class CalibrationReport:
         skipped: Names of modules left unquantized because they saw no data.
         seconds: Wall-clock time spent in running batches and freezing.
         batches: Batches that the model took.
+        tokens_given: Tokens of the batches whose attention mask was used.
+        tokens_counted: Those of them that counted: all but padding.
+        unmasked: Names of modules whose values are not arranged by token in such a batch (routed
+            experts), so that all of them counted, padding as well.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     seconds: float = 0.0
     batches: int = 0
+    tokens_given: int = 0
+    tokens_counted: int = 0
+    unmasked: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, ready for JSON."""

@@ -110,8 +110,8 @@ class InputEnergyObserver(Observer):
             )
         tokens = value.reshape(-1, value.shape[-1])
         square_sum = tokens.float().square().sum(0)
-        # NaN fails the comparison as well.
-        if not bool((_USUAL[0] < square_sum.amax()) & (square_sum.amax() < _USUAL[1])):
+        largest = square_sum.amax()
+        if not bool((largest > _USUAL[0]) & (largest < _USUAL[1])):  # NaN is neither
             tokens = self._without_freaks(tokens)
             square_sum = tokens.square().sum(0)
         square_sum = square_sum.double()

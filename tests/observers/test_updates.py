@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
-from calipers.observers import Observer
+from calipers.observers import Observer, OptimalObserver, histogram, statistics
+from calipers.observers.input_energy import InputEnergyObserver
 from observers.samples import assert_same, assert_same_state, logged, sample
 
 TENSOR = QuantizationArgs(num_bits=8, strategy="tensor")
@@ -31,35 +34,61 @@ def weights(name: str, options: dict[str, Any], cols: int = 16) -> Observer:
 
 
 def in_threads(work: Callable[[int], None], count: int = 4) -> None:
+    """Run in threads that take turns as often as they can: within an update, without a lock."""
     start = threading.Barrier(count)
+    interval = sys.getswitchinterval()
 
     def run(index: int) -> None:
         start.wait()
         work(index)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # -- threads ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["histogram", "static_minmax"])
-def test_threads_on_one_observer_lose_nothing(name: str) -> None:
-    values = [sample((8, 16), seed) for seed in range(80)]
-    alone, shared = (Observer.load_from_registry(name, "input", TENSOR) for _ in range(2))
+@pytest.fixture
+def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads get their turn between the reading of a statistic and its writing."""
+
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
+            time.sleep(1e-4)
+            return function(*args)
+
+        return wrapped
+
+    for owner, name in (
+        (statistics, "_where_both"),
+        (histogram, "count_patterns"),
+        (InputEnergyObserver, "_add_products"),
+        (OptimalObserver, "_add_products"),
+    ):
+        monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
+
+
+@pytest.mark.usefixtures("_slow")
+def test_threads_on_a_histogram_lose_nothing() -> None:
+    values = [sample((8, 16), seed).half() for seed in range(24)]
+    alone, shared = (Observer.load_from_registry("histogram", "input", TENSOR) for _ in range(2))
     for value in values:
-        alone(value)
-    in_threads(lambda index: [shared(value) for value in values[index::4]] and None)
-    assert shared.num_batches == 80
-    assert shared._num_observed_tokens == 640
+        alone.observe(value)
+    in_threads(lambda index: [shared.observe(value) for value in values[index::4]] and None)
+    assert shared.num_batches == 24
     assert_same_state(shared.state(), alone.state())
     assert_same(shared.get_qparams(), alone.get_qparams())
 
 
+@pytest.mark.usefixtures("_slow")
 def test_threads_on_a_moving_average_count_every_batch() -> None:
     shared = Observer.load_from_registry("minmax", "input", TENSOR, averaging_constant=0.5)
     in_threads(lambda _: [shared.observe(torch.ones(4, 4)) for _ in range(50)] and None)
@@ -67,6 +96,7 @@ def test_threads_on_a_moving_average_count_every_batch() -> None:
     assert float(shared.past_max_vals) == 1
 
 
+@pytest.mark.usefixtures("_slow")
 @pytest.mark.parametrize(("name", "options"), WEIGHTS, ids=IDS)
 def test_threads_on_sums_of_inputs(name: str, options: dict[str, Any]) -> None:
     batches = [torch.randint(-8, 9, (4, 16)).float() for _ in range(80)]  # exact in any order
@@ -225,6 +255,20 @@ def test_inputs_of_a_batch_count_when_it_is_done(name: str, options: dict[str, A
         assert_same_state(whole.state(), alone.state())
         for each in whole.state().values():
             assert each.dtype in (torch.float64, torch.int64)
+
+
+def test_products_of_a_batch_wait_in_half_the_memory() -> None:
+    observer = weights("optimal", {"objective": "hessian"})
+    observer.observe_input(sample((4, 16)))
+    held = observer.input_products, observer.input_sketch
+    observer.begin_batch()
+    observer.observe_input(sample((4, 16)))
+    assert observer.input_products is held[0]
+    assert observer.input_sketch is held[1]
+    waiting = observer._waiting_sums
+    assert {each.dtype for each in waiting.values()} == {torch.float32}
+    observer.undo_batch()
+    assert not observer._waiting_sums
 
 
 # -- merging ---------------------------------------------------------------------------------

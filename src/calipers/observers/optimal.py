@@ -265,12 +265,6 @@ class OptimalObserver(InputEnergyObserver):
             self._add_sums(self._waiting_sums)
             self._waiting_sums = {}
 
-    def undo_batch(self) -> None:
-        """As `Observer.undo_batch`."""
-        with self._update.lock:
-            super().undo_batch()
-            self._waiting_sums = {}
-
     def _held(self) -> dict[str, Any]:
         return {**super()._held(), "_waiting_sums": self._waiting_sums}
 

@@ -65,8 +65,12 @@ def whole_update(
             before = self._held()
             update.at_work = True
             try:
-                with torch.no_grad(), without_autocast():
-                    result = method(self, *args, **kwargs)
+                with torch.no_grad():
+                    if any(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES)):
+                        with without_autocast():
+                            result = method(self, *args, **kwargs)
+                    else:
+                        result = method(self, *args, **kwargs)
             except BaseException:
                 self.__dict__.update(before)
                 raise
@@ -82,9 +86,8 @@ def whole_update(
 def without_autocast() -> Iterator[None]:
     """Switch autocast off for every device for which it is on: sums stay in their own dtype."""
     with ExitStack() as stack:
-        for device in _AUTOCAST_DEVICES:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
+        for device in filter(torch.is_autocast_enabled, _AUTOCAST_DEVICES):
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

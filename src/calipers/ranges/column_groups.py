@@ -44,7 +44,8 @@ class ColumnGroups:
     def triangles(self, tokens: Tensor) -> Tensor:
         """Sum of x x' over tokens (tokens, cols), without what is there twice.
 
-        Shape (groups, blocks, size * (size + 1) / 2), float32: the upper triangle by rows.
+        Shape (groups, blocks, size * (size + 1) / 2), in the dtype of the tokens: the upper
+        triangle by rows.
         """
         x = self.by_block(tokens)
         row, column = torch.triu_indices(self.size, self.size, device=tokens.device)

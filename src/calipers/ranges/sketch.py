@@ -30,8 +30,8 @@ def rank_for(size: int) -> int:
 
 
 def sketch(tokens: Tensor, rank: int) -> Tensor:
-    """X'[XP, 1] of tokens X (tokens, cols), shape (cols, rank + 1), float32."""
-    seen = tokens @ _directions(tokens.shape[1], rank).to(tokens.device)
+    """X'[XP, 1] of tokens X (tokens, cols), shape (cols, rank + 1), in the dtype of the tokens."""
+    seen = tokens @ _directions(tokens.shape[1], rank).to(tokens)
     return tokens.T @ torch.nn.functional.pad(seen, (0, 1), value=1.0)
 
 

@@ -12,6 +12,7 @@ import torch
 from loguru import logger
 
 from calipers.errors import CalipersError
+from calipers.ranges.memory import UnreadableError
 from calipers.ranges.native.build import compiler, is_built
 
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
@@ -121,15 +122,27 @@ def triton_problem(device: torch.device) -> str | None:
 _PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
 
 
-def attempt(engine: Engine, search: Callable[[], Found]) -> Found | None:
-    """What a search by an engine finds; None where it fails, which gives the engine up."""
+def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:
+    """What a search by an engine finds; what the reference finds where the engine fails.
+
+    An engine that failed is given up, but not for what is no fault of its own: values that it
+    cannot read where they lie, and what the reference fails at as well.
+
+    Raises:
+        Exception: Whatever the reference raises.
+    """
     try:
         return search()
     except torch.OutOfMemoryError:  # the reference needs more
         raise
-    except Exception as error:  # whatever a compiler may raise: the reference can do it
-        give_up_engine(engine, error)
-        return None
+    except UnreadableError:
+        failure = None
+    except Exception as error:  # whatever a compiler may raise
+        failure = error
+    found = reference()
+    if failure is not None:
+        give_up_engine(engine, failure)
+    return found
 
 
 def give_up_engine(engine: str, error: Exception) -> None:

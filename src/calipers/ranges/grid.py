@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
@@ -77,18 +76,18 @@ def search_grid_ranges(
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, values)
     dtypes = [view.values.dtype for view in (*views, *weighted)]
+    arguments = (views, expanded, args, grid, weights, global_scale)
     search = _compiled_search(chosen, args, grid.norm, dtypes)
-    if search is not None:
-        arguments = (views, expanded, args, grid, weights, global_scale)
-        found = attempt(chosen, lambda: search(*arguments))
-        if found is not None:
-            return restored(cast("list[tuple[Tensor, Tensor]]", found))
-    return restored(grid_eager.search(views, expanded, args, grid, weights, global_scale))
+    if search is None:
+        return restored(grid_eager.search(*arguments))
+    return restored(
+        attempt(chosen, lambda: search(*arguments), lambda: grid_eager.search(*arguments))
+    )
 
 
 def _compiled_search(
     engine: Engine, args: QuantizationArgs, norm: float, dtypes: list[torch.dtype]
-) -> Callable[..., Any] | None:
+) -> Callable[..., list[tuple[Tensor, Tensor]]] | None:
     """The search by an engine; None where it is left to the reference."""
     if engine == "native":
         return grid_native.search if grid_native.supports(args, norm, *dtypes) else None

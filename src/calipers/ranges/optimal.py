@@ -70,11 +70,9 @@ def search_optimal_scales(
         wide = torch.float64 if scheme.dtype == torch.float64 else torch.float32
         return [(cast_range(scale.double() * factor, wide), zero) for scale, zero in found]
 
-    if chosen != "eager":
-        found = attempt(chosen, lambda: search(chosen))
-        if found is not None:
-            return found
-    return search("eager")
+    if chosen == "eager":
+        return search("eager")
+    return attempt(chosen, lambda: search(chosen), lambda: search("eager"))
 
 
 def _search_view(

@@ -13,7 +13,7 @@ from loguru import logger
 
 from calipers.errors import CalipersError
 from calipers.ranges.memory import UnreadableError
-from calipers.ranges.native.build import compiler, is_built
+from calipers.ranges.native.build import compiler, compiler_has_changed, is_built, library
 
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
 
@@ -79,7 +79,9 @@ def native_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the native engine works on the CPU, not on {device.type}"
     if "native" in _failures:
-        return _failures["native"]
+        if not compiler_has_changed():
+            return _failures["native"]
+        del _failures["native"]
     if not is_built() and compiler() is None:
         return "the native engine needs a C++ compiler (g++ or clang++), and none was found"
     return None
@@ -151,8 +153,18 @@ def give_up_engine(engine: str, error: Exception) -> None:
     _warn_once(_failures[engine])
 
 
-def explain_engines() -> list[tuple[str, bool, str]]:
-    """Name of each engine, whether it can be used on this machine, and why or why not."""
+def explain_engines(*, trial: bool = False) -> list[tuple[str, bool, str]]:
+    """Name of each engine, whether it can be used on this machine, and why or why not.
+
+    Args:
+        trial: Load the native library, which is compiled first where it is not there, instead of
+            taking for granted that a compiler works.
+    """
+    if trial and native_problem(torch.device("cpu")) is None:
+        try:
+            library()
+        except Exception as error:  # whatever a compiler may raise
+            give_up_engine("native", error)
     no_native, no_inductor = (
         find(torch.device("cpu")) for find in (native_problem, inductor_problem)
     )

@@ -11,7 +11,7 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import Parameter, UninitializedTensorMixin
+from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedParameter
 
 from calipers.errors import CalipersError
 
@@ -101,7 +101,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _resolved(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, (UninitializedBuffer, UninitializedParameter)):
         raise ValueError("expected a tensor with values, got one that is not initialized")
     if tensor.is_nested:
         raise ValueError(

@@ -39,6 +39,7 @@ from calipers.ranges import (
 )
 from calipers.ranges.casting import cast_range
 from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges.memory import plain_tensor, plain_values
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 __all__ = ["Observation", "Observer"]
@@ -187,6 +188,8 @@ class Observer(InternalModule, RegistryMixin):
         self.name: str = f"{kind}.{self.base_name}"
         self._update = UpdateState()
         self._warned = False
+        #: Whether it was said that tokens of values of another rank than 2 are not counted.
+        self._told_rank = False
         #: Values left out that no warning has told of yet: how many, of how many, what of, and why.
         self._left_out: tuple[int, int, str, str] | None = None
         self._before_batch: dict[str, Any] | None = None
@@ -358,15 +361,18 @@ class Observer(InternalModule, RegistryMixin):
         if not isinstance(observed, Tensor):
             raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
         if observed.dim() != 2:
-            logger.debug(
-                "{}: tokens are counted for (tokens, features), not for rank {}",
-                self.name,
-                observed.dim(),
-            )
+            if not self._told_rank:
+                self._told_rank = True
+                logger.debug(
+                    "{}: tokens are counted for (tokens, features), not for rank {}",
+                    self.name,
+                    observed.dim(),
+                )
             return
+        if mask is not None or observed.is_nested:
+            observed = self._masked(self._as_value(observed), mask)
         if observed.numel():
-            counted = observed if mask is None else select_tokens(observed.detach(), mask)
-            self._num_observed_tokens = (self._num_observed_tokens or 0) + counted.shape[0]
+            self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
 
     def measure(self, observation: Observation) -> list[Range]:
         """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
@@ -793,18 +799,16 @@ class Observer(InternalModule, RegistryMixin):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _as_value(self, observed: Tensor) -> Tensor:
+    def _as_value(self, observed: Tensor, what: str | None = None) -> Tensor:
         """A plain floating tensor that shares memory with `observed` where it can."""
         if not isinstance(observed, Tensor):
-            raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
-        if observed.is_meta:
             raise ValueError(
-                f"{self.name}: expected a tensor with values, got a meta tensor of shape "
-                f"{tuple(observed.shape)}; load the weights first"
+                f"{what or self.name}: expected a tensor, got {type(observed).__name__}"
             )
-        value = observed.detach().as_subclass(Tensor)
-        # Integers, booleans, and float8, which has no arithmetic.
-        return value if value.dtype in _FLOATS else value.float()
+        try:
+            return plain_values(observed)
+        except ValueError as error:
+            raise ValueError(f"{what or self.name}: {error}") from error
 
     def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens of an activation that count; under strategy "token" zeros for the others."""
@@ -907,5 +911,3 @@ class Observer(InternalModule, RegistryMixin):
         self.num_batches += 1
         self._stale = True
 
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

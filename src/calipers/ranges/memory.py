@@ -15,7 +15,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from calipers.errors import CalipersError
 
-__all__ = ["UnreadableError", "is_readable", "plain_tensor"]
+__all__ = ["UnreadableError", "is_readable", "plain_tensor", "plain_values"]
 
 #: Classes whose tensors have nothing of their own.
 _PLAIN = (Tensor, Parameter)
@@ -36,6 +36,8 @@ _REAL = frozenset(
         torch.bool,
     }
 )
+#: Dtypes in which observers compute.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Devices whose tensors have an address. Others (xla, lazy) keep their elements in ways of their
 #: own, and torch alone computes with them.
 _ADDRESSED = ("cpu", "cuda")
@@ -81,6 +83,23 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
         return _resolved(tensor)
+
+
+def plain_values(tensor: Tensor) -> Tensor:
+    """As `plain_tensor`, in a dtype to compute with: integers, booleans and float8 in float32.
+
+    Raises:
+        ValueError: As there, or a dtype that torch cannot convert.
+    """
+    value = plain_tensor(tensor)
+    if value.dtype in _FLOATS:
+        return value
+    try:
+        return value.float()
+    except (RuntimeError, TypeError) as error:  # NotImplementedError is a RuntimeError
+        raise ValueError(
+            f"expected a tensor of numbers, got dtype {value.dtype}, which torch cannot convert"
+        ) from error
 
 
 def _has_dispatch_of_its_own(tensor: Tensor) -> bool:

@@ -38,8 +38,9 @@ from calipers.ranges import (
     range_of_qparams,
 )
 from calipers.ranges.casting import cast_range
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.layout import ATTENTION_NAMES
-from calipers.ranges.memory import plain_tensor, plain_values
+from calipers.ranges.memory import plain_values
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 __all__ = ["Observation", "Observer"]
@@ -440,7 +441,7 @@ class Observer(InternalModule, RegistryMixin):
         """
         if observed is not None:
             if self.args.strategy == _TENSOR_GROUP:
-                self._need_global_scale()
+                self._need_global_scale(torch.device("cpu"))
             self.observe(observed, g_idx, mask)
         if self._stale:
             if not self._first_form:
@@ -556,7 +557,8 @@ class Observer(InternalModule, RegistryMixin):
             return None
         if self._first_form:
             assert self._scale is not None
-            return range_of_qparams(self._scale, self._zero_point, self.args, self.global_scale)
+            global_scale = self._global_scale_on(self._scale.device)
+            return range_of_qparams(self._scale, self._zero_point, self.args, global_scale)
         assert self.observed_dtype is not None
         low, high = self._range(self.range_names)
         return cast_range(low, self.observed_dtype), cast_range(high, self.observed_dtype)
@@ -860,8 +862,22 @@ class Observer(InternalModule, RegistryMixin):
         self.num_nonfinite += count
         self._left_out = (count, value.numel(), what, "NaN or Inf")
 
-    def _need_global_scale(self) -> Tensor:
-        scale = self.global_scale
+    def _global_scale_on(self, device: torch.device) -> Tensor | None:
+        """The module's global scale, shape (1,), float32, where the strategy has one and it is set.
+
+        Raises:
+            ValueError: It is not one positive finite number.
+        """
+        scale = self.global_scale if self.args.strategy == _TENSOR_GROUP else None
+        if scale is None:
+            return None
+        try:
+            return checked_global_scale(scale, device)
+        except ValueError as error:
+            raise ValueError(f"{self.name}_{error}") from error
+
+    def _need_global_scale(self, device: torch.device) -> Tensor:
+        scale = self._global_scale_on(device)
         if scale is None:
             raise ValueError(
                 f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
@@ -878,7 +894,7 @@ class Observer(InternalModule, RegistryMixin):
     def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
         global_scale = None
         if self.args.strategy == _TENSOR_GROUP:
-            global_scale = self._need_global_scale().to(low.device)
+            global_scale = self._need_global_scale(low.device)
         return qparams_of_range(
             cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale
         )
@@ -910,4 +926,3 @@ class Observer(InternalModule, RegistryMixin):
         self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True
-

@@ -11,6 +11,7 @@ from torch import Tensor
 from calipers.ranges import grid_eager, grid_inductor, grid_native
 from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.units import in_float32_range
 from calipers.ranges.views import GroupedView
@@ -53,6 +54,8 @@ def search_grid_ranges(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     weighted = [] if importance is None else importance
     factor = 1.0

@@ -16,6 +16,7 @@ from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_D
 from compressed_tensors.registry import RegistryMixin
 from loguru import logger
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from calipers.errors import UnknownObserverError
 from calipers.observers.masks import blank_tokens, select_tokens
@@ -361,6 +362,8 @@ class Observer(InternalModule, RegistryMixin):
         """
         if not isinstance(observed, Tensor):
             raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
+        if is_lazy(observed):
+            self._as_value(observed)  # says that it is not initialized
         if observed.dim() != 2:
             if not self._told_rank:
                 self._told_rank = True

@@ -71,6 +71,8 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         ValueError: What came instead of a dense tensor of real numbers with values, without the
             name of what it is for.
     """
+    if _is_faked():
+        raise ValueError("expected tensors with values, got a FakeTensorMode: observe outside it")
     if (
         type(tensor) in _PLAIN
         and tensor.dtype in _REAL
@@ -83,6 +85,11 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
         return _resolved(tensor)
+
+
+def _is_faked() -> bool:
+    """Whether a FakeTensorMode is at work in this thread, in which no tensor has values."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def plain_values(tensor: Tensor) -> Tensor:
@@ -109,14 +116,22 @@ def _has_dispatch_of_its_own(tensor: Tensor) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether a strided tensor has an address, unless it has no elements."""
+    """Whether a strided tensor has an address, and memory up to its last element."""
+    if tensor.numel() == 0 or tensor.device.type not in _ADDRESSED:
+        return True
     try:
-        # An offset into memory that was given back is no address.
-        if tensor.data_ptr() - tensor.storage_offset() * tensor.element_size() > 0:
-            return True
-    except RuntimeError:  # no storage at all: inside of torch.vmap, and other wrappers
+        offset = tensor.storage_offset() * tensor.element_size()
+        # An offset into memory that was given back is no address; some may have been given back.
+        return tensor.data_ptr() > offset and _end(tensor) <= tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # no storage at all: inside of torch.vmap
         return False
-    return tensor.numel() == 0 or tensor.device.type not in _ADDRESSED
+
+
+def _end(tensor: Tensor) -> int:
+    """Bytes from the beginning of the memory of a tensor with elements to the end of its last."""
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in places)
+    return int(last + 1) * tensor.element_size()
 
 
 def _resolved(tensor: Tensor) -> Tensor:

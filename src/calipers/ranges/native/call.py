@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container
 from math import prod
 
 import torch
@@ -99,8 +100,8 @@ class NativeBox(ctypes.Structure):
         whole = size <= SHORT or (size <= LONGEST and groups >= MANY)
         runs = 1 if whole else -(-size // RUN)
         native = cls(
-            _start(box.values),
-            None if box.weights is None else _start(box.weights),
+            _start(box.values, _TYPES),
+            None if box.weights is None else _start(box.weights, _TYPES),
             address(box.columns, torch.int64),
             1 if box.columns is None else box.columns.shape[0],
             _TYPES[box.values.dtype],
@@ -197,8 +198,8 @@ def address(
     """
     if tensor is None:
         return None
-    start = _start(tensor)
-    if tensor.dtype != dtype or not tensor.is_contiguous() or count not in (None, tensor.numel()):
+    start = _start(tensor, (dtype,))
+    if not tensor.is_contiguous() or count not in (None, tensor.numel()):
         raise TypeError(
             f"expected {'some' if count is None else count} {dtype} without gaps, got "
             f"{tensor.numel()} {tensor.dtype} of shape {tuple(tensor.shape)}"
@@ -206,12 +207,19 @@ def address(
     return start
 
 
-def _start(tensor: Tensor) -> int:
-    """The address of the first element of a tensor of any strides."""
+def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
+    """The address of the first element of a tensor of any strides: no other code asks for it.
+
+    Raises:
+        UnreadableError: The elements do not lie in the memory of the CPU, as strides say.
+        TypeError: Another dtype than the kernel reads.
+    """
     if tensor.device.type != "cpu" or not is_readable(tensor):
         raise UnreadableError(
             f"a {type(tensor).__name__} on {tensor.device} cannot be read where it lies"
         )
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"a kernel does not read {tensor.dtype} here")
     return tensor.data_ptr()
 
 

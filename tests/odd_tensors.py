@@ -33,9 +33,7 @@ class Wrapper(Tensor):
 
         named = {key: unwrapped(value) for key, value in (kwargs or {}).items()}
         found = function(*map(unwrapped, args), **named)
-        if function is torch.ops.aten.detach.default:
-            return Wrapper(found)
-        return found
+        return Wrapper(found) if isinstance(found, Tensor) else found
 
 
 class Transparent(Wrapper):

@@ -53,7 +53,7 @@ def is_readable(tensor: Tensor) -> bool:
         return False
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         return False
-    if tensor.is_neg() or tensor.is_conj():
+    if tensor.is_neg() or tensor.is_conj() or tensor.is_meta:
         return False
     return _has_memory(tensor)
 

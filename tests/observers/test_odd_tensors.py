@@ -183,12 +183,42 @@ class TestGlobalScale:
         for run in (observer, observer.get_qparams):
             with pytest.raises(ValueError, match=told):
                 run(small)
+        delattr(module, f"{base}_global_scale")
+        with pytest.raises(ValueError, match=told):
+            observer.get_qparams(small, global_scale=GLOBAL_SCALES[kind])
         assert not observer.has_statistics
         setattr(module, f"{base}_global_scale", torch.tensor([3.0]))
         observer.observe(small)
         setattr(module, f"{base}_global_scale", GLOBAL_SCALES[kind])
         with pytest.raises(ValueError, match=told):
             observer.get_qparams()
+
+    @pytest.mark.parametrize(
+        "name", ["memoryless_minmax", "memoryless_mse", "optimal", "histogram", "minmax"]
+    )
+    def test_one_as_an_argument_does_as_one_on_the_module(self, name: str) -> None:
+        x, given = value()[:, :256], torch.tensor([3.0])
+        args, options = QuantizationArgs(**NVFP4), OBSERVERS.get(name, {})
+        module = nn.Linear(4, 4)
+        module.weight_global_scale = given
+        base = "input" if name in ("histogram", "minmax") else "weight"
+        setattr(module, f"{base}_global_scale", given)
+        expected = Observer.load_from_registry(name, base, args, module, **options)(x)
+        other = nn.Linear(4, 4)
+        setattr(other, f"{base}_global_scale", given * 2)
+        observer = Observer.load_from_registry(name, base, args, other, **options)
+        found = observer.get_qparams(x, global_scale=given)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert observer.get_qparams()[0] is found[0]
+        doubled = observer.get_qparams(global_scale=given * 2)
+        assert torch.equal(doubled[0].float(), 2 * found[0].float())
+        observer.reset()
+        assert observer.get_qparams(global_scale=given) == (None, None)
+
+    def test_one_that_the_strategy_has_no_use_for(self) -> None:
+        observer = Observer.load_from_registry("minmax", "weight", QuantizationArgs(num_bits=8))
+        with pytest.raises(ValueError, match=r"global_scale: strategy 'tensor' has none"):
+            observer.get_qparams(value(), global_scale=torch.ones(1))
 
     @pytest.mark.parametrize("kind", GLOBAL_SCALES)
     def test_an_odd_one_as_an_argument(self, kind: str) -> None:

@@ -185,6 +185,7 @@ class Observer(InternalModule, RegistryMixin):
         )
         self.options = self._build_options()
         self._module_ref = None if module is None else weakref.ref(module)
+        self._given_global_scale: Tensor | None = None
         kind = "value" if module is None else type(module).__name__
         #: What warnings and errors call the observed value.
         self.name: str = f"{kind}.{self.base_name}"
@@ -425,6 +426,8 @@ class Observer(InternalModule, RegistryMixin):
         observed: Tensor | None = None,
         g_idx: Tensor | None = None,
         mask: Tensor | None = None,
+        *,
+        global_scale: Tensor | None = None,
     ) -> QParams:
         """Scale and zero point.
 
@@ -432,6 +435,8 @@ class Observer(InternalModule, RegistryMixin):
             observed: A value to observe first; None derives from what was observed so far.
             g_idx: Group of each column of `observed`.
             mask: Which tokens of `observed` count.
+            global_scale: For TENSOR_GROUP, one positive number, shape (1,); None takes the
+                module's. It holds for this call.
 
         Returns:
             `scale` in the dtype of the observed values (float32 for integers; what
@@ -440,8 +445,26 @@ class Observer(InternalModule, RegistryMixin):
             nothing was observed.
 
         Raises:
-            ValueError: TENSOR_GROUP without a global scale on the module; see also `observe`.
+            ValueError: TENSOR_GROUP without a global scale, given or on the module; one that is no
+                positive number, or that another strategy has no use for; see also `observe`.
         """
+        if global_scale is None:
+            return self._get_qparams(observed, g_idx, mask)
+        if self.args.strategy != _TENSOR_GROUP:
+            raise ValueError(
+                f"{self.name}: global_scale: strategy '{QuantizationStrategy(self.args.strategy).value}' has none, only "
+                "'tensor_group' has"
+            )
+        self.__dict__["_given_global_scale"] = global_scale
+        try:
+            self._stale = self._stale or self.has_statistics
+            return self._get_qparams(observed, g_idx, mask)
+        finally:
+            self.__dict__["_given_global_scale"] = None
+
+    def _get_qparams(
+        self, observed: Tensor | None, g_idx: Tensor | None, mask: Tensor | None
+    ) -> QParams:
         if observed is not None:
             if self.args.strategy == _TENSOR_GROUP:
                 self._need_global_scale(torch.device("cpu"))
@@ -866,12 +889,15 @@ class Observer(InternalModule, RegistryMixin):
         self._left_out = (count, value.numel(), what, "NaN or Inf")
 
     def _global_scale_on(self, device: torch.device) -> Tensor | None:
-        """The module's global scale, shape (1,), float32, where the strategy has one and it is set.
+        """The given or the module's global scale, shape (1,), float32, where the strategy has one.
 
         Raises:
             ValueError: It is not one positive finite number.
         """
-        scale = self.global_scale if self.args.strategy == _TENSOR_GROUP else None
+        if self.args.strategy != _TENSOR_GROUP:
+            return None
+        scale = self._given_global_scale
+        scale = self.global_scale if scale is None else scale
         if scale is None:
             return None
         try:
@@ -884,7 +910,8 @@ class Observer(InternalModule, RegistryMixin):
         if scale is None:
             raise ValueError(
                 f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
-                "module: compute it first with get_global_scale and set it there"
+                "module: compute it first with get_global_scale and set it there, or pass it as "
+                "get_qparams(..., global_scale=)"
             )
         return scale
 

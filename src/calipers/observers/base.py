@@ -451,9 +451,9 @@ class Observer(InternalModule, RegistryMixin):
         if global_scale is None:
             return self._get_qparams(observed, g_idx, mask)
         if self.args.strategy != _TENSOR_GROUP:
+            strategy = QuantizationStrategy(self.args.strategy).value
             raise ValueError(
-                f"{self.name}: global_scale: strategy '{QuantizationStrategy(self.args.strategy).value}' has none, only "
-                "'tensor_group' has"
+                f"{self.name}: global_scale: strategy '{strategy}' has none, only 'tensor_group' has"
             )
         self.__dict__["_given_global_scale"] = global_scale
         try:

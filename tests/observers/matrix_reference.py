@@ -242,11 +242,14 @@ def grid_bound(
     """
     args, dtype = problem.args, problem.dtype
     # Where float32 cannot hold them, values are searched as if they were smaller.
-    unlimited = args.scale_dtype is None and (dtype == torch.float64 or not args.symmetric)
+    unlimited = dtype == torch.float64 or (args.scale_dtype is None and not args.symmetric)
     single = r24 if unlimited else r32
-    low, high = (single(single(end) * float(torch.tensor(expand))) for end in problem.range)
+    # Float64 has no room for an expanded range of its largest values.
+    room = torch.where(problem.unit > 2.0**990, 4.0, 1.0)
+    ends = [single(single(end / room) * float(torch.tensor(expand))) for end in problem.range]
     p = torch.tensor(factors).double().view(-1, 1)
-    lows, highs = single(low * p), single(high * p)
+    limit = torch.finfo(torch.float64).max
+    lows, highs = ((single(end * p) * room).clamp(-limit, limit) for end in ends)
     if args.scale_dtype is None:
         scale, zero = free_scale(lows, highs, args)
         scale = scale if unlimited else scale.float()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -151,7 +151,9 @@ def build(case: Case, given: Given) -> tuple[Observer, nn.Module, Tensor | None]
     value, seen = given.value, None
     if given.g_idx is not None and case.kind.needs_data:
         module.weight_g_idx = given.g_idx  # by which sums are grouped, too
-    if case.kind.needs_data and isinstance(value, Tensor) and value.dim() and value.shape[-1]:
+    if not (case.kind.needs_data and case.layout.is_weight):
+        return observer, module, None
+    if isinstance(value, Tensor) and value.dim() and value.shape[-1]:
         cols = value.shape[-1]
         seen = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols))
         seen = seen * torch.linspace(0.5, 2, cols) + seen.roll(1, -1)
@@ -289,12 +291,56 @@ def within(found: Tensor, bound: Tensor, noise: Tensor, tolerance: float) -> str
     return f"error {float(found[worst])} in group {worst}, the reference has {float(bound[worst])}"
 
 
+def by_histogram(case: Case, problem: Any, before: Any, scale: Tensor, zero: Tensor) -> str | None:
+    """Over all values pooled: the extremes, and those times powers of two down to 2^-12."""
+    if before is not None and case.args.strategy != "token":
+        together = torch.cat([problem.x, before.x], -1)
+        problem = replace(problem, x=together, weight=torch.ones_like(together))
+    low, high = problem.range
+    ladder = 2.0 ** -torch.arange(0, 12.5, 0.5, dtype=torch.float64)
+    pairs = torch.stack([ladder, ladder]) if case.args.symmetric else torch.cartesian_prod(
+        ladder, ladder
+    ).T
+    lows, highs = (end * p.unsqueeze(-1) for end, p in zip((low, high), pairs, strict=True))
+    bound = problem.error(*problem.stored(lows, highs), 2).amin(0)
+    return within(problem.error(scale, zero, 2), bound, problem.noise(2), TOLERANCE["histogram"])
+
+
+def by_optimum(case: Case, problem: Any, before: Any, scale: Tensor, zero: Tensor) -> str | None:
+    """The best of all scale codes; of free scales the best of many, and min/max in any case."""
+    found, noise = problem.error(scale, zero, 2), problem.noise(2)
+    plain, its_zero = problem.stored(*problem.range)
+    worse = within(found, problem.error(plain, its_zero, 2), noise, TOLERANCE["codes"])
+    if worse:
+        return f"worse than minimum and maximum: {worse}"
+    if case.format in ("nvfp4", "mxfp4"):
+        if case.format == "nvfp4":
+            codes = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+        else:
+            codes = 2.0 ** torch.arange(-127, 128).double()
+        scales, tolerance = codes.unsqueeze(-1).expand(-1, len(scale)), TOLERANCE["codes"]
+        if case.format == "mxfp4":
+            scales = reference.rounded_to(scales, problem.dtype)
+            scales = torch.where(scales == 0, plain, scales)
+        bound = problem.error(scales, torch.zeros_like(scales), 2).amin(0)
+        return within(found, bound, noise, tolerance)
+    base, zero_point = reference.free_scale(*problem.range, case.args)
+    ratios = torch.linspace(-1.2, 0.55, 36, dtype=torch.float64).exp2().unsqueeze(-1)
+    scales = reference.rounded_to(ratios * base, problem.dtype)
+    scales = torch.where(scales == 0, plain, scales)
+    low, high = reference.code_limits(case.args)
+    shifts = [0.0] if case.args.symmetric else [-1.0, 0.0, 1.0]
+    zeros = [(zero_point.round() + shift).clamp(low, high).expand_as(scales) for shift in shifts]
+    bound = torch.stack([problem.error(scales, each, 2).amin(0) for each in zeros]).amin(0)
+    return within(found, bound, noise, TOLERANCE["optimal"])
+
+
 RULES: dict[str, Callable[..., str | None]] = {
     "last": exactly,
     "all": exactly,
     "average": exactly,
     "grid": by_grid,
-    "histogram": lambda *_: None,
-    "optimal": lambda *_: None,
+    "histogram": by_histogram,
+    "optimal": by_optimum,
     "hessian": lambda *_: None,
 }

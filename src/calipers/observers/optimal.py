@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
-from compressed_tensors.quantization.utils import generate_gparam
 from pydantic import Field
 from torch import Tensor
 
@@ -20,9 +19,11 @@ from calipers.observers.state_checks import Problem, check_scales, check_sum, co
 from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.observers.updates import whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
+from calipers.ranges.casting import widened
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.projection import Scheme
+from calipers.ranges.qparams import global_scale_of_range
 from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
 
 __all__ = ["OptimalObserver"]
@@ -144,9 +145,7 @@ class OptimalObserver(InputEnergyObserver):
 
     def measure_global(self, observation: Observation) -> Range:
         """Twice the extremes of the whole value: an octave of scale codes above its own."""
-        low, high = observation.extremes[0]
-        limit = torch.finfo(torch.float32).max
-        return tuple((2 * t.float()).clamp(-limit, limit) for t in (low, high))  # type: ignore[return-value]
+        return widened(observation.extremes[0], 2)
 
     @whole_update
     def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
@@ -331,9 +330,9 @@ class OptimalObserver(InputEnergyObserver):
             return None
         scale = self.global_scale
         if scale is None:
-            low = torch.stack([pair[0].float().amin() for pair in observation.extremes]).amin()
-            high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
-            scale = generate_gparam(2 * low, 2 * high)
+            ends = [torch.stack([end.reshape(-1).amin() for end, _ in observation.extremes])]
+            ends += [torch.stack([end.reshape(-1).amax() for _, end in observation.extremes])]
+            scale = global_scale_of_range(*widened((ends[0].amin(), ends[1].amax()), 2))
         return scale.to(observation.value.device)
 
 

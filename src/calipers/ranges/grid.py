@@ -72,7 +72,7 @@ def search_grid_ranges(
             (expand_range(low, grid.expand), expand_range(high, grid.expand))
             for low, high in extremes
         ]
-        scale = None if global_scale is None else global_scale * factor
+        scale = None if global_scale is None else (global_scale.double() * factor).float()
         arguments = (views, expanded, args, grid, weights, scale)
         found = None
         if compiled is not None:

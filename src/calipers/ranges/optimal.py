@@ -58,7 +58,7 @@ def search_optimal_scales(
     chosen = choose_engine(views[0].values.device, engine, values)
 
     def search(views: Sequence[GroupedView], extremes: Sequence[Pair], factor: float) -> list[Pair]:
-        scale = None if global_scale is None else global_scale * factor
+        scale = None if global_scale is None else (global_scale.double() * factor).float()
         scheme = Scheme(args, dtype, signed, scale)
 
         def search_by(engine: Engine) -> list[Pair]:

@@ -222,6 +222,12 @@ class Problem:
         count = torch.where(self.x.isfinite(), self.weight, 0).sum(-1)
         return count * part**norm
 
+    @property
+    def tiny(self) -> float:
+        """The smallest positive number that a scale may be."""
+        limits = torch.finfo(self.dtype)
+        return limits.tiny * limits.eps
+
     def stored(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return stored(low, high, self.dtype, self.args, self.global_scale)
 
@@ -249,9 +255,11 @@ def grid_bound(
     ends = [single(single(end / room) * float(torch.tensor(expand))) for end in problem.range]
     p = torch.tensor(factors).double().view(-1, 1)
     limit = torch.finfo(torch.float64).max
-    lows, highs = ((single(end * p) * room).clamp(-limit, limit) for end in ends)
+    less = [single(end * p) for end in ends]
+    lows, highs = ((end * room).clamp(-limit, limit) for end in less)
     if args.scale_dtype is None:
-        scale, zero = free_scale(lows, highs, args)
+        scale, zero = free_scale(*less, args)
+        scale = scale * room
         scale = scale if unlimited else scale.float()
         scale = torch.where(scale == 0, F32.eps, scale)
     else:
@@ -266,3 +274,84 @@ def grid_bound(
     final = problem.error(*problem.stored(lows, highs), norm)
     bound = torch.where(tied, final, -torch.inf).amax(0)
     return bound, noise
+
+
+# -- other searches -----------------------------------------------------------------------------
+
+#: Smallest and largest candidate in units of the scale of the range, and their number.
+WINDOWS = {
+    ("int", 3): (0.08, 1.52, 28),
+    ("int", 4): (0.13, 1.50, 28),
+    ("int", 8): (0.70, 1.45, 168),
+    ("float", 8): (0.6, 1.96, 84),
+}
+
+
+def optimal_bound(problem: Problem) -> Tensor:
+    """The squared error of the best candidate, and what rounding its scale may add.
+
+    A scale that is off by a part u of itself moves each dequantized value by that part of it, and
+    rounding values to codes anew makes no error larger.
+    """
+    first, last, count = WINDOWS[str(problem.args.type.value), problem.args.num_bits]
+    ratios = torch.logspace(*(float(torch.tensor(end).log10()) for end in (first, last)), count)
+    base, zero = free_scale(*problem.range, problem.args)
+    scales = ratios.double().unsqueeze(-1) * torch.where(base > 0, base, 1.0)
+    least = problem.error(scales, zero.round().expand_as(scales), 2).amin(0)
+    part = torch.finfo(problem.dtype).eps / 2
+    return (least.sqrt() + 1.1 * part * energy(problem).sqrt()).square()
+
+
+def energy(problem: Problem) -> Tensor:
+    """Sum of weight * (x / unit)^2 of each group."""
+    x = torch.where(problem.x.isfinite(), problem.x, 0) / problem.unit.unsqueeze(-1)
+    return (problem.weight * x.square()).sum(-1)
+
+
+def code_bound(problem: Problem, plain: Tensor) -> Tensor:
+    """The squared error of the best of all scale codes (NVFP4, MX)."""
+    if is_mx(problem.args):
+        scales = rounded_to(2.0 ** torch.arange(-127, 128).double(), problem.dtype)
+    else:
+        scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    scales = scales.unsqueeze(-1).expand(-1, len(plain))
+    scales = torch.where(scales == 0, plain, scales)
+    return problem.error(scales, torch.zeros_like(scales), 2).amin(0)
+
+
+def histogram_bound(problem: Problem) -> Tensor:
+    """The squared error of the best of the extremes, times powers of two down to 2^-12."""
+    ladder = 2.0 ** -torch.arange(0, 12.5, 0.5, dtype=torch.float64)
+    pairs = torch.stack([ladder, ladder])
+    if not problem.args.symmetric:
+        pairs = torch.cartesian_prod(ladder, ladder).T
+    ends = zip(problem.range, pairs, strict=True)
+    lows, highs = (end * factor.unsqueeze(-1) for end, factor in ends)
+    return problem.error(*problem.stored(lows, highs), 2).amin(0)
+
+
+def output_error(
+    problem: Problem, scale: Tensor, zero_point: Tensor, rows: Tensor, cols: Tensor, seen: Tensor
+) -> Tensor:
+    """Of each group, sum over its rows of |inputs @ error|^2, in units of the group.
+
+    Args:
+        problem: The groups.
+        scale: As stored, (groups,).
+        zero_point: The same.
+        rows: Row of each value, of the shape of `problem.x`; NaN behind the end of a group.
+        cols: Its column.
+        seen: Inputs, (tokens, columns).
+    """
+    step = scale.double() if problem.global_scale is None else scale / problem.global_scale.double()
+    unit = problem.unit
+    x = torch.where(problem.x.isfinite(), problem.x, 0) / unit.unsqueeze(-1)
+    behind = (step / unit).unsqueeze(-1), zero_point.double().unsqueeze(-1)
+    errors = fake_quantize(x, *behind, problem.args) - x
+    found = []
+    for error, row, col in zip(errors, rows, cols, strict=True):
+        there = row.isfinite()
+        matrix = torch.zeros(int(row[there].max()) + 1, seen.shape[-1], dtype=torch.float64)
+        matrix[row[there].long(), col[there].long()] = error[there]
+        found.append((seen.double() @ matrix.T).square().sum())
+    return torch.stack(found)

@@ -1,4 +1,4 @@
-"""What observers are given in the bad-input matrix: each row a small function of ordinary values."""
+"""What observers are given in the bad-input matrix: each row is made of ordinary values."""
 
 from __future__ import annotations
 

@@ -134,7 +134,9 @@ def stored(
         Scale as it is stored, and zero point.
     """
     limit = torch.finfo(dtype).max
-    low, high = (end.clamp(-limit, limit).to(dtype) for end in (low.clamp(max=0), high.clamp(min=0)))
+    low, high = (
+        end.clamp(-limit, limit).to(dtype) for end in (low.clamp(max=0), high.clamp(min=0))
+    )
     scale, zero = calculate_qparams(low, high, args, global_scale)
     wide, wide_zero = free_scale(low.double(), high.double(), args)
     if global_scale is None:
@@ -293,12 +295,18 @@ def optimal_bound(problem: Problem) -> Tensor:
     A scale that is off by a part u of itself moves each dequantized value by that part of it, and
     rounding values to codes anew makes no error larger.
     """
-    first, last, count = WINDOWS[str(problem.args.type.value), problem.args.num_bits]
+    first, last, count = WINDOWS[
+        str(getattr(problem.args.type, "value", problem.args.type)), problem.args.num_bits
+    ]
     ratios = torch.logspace(*(float(torch.tensor(end).log10()) for end in (first, last)), count)
     base, zero = free_scale(*problem.range, problem.args)
     scales = ratios.double().unsqueeze(-1) * torch.where(base > 0, base, 1.0)
-    least = problem.error(scales, zero.round().expand_as(scales), 2).amin(0)
-    part = torch.finfo(problem.dtype).eps / 2
+    least, which = problem.error(scales, zero.round().expand_as(scales), 2).min(0)
+    best = scales.gather(0, which.unsqueeze(0))[0]
+    # Denormal numbers are far apart.
+    part = (torch.full_like(best, problem.tiny) / best / 2).clamp(
+        min=torch.finfo(problem.dtype).eps / 2
+    )
     return (least.sqrt() + 1.1 * part * energy(problem).sqrt()).square()
 
 
@@ -311,12 +319,13 @@ def energy(problem: Problem) -> Tensor:
 def code_bound(problem: Problem, plain: Tensor) -> Tensor:
     """The squared error of the best of all scale codes (NVFP4, MX)."""
     if is_mx(problem.args):
-        scales = rounded_to(2.0 ** torch.arange(-127, 128).double(), problem.dtype)
+        scales = 2.0 ** torch.arange(-127, 128).double()
+        scales = scales[scales.to(problem.dtype) == scales]  # others are no powers of two in it
     else:
         scales = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     scales = scales.unsqueeze(-1).expand(-1, len(plain))
     scales = torch.where(scales == 0, plain, scales)
-    return problem.error(scales, torch.zeros_like(scales), 2).amin(0)
+    return problem.error(scales, torch.zeros_like(scales), 2).nan_to_num(torch.inf).amin(0)
 
 
 def histogram_bound(problem: Problem) -> Tensor:

@@ -38,7 +38,9 @@ from calipers.ranges import (
     range_of_qparams,
 )
 from calipers.ranges.casting import cast_range
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges.memory import plain_values
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 __all__ = ["Observation", "Observer"]
@@ -187,6 +189,8 @@ class Observer(InternalModule, RegistryMixin):
         self.name: str = f"{kind}.{self.base_name}"
         self._update = UpdateState()
         self._warned = False
+        #: Whether it was said that tokens of values of another rank than 2 are not counted.
+        self._told_rank = False
         #: Values left out that no warning has told of yet: how many, of how many, what of, and why.
         self._left_out: tuple[int, int, str, str] | None = None
         self._before_batch: dict[str, Any] | None = None
@@ -358,15 +362,18 @@ class Observer(InternalModule, RegistryMixin):
         if not isinstance(observed, Tensor):
             raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
         if observed.dim() != 2:
-            logger.debug(
-                "{}: tokens are counted for (tokens, features), not for rank {}",
-                self.name,
-                observed.dim(),
-            )
+            if not self._told_rank:
+                self._told_rank = True
+                logger.debug(
+                    "{}: tokens are counted for (tokens, features), not for rank {}",
+                    self.name,
+                    observed.dim(),
+                )
             return
+        if mask is not None or observed.is_nested:
+            observed = self._masked(self._as_value(observed), mask)
         if observed.numel():
-            counted = observed if mask is None else select_tokens(observed.detach(), mask)
-            self._num_observed_tokens = (self._num_observed_tokens or 0) + counted.shape[0]
+            self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
 
     def measure(self, observation: Observation) -> list[Range]:
         """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
@@ -434,7 +441,7 @@ class Observer(InternalModule, RegistryMixin):
         """
         if observed is not None:
             if self.args.strategy == _TENSOR_GROUP:
-                self._need_global_scale()
+                self._need_global_scale(torch.device("cpu"))
             self.observe(observed, g_idx, mask)
         if self._stale:
             if not self._first_form:
@@ -550,7 +557,8 @@ class Observer(InternalModule, RegistryMixin):
             return None
         if self._first_form:
             assert self._scale is not None
-            return range_of_qparams(self._scale, self._zero_point, self.args, self.global_scale)
+            global_scale = self._global_scale_on(self._scale.device)
+            return range_of_qparams(self._scale, self._zero_point, self.args, global_scale)
         assert self.observed_dtype is not None
         low, high = self._range(self.range_names)
         return cast_range(low, self.observed_dtype), cast_range(high, self.observed_dtype)
@@ -793,18 +801,16 @@ class Observer(InternalModule, RegistryMixin):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _as_value(self, observed: Tensor) -> Tensor:
+    def _as_value(self, observed: Tensor, what: str | None = None) -> Tensor:
         """A plain floating tensor that shares memory with `observed` where it can."""
         if not isinstance(observed, Tensor):
-            raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
-        if observed.is_meta:
             raise ValueError(
-                f"{self.name}: expected a tensor with values, got a meta tensor of shape "
-                f"{tuple(observed.shape)}; load the weights first"
+                f"{what or self.name}: expected a tensor, got {type(observed).__name__}"
             )
-        value = observed.detach().as_subclass(Tensor)
-        # Integers, booleans, and float8, which has no arithmetic.
-        return value if value.dtype in _FLOATS else value.float()
+        try:
+            return plain_values(observed)
+        except ValueError as error:
+            raise ValueError(f"{what or self.name}: {error}") from error
 
     def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens of an activation that count; under strategy "token" zeros for the others."""
@@ -856,8 +862,22 @@ class Observer(InternalModule, RegistryMixin):
         self.num_nonfinite += count
         self._left_out = (count, value.numel(), what, "NaN or Inf")
 
-    def _need_global_scale(self) -> Tensor:
-        scale = self.global_scale
+    def _global_scale_on(self, device: torch.device) -> Tensor | None:
+        """The module's global scale, shape (1,), float32, where the strategy has one and it is set.
+
+        Raises:
+            ValueError: It is not one positive finite number.
+        """
+        scale = self.global_scale if self.args.strategy == _TENSOR_GROUP else None
+        if scale is None:
+            return None
+        try:
+            return checked_global_scale(scale, device)
+        except ValueError as error:
+            raise ValueError(f"{self.name}_{error}") from error
+
+    def _need_global_scale(self, device: torch.device) -> Tensor:
+        scale = self._global_scale_on(device)
         if scale is None:
             raise ValueError(
                 f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
@@ -874,7 +894,7 @@ class Observer(InternalModule, RegistryMixin):
     def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
         global_scale = None
         if self.args.strategy == _TENSOR_GROUP:
-            global_scale = self._need_global_scale().to(low.device)
+            global_scale = self._need_global_scale(low.device)
         return qparams_of_range(
             cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale
         )
@@ -906,6 +926,3 @@ class Observer(InternalModule, RegistryMixin):
         self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
@@ -13,8 +12,9 @@ from torch import Tensor
 from calipers.ranges import grid_eager, grid_inductor, grid_native
 from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
-from calipers.ranges.units import search_in_float32
+from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_grid_ranges"]
@@ -57,6 +57,8 @@ def search_grid_ranges(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     weighted = [] if importance is None else importance
     dtype = extremes[0][0].dtype
@@ -72,13 +74,14 @@ def search_grid_ranges(
             (expand_range(low, grid.expand), expand_range(high, grid.expand))
             for low, high in extremes
         ]
-        scale = None if global_scale is None else (global_scale.double() * factor).float()
+        scale = None if global_scale is None else times(global_scale, factor)
         arguments = (views, expanded, args, grid, weights, scale)
-        found = None
-        if compiled is not None:
-            found = cast("list[Range] | None", attempt(chosen, lambda: compiled(*arguments)))
-        if found is None:
+        if compiled is None:
             found = grid_eager.search(*arguments)
+        else:
+            found = attempt(
+                chosen, lambda: compiled(*arguments), lambda: grid_eager.search(*arguments)
+            )
         return found if factor == 1 else [_restored(pair, factor, dtype) for pair in found]
 
     # Scales that are rounded are absolute, unless they are powers of two or have a global scale
@@ -101,7 +104,7 @@ def _restored(pair: Range, factor: float, dtype: torch.dtype) -> Range:
 
 def _compiled_search(
     engine: Engine, args: QuantizationArgs, norm: float, dtypes: list[torch.dtype]
-) -> Callable[..., Any] | None:
+) -> Callable[..., list[tuple[Tensor, Tensor]]] | None:
     """The search by an engine; None where it is left to the reference."""
     if engine == "native":
         return grid_native.search if grid_native.supports(args, norm, *dtypes) else None

@@ -44,7 +44,9 @@ class Histogram:
         """The dtype whose patterns are counted for values of `dtype`."""
         return dtype if dtype in _EXPONENT else torch.float32
 
-    def points(self, low: Tensor | None = None, high: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def points(
+        self, low: Tensor | None = None, high: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weighted values that stand for all that was counted.
 
         Of a 16-bit pattern it is the value itself. Of a float32 bin it is two values around the

@@ -11,6 +11,7 @@ from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_
 from torch import Tensor
 
 from calipers.ranges.casting import cast_range
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.histogram import NUM_PATTERNS, Histogram
 from calipers.ranges.qparams import qparams_of_range
 from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
@@ -59,6 +60,8 @@ def search_histogram_range(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, low.device)
     shape, parts = low.shape, []
     low, high = low.flatten(), high.flatten()
     counts = histogram.counts.view(-1, NUM_PATTERNS)
@@ -69,14 +72,13 @@ def search_histogram_range(
         ends = low[some], high[some]
         values, weights = Histogram(counts[some], lower, histogram.dtype).points(*ends)
         factor = _factor(*ends, args) if global_scale is None else 1.0
+        part_low, part_high = (end / factor for end in ends)
         objective = _Objective(
-            values / factor, weights, *(end / factor for end in ends), args, dtype, global_scale
+            values / factor, weights, part_low, part_high, args, dtype, global_scale
         )
-        found = [end * factor for end in objective.best_range()]
+        found = [cast_range(end.double() * factor, end.dtype) for end in objective.best_range()]
         known = _is_counted(*ends, histogram.dtype)
-        parts.append(
-            [torch.where(known, new, end) for new, end in zip(found, ends, strict=True)]
-        )
+        parts.append([torch.where(known, new, end) for new, end in zip(found, ends, strict=True)])
     best_low, best_high = (torch.cat(ends).reshape(shape) for ends in zip(*parts, strict=True))
     return best_low, best_high
 

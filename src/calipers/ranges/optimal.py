@@ -11,10 +11,11 @@ from torch import Tensor
 
 from calipers.ranges.casting import cast_range
 from calipers.ranges.engines import Engine, attempt, choose_engine
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.group_sums import GroupBatch, group_batches
 from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scheme
-from calipers.ranges.units import search_in_float32
+from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
@@ -53,13 +54,15 @@ def search_optimal_scales(
         compressed-tensors makes of minimum and maximum, which also serves groups of zeros.
     """
     dtype = extremes[0][0].dtype
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, values)
 
     def search(views: Sequence[GroupedView], extremes: Sequence[Pair], factor: float) -> list[Pair]:
-        scale = None if global_scale is None else (global_scale.double() * factor).float()
-        scheme = Scheme(args, dtype, signed, scale)
+        scale = None if global_scale is None else times(global_scale, factor)
+        scheme = Scheme(args, dtype, signed, scale, factor)
 
         def search_by(engine: Engine) -> list[Pair]:
             return [
@@ -67,8 +70,10 @@ def search_optimal_scales(
                 for view, (low, high), weight in zip(views, extremes, weights, strict=True)
             ]
 
-        found = None if chosen == "eager" else attempt(chosen, lambda: search_by(chosen))
-        found = search_by("eager") if found is None else found
+        if chosen == "eager":
+            found = search_by("eager")
+        else:
+            found = attempt(chosen, lambda: search_by(chosen), lambda: search_by("eager"))
         if factor == 1:
             return found
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calipers.ranges.views import GroupedView
 
-__all__ = ["error_units", "search_in_float32"]
+__all__ = ["error_units", "search_in_float32", "times"]
 
 #: The largest rounding error of a float format of 4 and of 8 bits, as a part of its largest code.
 _LARGEST_ERROR = {4: 1 / 6, 8: 16 / 448}
@@ -21,6 +21,8 @@ _MOST_EXPONENT = 120
 _LARGEST_EXPONENT = 124
 #: Float64 values of a smaller exponent are searched as if they were larger.
 _SMALLEST_EXPONENT = -76
+#: So are those of other dtypes, where scales would be no normal float32 numbers, by one power.
+_SMALLEST_OF_FLOAT32, _REACH_OF_FLOAT32 = -100, 60
 #: The powers of two that float64 values are divided by are those of multiples of this exponent.
 _REACH = 200
 
@@ -77,7 +79,10 @@ def search_in_float32(
     exponents = [_needed_exponents(low, high) for low, high in extremes]
     every = torch.cat([each.reshape(-1) for each in exponents]).unique().tolist() or [0]
     if extremes[0][0].dtype != torch.float64:
-        every = [max(every)]
+        # One power serves all large ones.
+        most = max(every)
+        every = [each for each in every if each < 0] + ([most] if most >= 0 else [])
+        exponents = [torch.where(each >= 0, most, each) for each in exponents]
     whole: list[Range] | None = None
     for exponent in every:
         factor = 2.0**exponent
@@ -109,8 +114,14 @@ def _needed_exponents(low: Tensor, high: Tensor) -> Tensor:
     exponent = torch.frexp(largest).exponent.long()
     over = (exponent - _LARGEST_EXPONENT).clamp(min=0)
     if low.dtype != torch.float64:
-        return over
+        return torch.where(exponent < _SMALLEST_OF_FLOAT32, -_REACH_OF_FLOAT32, over)
     # Few powers of two serve all groups.
     over = (over + _REACH - 1) // _REACH * _REACH
     under = (_SMALLEST_EXPONENT - exponent).clamp(min=0)
     return over - (under + _REACH - 1) // _REACH * _REACH
+
+
+def times(global_scale: Tensor, factor: float) -> Tensor:
+    """A global scale for values divided by a factor, at most what float32 holds."""
+    limits = torch.finfo(torch.float32)
+    return (global_scale.double() * factor).clamp(limits.tiny, limits.max).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from observers.samples import NVFP4, sample
 
@@ -456,6 +458,58 @@ simple(
     a_list=lambda x: Given([1.0, 2.0], refused="list"),
     meta=lambda x: Given(torch.empty_like(x, device="meta"), refused="meta"),
 )
+
+# -- odd tensors --------------------------------------------------------------------------------
+
+#: Whether tensors of no plain memory are among the rows: a ValueError, or the values' own result.
+ODD_TENSORS = True
+
+
+def _quietly(make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def made(x: Tensor) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about tensors in beta state
+            return make(x)
+
+    return made
+
+
+def _nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([x[0], x[0]])
+
+
+def _quantized(x: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
+
+
+def _fake(x: Tensor) -> Tensor:
+    return FakeTensorMode().from_tensor(x)
+
+
+_REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "sparse": (lambda x: x.to_sparse(), "dense"),
+    "sparse_rows": (lambda x: x.flatten(0, -2).to_sparse_csr(), "dense"),
+    "nested": (_nested, "nested"),
+    "quantized": (_quantized, "quantized"),
+    "complex": (lambda x: torch.complex(x, x), "complex"),
+    "complex_conjugate": (lambda x: torch.complex(x, x).conj(), "complex"),
+    "fake": (_fake, "FakeTensor"),
+}
+
+
+def _refused_row(make: Callable[[Tensor], Any], says: str) -> Make:
+    return lambda x, _: Given(_quietly(make)(x), counted=x, refused=says)
+
+
+if ODD_TENSORS:
+    INPUTS.update({name: _refused_row(*each) for name, each in _REFUSED.items()})
+    simple(
+        negative_view=lambda x: Given(torch.conj(torch.complex(x, x)).imag, counted=-x),
+        real_view=lambda x: torch.complex(x, x * 3).real,
+        zero_tensor=lambda x: Given(
+            torch._efficientzerotensor(x.shape), counted=torch.zeros_like(x)
+        ),
+    )
 
 
 @functools.cache

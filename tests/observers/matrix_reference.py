@@ -201,7 +201,7 @@ class Problem:
     def unit(self) -> Tensor:
         """A power of two near the largest value of each group, so that no error overflows."""
         amax = torch.maximum(-self.range[0], self.range[1])
-        exponent = torch.frexp(amax).exponent.double().clamp(-1000, 1000)
+        exponent = torch.frexp(amax).exponent.double().clamp(-1000, 1023)
         return torch.where(amax > 0, exponent.exp2(), 1.0)
 
     def error(self, scale: Tensor, zero_point: Tensor, norm: float) -> Tensor:

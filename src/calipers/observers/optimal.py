@@ -389,8 +389,9 @@ class OptimalObserver(InputEnergyObserver):
 def _of_ordinary_size(
     views: Sequence[GroupedView], extremes: Sequence[Range]
 ) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
-    """Views whose groups are all so large, or so small, that squares leave float32: divided by a
-    power of two, which is returned.
+    """Views, extremes and the power of two they are divided by, 1.0 where none is needed.
+
+    It is where all groups are so large, or so small, that squares leave float32.
     """
     ends = torch.stack([torch.cat([end.reshape(-1) for end in pair]) for pair in extremes]).double()
     sizes = ends[ends.isfinite() & (ends != 0)].abs()

@@ -74,7 +74,14 @@ def search_histogram_range(
         factor = _factor(*ends, args) if global_scale is None else 1.0
         part_low, part_high = (end / factor for end in ends)
         objective = _Objective(
-            values / factor, weights, part_low, part_high, args, dtype, global_scale
+            values / factor,
+            weights,
+            part_low,
+            part_high,
+            args,
+            dtype,
+            global_scale,
+            limit=torch.finfo(low.dtype).max / factor,
         )
         found = [cast_range(end.double() * factor, end.dtype) for end in objective.best_range()]
         known = _is_counted(*ends, histogram.dtype)
@@ -115,6 +122,8 @@ class _Objective:
     args: QuantizationArgs
     dtype: torch.dtype
     global_scale: Tensor | None
+    #: The largest end of a range that can be returned.
+    limit: float
 
     def best_range(self) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of each qparam."""
@@ -188,7 +197,7 @@ class _Objective:
         factors = exponents.exp2()
         low = torch.where(counted, self.low, 0).unsqueeze(-1) * factors[..., 0].to(self.low.dtype)
         high = torch.where(counted, self.high, 0).unsqueeze(-1) * factors[..., 1].to(self.low.dtype)
-        return low, high
+        return low.clamp(-self.limit, self.limit), high.clamp(-self.limit, self.limit)
 
     def _errors(self, exponents: Tensor) -> Tensor:
         """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""

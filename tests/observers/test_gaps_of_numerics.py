@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -107,9 +108,11 @@ def test_wide_ranges_of_any_strategy_keep_scale_and_zero_point(
     name: str, strategy: dict[str, Any], dtype: torch.dtype, size: float
 ) -> None:
     """As those of the same values of size 1, times the size."""
+    if name == "histogram" and dtype in (torch.float16, torch.float64):
+        pytest.skip("no range beyond float16, no bins beyond float32: the matrix compares errors")
     args = {**strategy, "num_bits": 8, "symmetric": False}
     options = {"objective": "mse"} if name == "optimal" else {}
-    factor = 2.0 ** int(torch.tensor(size).double().log2())
+    factor = 2.0 ** int(math.log2(size))
     x = sample((4, 64), 3).to(dtype).clamp(-1, 1)
     scale, zero = qparams(name, args, options, (x.double() * factor).to(dtype), x)
     plain, its_zero = qparams(name, args, options, x, x)
@@ -136,7 +139,7 @@ def test_float64_hessian_at_any_size(engine: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("size", [1, 32])
 def test_mxfp4_of_single_elements(size: int, grid: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Native and eager take the same step, for one element in a group and for equal ones."""
-    x = torch.linspace(0.01, 8, 1024).to(dtype).unsqueeze(1)
+    x = torch.linspace(0.01, 8, 128).to(dtype).unsqueeze(1)
     views = arrange(x.expand(-1, size).contiguous(), "weight", QuantizationArgs(**MXFP4)).views
     args, extremes = QuantizationArgs(**MXFP4), [min_max(view) for view in views]
     found = [

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
-from compressed_tensors.quantization.utils import generate_gparam
 from pydantic import Field
 from torch import Tensor
 
@@ -20,13 +20,19 @@ from calipers.observers.state_checks import Problem, check_scales, check_sum, co
 from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.observers.updates import whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
-from calipers.ranges.column_groups import column_groups
+from calipers.ranges.casting import cast_range, widened
+from calipers.ranges.column_groups import ColumnGroups, column_groups
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.projection import Scheme
+from calipers.ranges.qparams import global_scale_of_range
 from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
+from calipers.ranges.units import search_in_float32, times
 
 __all__ = ["OptimalObserver"]
+
+#: Exponents of values whose errors' squares float32 holds; and how small units may be.
+_ORDINARY, _LEAST = 40, 100
 
 _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
 
@@ -145,9 +151,7 @@ class OptimalObserver(InputEnergyObserver):
 
     def measure_global(self, observation: Observation) -> Range:
         """Twice the extremes of the whole value: an octave of scale codes above its own."""
-        low, high = observation.extremes[0]
-        limit = torch.finfo(torch.float32).max
-        return tuple((2 * t.float()).clamp(-limit, limit) for t in (low, high))  # type: ignore[return-value]
+        return widened(observation.extremes[0], 2)
 
     @whole_update
     def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
@@ -208,7 +212,7 @@ class OptimalObserver(InputEnergyObserver):
         assert self.input_products is not None
         assert self.input_square_sum is not None
         assert self.input_sketch is not None
-        columns = column_groups(self.args, shape[-1], self._module_g_idx())
+        columns = self._column_groups(shape[-1])
         device = observation.value.device
         size = self.input_square_sum.mean().clamp(min=torch.finfo(torch.float64).tiny)
         products = columns.products((self.input_products / size).float().to(device))
@@ -228,10 +232,45 @@ class OptimalObserver(InputEnergyObserver):
                     f"of the columns that its inputs were summed by ({self.base_name}_g_idx of the "
                     f"module, if any), got shape {tuple(shape)}"
                 )
-            found.append(
-                refine_by_hessian(view, pair, extremes, products[which], factors[which], scheme)
-            )
+
+            def refine(
+                views: Sequence[GroupedView],
+                extremes: Sequence[Range],
+                factor: float,
+                pair: Range = pair,
+                which: slice | Tensor = which,
+            ) -> list[Range]:
+                its_scheme, start = scheme, pair[0]
+                views, extremes, more = _of_ordinary_size(views, extremes)
+                factor *= more
+                if factor != 1:
+                    global_scale = scheme.global_scale
+                    if global_scale is not None:
+                        global_scale = times(global_scale, factor)
+                    its_scheme = replace(scheme, global_scale=global_scale, unit=factor)
+                    start = start.double() / factor
+                limits = torch.finfo(torch.float32)
+                start = start.clamp(-limits.max, limits.max).float()
+                scale, zero = refine_by_hessian(
+                    views[0],
+                    (start, pair[1].float()),
+                    extremes[0],
+                    products[which],
+                    factors[which],
+                    its_scheme,
+                )
+                if factor == 1:
+                    return [(scale.to(pair[0].dtype), zero)]
+                return [(cast_range(scale.double() * factor, pair[0].dtype), zero)]
+
+            found += search_in_float32([view], [extremes], refine)
         return found
+
+    def _column_groups(self, cols: int) -> ColumnGroups:
+        try:
+            return column_groups(self.args, cols, self._module_g_idx())
+        except ValueError as error:
+            raise type(error)(f"{self.name}: {error}") from error
 
     def _module_g_idx(self) -> Tensor | None:
         index: Tensor | None = getattr(self.module, f"{self.base_name}_g_idx", None)
@@ -240,7 +279,7 @@ class OptimalObserver(InputEnergyObserver):
     def _add_products(self, tokens: Tensor) -> None:
         if self.objective != "hessian":
             return
-        columns = column_groups(self.args, tokens.shape[-1], self._module_g_idx())
+        columns = self._column_groups(tokens.shape[-1])
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
         sums = {
             "input_products": columns.triangles(tokens),
@@ -326,6 +365,8 @@ class OptimalObserver(InputEnergyObserver):
             scale = scale * self._need_global_scale(scale.device)
             if self.args.scale_dtype is not None:
                 scale = round_to_quantized_type_dtype(scale, self.args.scale_dtype)
+                limits = torch.finfo(self.args.scale_dtype)
+                scale = torch.where(scale == 0, limits.smallest_normal * limits.eps, scale)
         else:
             scale = scale.to(dtype)
         return scale, round_to_quantized_type_dtype(
@@ -339,10 +380,40 @@ class OptimalObserver(InputEnergyObserver):
         device = observation.value.device
         scale = self._global_scale_on(device)
         if scale is None:
-            low = torch.stack([pair[0].float().amin() for pair in observation.extremes]).amin()
-            high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
-            scale = generate_gparam(2 * low, 2 * high)
+            ends = [torch.stack([end.reshape(-1).amin() for end, _ in observation.extremes])]
+            ends += [torch.stack([end.reshape(-1).amax() for _, end in observation.extremes])]
+            scale = global_scale_of_range(*widened((ends[0].amin(), ends[1].amax()), 2))
         return scale.to(device)
+
+
+def _of_ordinary_size(
+    views: Sequence[GroupedView], extremes: Sequence[Range]
+) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
+    """Views, extremes and the power of two they are divided by, 1.0 where none is needed.
+
+    It is where all groups are so large, or so small, that squares leave float32.
+    """
+    ends = torch.stack([torch.cat([end.reshape(-1) for end in pair]) for pair in extremes]).double()
+    sizes = ends[ends.isfinite() & (ends != 0)].abs()
+    if not sizes.numel():
+        return views, extremes, 1.0
+    least, most = (int(torch.frexp(size).exponent) for size in (sizes.min(), sizes.max()))
+    exponent = least if least > _ORDINARY else max(most, -_LEAST) if most < -_ORDINARY else 0
+    if exponent == 0 or most > 127:
+        return views, extremes, 1.0
+    factor = 2.0**exponent
+    smaller = [(low.double() / factor, high.double() / factor) for low, high in extremes]
+    return (
+        [
+            replace(view, values=(view.values.double() / factor).to(view.values.dtype))
+            for view in views
+        ],
+        [
+            (low.to(old[0].dtype), high.to(old[1].dtype))
+            for (low, high), old in zip(smaller, extremes, strict=True)
+        ],
+        factor,
+    )
 
 
 def _sum(past: Tensor | None, current: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["cast_range", "expand_range"]
+__all__ = ["cast_range", "expand_range", "widened"]
 
 
 def cast_range(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -28,3 +28,19 @@ def expand_range(values: Tensor, factor: float) -> Tensor:
     limits = torch.finfo(torch.float32)
     grown = (values.float() * factor).clamp(limits.min, limits.max)
     return torch.where(values.isinf(), values.float(), grown)
+
+
+def widened(ends: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum times a factor, finite: float64 for float64 values, else float32.
+
+    Args:
+        ends: Of any floating dtype; Inf and -Inf of a range of nothing stay.
+        factor: At least 1.
+    """
+    if ends[0].dtype != torch.float64:
+        low, high = (expand_range(end, factor) for end in ends)
+        return low, high
+    limit = torch.finfo(torch.float64).max
+    grown = ((end * factor).clamp(-limit, limit) for end in ends)
+    low, high = (torch.where(old.isinf(), old, new) for old, new in zip(ends, grown, strict=True))
+    return low, high

@@ -120,8 +120,7 @@ def _float8_codes() -> Tensor:
 
 @functools.lru_cache(maxsize=8)
 def _powers_of_two(dtype: torch.dtype) -> Tensor:
-    """The scales of MX, 2**-127 to 2**127, as far as `dtype` has them as normal numbers."""
+    """The scales of MX, 2**-127 to 2**127, as far as `dtype` has them, denormal ones too."""
     powers = torch.exp2(torch.arange(-127, 128, dtype=torch.float64, device="cpu"))
     limits = torch.finfo(dtype)
-    least = max(limits.smallest_normal, torch.finfo(torch.float32).smallest_normal)
-    return powers[(powers >= least) & (powers <= limits.max)].float()
+    return powers[(powers >= limits.smallest_normal * limits.eps) & (powers <= limits.max)].float()

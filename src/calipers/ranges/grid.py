@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.ranges import grid_eager, grid_inductor, grid_native
@@ -13,10 +14,12 @@ from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
-from calipers.ranges.units import in_float32_range
+from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_grid_ranges"]
+
+Range = tuple[Tensor, Tensor]
 
 
 def search_grid_ranges(
@@ -58,34 +61,45 @@ def search_grid_ranges(
         global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     weighted = [] if importance is None else importance
-    factor = 1.0
     dtype = extremes[0][0].dtype
-    # Scales that are rounded are absolute, and symmetric ones do not overflow.
-    if args.scale_dtype is None and (dtype == torch.float64 or not args.symmetric):
-        views, extremes, factor = in_float32_range(views, extremes)
-    expanded = [
-        (expand_range(low, grid.expand), expand_range(high, grid.expand)) for low, high in extremes
-    ]
-
-    def restored(found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        if factor == 1:
-            return found
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return [
-            tuple(cast_range(end.double() * factor, wide) for end in pair)  # type: ignore[misc]
-            for pair in found
-        ]
-
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, values)
     dtypes = [view.values.dtype for view in (*views, *weighted)]
-    arguments = (views, expanded, args, grid, weights, global_scale)
-    search = _compiled_search(chosen, args, grid.norm, dtypes)
-    if search is None:
-        return restored(grid_eager.search(*arguments))
-    return restored(
-        attempt(chosen, lambda: search(*arguments), lambda: grid_eager.search(*arguments))
+    compiled = _compiled_search(chosen, args, grid.norm, dtypes)
+
+    def search(
+        views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
+    ) -> list[Range]:
+        expanded = [
+            (expand_range(low, grid.expand), expand_range(high, grid.expand))
+            for low, high in extremes
+        ]
+        scale = None if global_scale is None else times(global_scale, factor)
+        arguments = (views, expanded, args, grid, weights, scale)
+        if compiled is None:
+            found = grid_eager.search(*arguments)
+        else:
+            found = attempt(
+                chosen, lambda: compiled(*arguments), lambda: grid_eager.search(*arguments)
+            )
+        return found if factor == 1 else [_restored(pair, factor, dtype) for pair in found]
+
+    # Scales that are rounded are absolute, unless they are powers of two or have a global scale
+    # beside them; and symmetric ones do not overflow.
+    relative = args.scale_dtype is None or (
+        dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
     )
+    if relative and (dtype == torch.float64 or not args.symmetric):
+        return search_in_float32(views, extremes, search)
+    return search(views, extremes, 1.0)
+
+
+def _restored(pair: Range, factor: float, dtype: torch.dtype) -> Range:
+    """A range times a factor, at most what the dtype holds, float32 at least."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = torch.finfo(torch.float64).max
+    low, high = ((end.double() * factor).clamp(-limit, limit) for end in pair)
+    return cast_range(low, wide), cast_range(high, wide)
 
 
 def _compiled_search(

@@ -44,13 +44,19 @@ class Histogram:
         """The dtype whose patterns are counted for values of `dtype`."""
         return dtype if dtype in _EXPONENT else torch.float32
 
-    def points(self) -> tuple[Tensor, Tensor]:
+    def points(
+        self, low: Tensor | None = None, high: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Weighted values that stand for all that was counted.
 
         Of a 16-bit pattern it is the value itself. Of a float32 bin it is two values around the
         mean, as if the bin were filled evenly around it as far as it reaches: exact for values
         that are bfloat16 numbers (small integers too) and for a value alone in its bin, and a bin's
         mean is always exact.
+
+        Args:
+            low: Smallest value of each qparam, shape (qparams,): no value of a bin is smaller.
+            high: Largest value, likewise; None where they are not known.
 
         Returns:
             Values, float32, shape (1 or qparams, n); and weights, float64, shape (qparams, n). No
@@ -75,6 +81,13 @@ class Histogram:
         edge = (own.to(torch.int32) << 16).view(torch.float32).double()
         last = ((own.to(torch.int32) << 16) | 0xFFFF).view(torch.float32).double()
         step = (last - edge) / (NUM_PATTERNS - 1)
+        if low is not None and high is not None:
+            # Of a constant, or at the ends of the range, there is less room than the bin has.
+            middle = edge + step * mean
+            room = torch.minimum(
+                middle - low.double().unsqueeze(-1), high.double().unsqueeze(-1) - middle
+            )
+            reach = torch.minimum(reach, (room.clamp(min=0) / step.abs()).nan_to_num(0, 0))
         values = torch.cat([edge + step * (mean - reach), edge + step * (mean + reach)], -1)
         return values.float(), torch.cat([weights, weights], -1) / 2
 

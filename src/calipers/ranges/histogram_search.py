@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.ranges.casting import cast_range
@@ -17,6 +18,10 @@ from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
 
 __all__ = ["search_histogram_range"]
 
+#: Largest values of a larger exponent are searched as if they were smaller by a power of two.
+LARGEST_EXPONENT = 124
+#: The smallest largest value whose fellows down to 2^-20 of it are normal float32 numbers.
+SMALLEST_COUNTED = 2.0**-105
 #: Qparams whose points are laid side by side at once.
 _QPARAMS_AT_ONCE = 32
 #: How often the best scale is fitted to its own codes at the end.
@@ -64,11 +69,46 @@ def search_histogram_range(
     for start in range(0, low.numel(), _QPARAMS_AT_ONCE):
         some = slice(start, start + _QPARAMS_AT_ONCE)
         lower = None if offsets is None else offsets.view(-1, NUM_PATTERNS)[some]
-        points = Histogram(counts[some], lower, histogram.dtype).points()
-        objective = _Objective(*points, low[some], high[some], args, dtype, global_scale)
-        parts.append(objective.best_range())
+        ends = low[some], high[some]
+        values, weights = Histogram(counts[some], lower, histogram.dtype).points(*ends)
+        factor = _factor(*ends, args) if global_scale is None else 1.0
+        part_low, part_high = (end / factor for end in ends)
+        objective = _Objective(
+            values / factor,
+            weights,
+            part_low,
+            part_high,
+            args,
+            dtype,
+            global_scale,
+            limit=torch.finfo(low.dtype).max / factor,
+        )
+        found = [cast_range(end.double() * factor, end.dtype) for end in objective.best_range()]
+        known = _is_counted(*ends, histogram.dtype)
+        parts.append([torch.where(known, new, end) for new, end in zip(found, ends, strict=True)])
     best_low, best_high = (torch.cat(ends).reshape(shape) for ends in zip(*parts, strict=True))
     return best_low, best_high
+
+
+def _factor(low: Tensor, high: Tensor, args: QuantizationArgs) -> float:
+    """A power of two to divide by, so that codes times their scale do not overflow in float32."""
+    if args.scale_dtype is not None and not should_generate_mx_scales(args):
+        return 1.0  # such scales are absolute
+    ends = torch.stack([low, high]).float()
+    largest = torch.where(ends.isfinite(), ends, 0).abs().amax()
+    return 2.0 ** max(0, int(torch.frexp(largest).exponent) - LARGEST_EXPONENT)
+
+
+def _is_counted(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether a histogram tells the values of a qparam apart.
+
+    That of float32 does not for float64 values that are too large, or so small that float32 has no
+    bins of 1/128 for them.
+    """
+    if dtype != torch.float32:
+        return torch.ones_like(low, dtype=torch.bool)
+    largest = torch.maximum(-low.double(), high.double())
+    return (largest >= SMALLEST_COUNTED) & (largest <= torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -82,6 +122,8 @@ class _Objective:
     args: QuantizationArgs
     dtype: torch.dtype
     global_scale: Tensor | None
+    #: The largest end of a range that can be returned.
+    limit: float
 
     def best_range(self) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of each qparam."""
@@ -155,7 +197,7 @@ class _Objective:
         factors = exponents.exp2()
         low = torch.where(counted, self.low, 0).unsqueeze(-1) * factors[..., 0].to(self.low.dtype)
         high = torch.where(counted, self.high, 0).unsqueeze(-1) * factors[..., 1].to(self.low.dtype)
-        return low, high
+        return low.clamp(-self.limit, self.limit), high.clamp(-self.limit, self.limit)
 
     def _errors(self, exponents: Tensor) -> Tensor:
         """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.ranges.casting import cast_range
@@ -14,7 +15,7 @@ from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.group_sums import GroupBatch, group_batches
 from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scheme
-from calipers.ranges.units import in_float32_range
+from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
@@ -52,30 +53,38 @@ def search_optimal_scales(
         the global scale divided out. In no group is the error greater than with the scale that
         compressed-tensors makes of minimum and maximum, which also serves groups of zeros.
     """
+    dtype = extremes[0][0].dtype
     if global_scale is not None:
         global_scale = checked_global_scale(global_scale, views[0].values.device)
-    factor = 1.0
-    if args.scale_dtype is None:
-        views, extremes, factor = in_float32_range(views, extremes)
-    scheme = Scheme(args, extremes[0][0].dtype, signed, global_scale)
     weights = [None] * len(views) if importance is None else importance
-    device = views[0].values.device
     values = sum(view.values.numel() for view in views)
-    chosen = choose_engine(device, engine, values)
+    chosen = choose_engine(views[0].values.device, engine, values)
 
-    def search(engine: Engine) -> list[Pair]:
-        found = [
-            _search_view(view, low, high, weight, scheme, engine)
-            for view, (low, high), weight in zip(views, extremes, weights, strict=True)
-        ]
+    def search(views: Sequence[GroupedView], extremes: Sequence[Pair], factor: float) -> list[Pair]:
+        scale = None if global_scale is None else times(global_scale, factor)
+        scheme = Scheme(args, dtype, signed, scale, factor)
+
+        def search_by(engine: Engine) -> list[Pair]:
+            return [
+                _search_view(view, low, high, weight, scheme, engine)
+                for view, (low, high), weight in zip(views, extremes, weights, strict=True)
+            ]
+
+        if chosen == "eager":
+            found = search_by("eager")
+        else:
+            found = attempt(chosen, lambda: search_by(chosen), lambda: search_by("eager"))
         if factor == 1:
             return found
-        wide = torch.float64 if scheme.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         return [(cast_range(scale.double() * factor, wide), zero) for scale, zero in found]
 
-    if chosen == "eager":
-        return search("eager")
-    return attempt(chosen, lambda: search(chosen), lambda: search("eager"))
+    # Scales that are rounded are absolute, unless they are powers of two or have a global scale
+    # beside them.
+    relative = args.scale_dtype is None or (
+        dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
+    )
+    return search_in_float32(views, extremes, search) if relative else search(views, extremes, 1.0)
 
 
 def _search_view(

@@ -57,12 +57,14 @@ class Scheme:
         dtype: In which scales will be stored, unless `args.scale_dtype` says otherwise.
         signed: Whether negative scales are candidates too (symmetric integers).
         global_scale: TENSOR_GROUP only, shape (1,): scales are stored multiplied by it.
+        unit: The power of two that values were divided by: scales are stored multiplied by it.
     """
 
     args: QuantizationArgs
     dtype: torch.dtype
     signed: bool = False
     global_scale: Tensor | None = None
+    unit: float = 1.0
 
     @functools.cached_property
     def rounding(self) -> Rounding:
@@ -78,6 +80,9 @@ class Scheme:
         if self.global_scale is not None:
             return scale / self.global_scale
         limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        if self.unit < 1 and self.args.scale_dtype is None and self.dtype != torch.float64:
+            # Denormal numbers are far apart.
+            return (scale * self.unit).to(self.dtype).float() / self.unit
         return scale.clamp(-limit, limit).to(self.dtype).float()
 
 
@@ -130,6 +135,11 @@ def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     scale = scale.float()
     # A float64 scale may be too small for float32.
     scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
+    if scheme.unit < 1 and scheme.dtype != torch.float64 and scheme.global_scale is None:
+        rounded = scheme.store(scale)
+        # compressed-tensors puts this in the place of zero.
+        stand_in = torch.finfo(scheme.dtype).eps / scheme.unit
+        scale = torch.where(rounded == 0, stand_in, rounded)
     if scheme.global_scale is not None:
         scale = scale / scheme.global_scale
     return Scales(scale, None if scheme.args.symmetric else zero_point.float())

@@ -73,15 +73,21 @@ def global_scale_of_range(low: Tensor, high: Tensor) -> Tensor:
     """Global scale for NVFP4, 448 * 6 / amax, float32, shape (1,).
 
     compressed-tensors divides in the dtype of the range and takes 1.0 where that overflows, as in
-    float16 below an amax of 0.041: there float32 stands in.
+    float16 below an amax of 0.041: there float32 stands in. A float64 range may be so large that
+    float32 does not hold its global scale, which is then the smallest normal number.
     """
     if low.dtype == torch.float64:
-        limit = torch.finfo(torch.float32).max
-        low, high = low.clamp(-limit, limit), high.clamp(-limit, limit)
+        return _in_float32(generate_gparam(low, high, dtype=torch.float64))
     scale: Tensor = generate_gparam(low, high)
     if low.dtype != torch.float16:
         return scale
     return torch.where(scale == 1, generate_gparam(low.float(), high.float()), scale)
+
+
+def _in_float32(scale: Tensor) -> Tensor:
+    """A float64 global scale; 1.0 for values so small that float32 does not hold theirs."""
+    limits = torch.finfo(torch.float32)
+    return torch.where(scale > limits.max, 1.0, scale.clamp(min=limits.tiny)).float()
 
 
 def judged_range_dtype(args: QuantizationArgs, dtype: torch.dtype) -> torch.dtype:

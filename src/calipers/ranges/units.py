@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calipers.ranges.views import GroupedView
 
-__all__ = ["error_units", "in_float32_range"]
+__all__ = ["error_units", "search_in_float32", "times"]
 
 #: The largest rounding error of a float format of 4 and of 8 bits, as a part of its largest code.
 _LARGEST_ERROR = {4: 1 / 6, 8: 16 / 448}
@@ -19,6 +19,12 @@ _LARGEST_ERROR = {4: 1 / 6, 8: 16 / 448}
 _MOST_EXPONENT = 120
 #: Values of a larger exponent are searched as if they were smaller by a power of two.
 _LARGEST_EXPONENT = 124
+#: Float64 values of a smaller exponent are searched as if they were larger.
+_SMALLEST_EXPONENT = -76
+#: So are those of other dtypes, where scales would be no normal float32 numbers, by one power.
+_SMALLEST_OF_FLOAT32, _REACH_OF_FLOAT32 = -100, 60
+#: The powers of two that float64 values are divided by are those of multiples of this exponent.
+_REACH = 200
 
 Range = tuple[Tensor, Tensor]
 
@@ -48,27 +54,74 @@ def error_units(low: Tensor, high: Tensor, args: QuantizationArgs, expand: float
     return ((127 - exponent) << 23).view(torch.float32)
 
 
-def in_float32_range(
-    views: Sequence[GroupedView], extremes: Sequence[Range]
-) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
-    """Values whose ranges float32 cannot hold, all divided by one power of two.
+def search_in_float32(
+    views: Sequence[GroupedView],
+    extremes: Sequence[Range],
+    search: Callable[[Sequence[GroupedView], Sequence[Range], float], list[Range]],
+) -> list[Range]:
+    """What a float32 search finds of values that float32 may not hold, or not their `high - low`.
 
-    So are float64 values near the end of float32 and beyond, and others where `high - low` would
-    overflow.
+    Such values are searched as if they were smaller by a power of two (or larger, where all of a
+    group would vanish in float32). Groups of float64 values that need other powers of two are
+    searched one power after the other.
+
+    Args:
+        views: The views of one value.
+        extremes: For each view the minimum and maximum of its groups.
+        search: Called with views and extremes divided by a power of two, and with that number.
+            What it returns for each view is multiplied by it already.
 
     Returns:
-        Views, extremes and the power of two, 1.0 for values that float32 can hold as they are.
+        For each view what was found for its groups.
     """
     if extremes[0][0].dtype == torch.float16:
-        return views, extremes, 1.0
-    ends = torch.cat([end.reshape(-1).double() for pair in extremes for end in pair])
-    largest = torch.where(ends.isfinite(), ends, 0).abs().amax()
-    exponent = int(torch.frexp(largest).exponent)
-    if exponent <= _LARGEST_EXPONENT:
-        return views, extremes, 1.0
-    factor = 2.0 ** (exponent - _LARGEST_EXPONENT)
-    return (
-        [replace(view, values=view.values / factor) for view in views],
-        [(low / factor, high / factor) for low, high in extremes],
-        factor,
-    )
+        return search(views, extremes, 1.0)
+    exponents = [_needed_exponents(low, high) for low, high in extremes]
+    every = torch.cat([each.reshape(-1) for each in exponents]).unique().tolist() or [0]
+    if extremes[0][0].dtype != torch.float64:
+        # One power serves all large ones.
+        most = max(every)
+        every = [each for each in every if each < 0] + ([most] if most >= 0 else [])
+        exponents = [torch.where(each >= 0, most, each) for each in exponents]
+    whole: list[Range] | None = None
+    for exponent in every:
+        factor = 2.0**exponent
+        if exponent == 0:
+            part = search(views, extremes, factor)
+        else:
+            part = search(
+                [replace(view, values=view.values / factor) for view in views],
+                [(low / factor, high / factor) for low, high in extremes],
+                factor,
+            )
+        if whole is None:
+            whole = part
+            continue
+        for i, each in enumerate(exponents):
+            first, second = (
+                torch.where(each == exponent, new, old)
+                for new, old in zip(part[i], whole[i], strict=True)
+            )
+            whole[i] = first, second
+    assert whole is not None
+    return whole
+
+
+def _needed_exponents(low: Tensor, high: Tensor) -> Tensor:
+    """The power of two that each group is divided by, as an exponent, int64; 0 for most."""
+    ends = torch.stack([low, high])
+    largest = torch.where(ends.isfinite(), ends, 0).abs().amax(0)
+    exponent = torch.frexp(largest).exponent.long()
+    over = (exponent - _LARGEST_EXPONENT).clamp(min=0)
+    if low.dtype != torch.float64:
+        return torch.where(exponent < _SMALLEST_OF_FLOAT32, -_REACH_OF_FLOAT32, over)
+    # Few powers of two serve all groups.
+    over = (over + _REACH - 1) // _REACH * _REACH
+    under = (_SMALLEST_EXPONENT - exponent).clamp(min=0)
+    return over - (under + _REACH - 1) // _REACH * _REACH
+
+
+def times(global_scale: Tensor, factor: float) -> Tensor:
+    """A global scale for values divided by a factor, at most what float32 holds."""
+    limits = torch.finfo(torch.float32)
+    return (global_scale.double() * factor).clamp(limits.tiny, limits.max).float()

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.base import TRANSFORM_CONFIG_NAME
-from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
-from loguru import logger
+from safetensors import SafetensorError
 from torch import nn
 
-from calipers._quiet import no_progress_bars
-from calipers.checkpoint.saved_config import saved_config
-from calipers.checkpoint.tensors import (
-    broken_ties,
-    checkpoint_bytes,
-    checkpoint_tensors,
-    loading_dtype,
-    quantized_modules,
-)
+from calipers.checkpoint.replace import replacing
+from calipers.checkpoint.source import carry_files, refuse_source, source_folder
+from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
+from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
+from calipers.unwrap import unwrap, without_wrappers
 
 __all__ = ["compressed_size", "save"]
 
@@ -41,51 +30,52 @@ def save(
 
     The model in memory keeps its weights, scales and status: modules are compressed one at a time
     into a new state dict. The checkpoint is written to a folder beside the target and moved into
-    place when it is complete; on any failure that folder is removed, and what was at the target is
-    as it was.
+    place when it is complete, in one step; on any failure that folder is removed, and what was at
+    the target is as it was. What killed saves to this target left behind is removed.
 
     Args:
         model: A transformers model whose modules carry compressed-tensors quantization, with scales
             set and status FROZEN, as `calipers.calibrate` leaves them. Offloaded modules are read
-            where they lie.
+            where they lie. Of a wrapper (torch.compile, DataParallel, or any module around one
+            model) the model inside is saved.
         path: Folder to write. Missing parents are made. An empty folder may exist already.
-        tokenizer: Saved into the same folder where given; anything with `save_pretrained`.
-        force: Replace an existing folder, with all that is in it.
+        tokenizer: Saved into the same folder where given; anything with `save_pretrained`. Without
+            it the tokenizer's files are copied from where the model was loaded from, as those of
+            processors, chat templates and custom code are in any case.
+        force: Replace an existing folder, with all that is in it; its permissions are kept.
 
     Returns:
         The path that was written.
 
     Raises:
-        CheckpointError: The path is taken; no module is quantized; a quantized module is not
+        CheckpointError: The path is taken, or is the folder that the model was loaded from, lies
+            inside of it or holds it; it cannot be written (a full disk); no module is quantized; a quantized module is not
             frozen, or holds a scale that is NaN, infinite or not positive; a module cannot be
             compressed.
 
     Where the output head is tied to the embedding and one of the two is quantized, the checkpoint
     stores both and its config.json says that they are not tied, since a loader would overwrite one
     of them. Where compressed-tensors decompresses a format to another dtype than the model's,
-    config.json names that dtype, with a warning in the log. A model under the preset UNQUANTIZED is
+    config.json names that dtype, for the model and each model inside of it, with a warning in the
+    log. A generation config that transformers calls invalid is saved as it is. A model under the preset UNQUANTIZED is
     saved as it is.
     """
-    if not callable(getattr(model, "save_pretrained", None)):
-        raise CheckpointError(
-            "save writes transformers models, which have save_pretrained; "
-            f"got {type(model).__name__}"
-        )
-    _refuse_unready(model)
+    inner = _model_to_save(model)
     target = Path(path).expanduser()
-    place = target.resolve()
-    refuse_taken(target, force=force)
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        staging.mkdir()
-        _write(model, staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        _move_into_place(staging, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with without_wrappers(inner):
+        _refuse_unready(inner)
+        refuse_source(target, source_folder(inner))
+        refuse_taken(target, force=force)
+        place = target.resolve()
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(place) as folder:
+                write_checkpoint(inner, folder)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(folder)
+                carry_files(inner, folder, tokenizer=tokenizer is None)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{target} cannot be written: {error}") from error
     return target
 
 
@@ -98,8 +88,24 @@ def compressed_size(model: nn.Module) -> int:
     Raises:
         CheckpointError: As for `save`, the path aside.
     """
-    _refuse_unready(model)
-    return checkpoint_bytes(model)
+    inner = unwrap(model)
+    with without_wrappers(inner):
+        _refuse_unready(inner)
+        return checkpoint_bytes(inner)
+
+
+def _model_to_save(model: nn.Module) -> nn.Module:
+    """The transformers model inside of wrappers: torch's own, or any around just one child."""
+    inner = unwrap(model)
+    while not callable(getattr(inner, "save_pretrained", None)):
+        children = list(inner.children())
+        if len(children) != 1 or inner._parameters or inner._buffers:
+            raise CheckpointError(
+                "save writes transformers models, which have save_pretrained; "
+                f"got {type(model).__name__}"
+            )
+        inner = unwrap(children[0])
+    return inner
 
 
 def _refuse_unready(model: nn.Module) -> None:
@@ -172,75 +178,6 @@ def refuse_taken(path: Path, *, force: bool) -> None:
         raise CheckpointError(
             f"{shown} holds the current working directory; force=True would delete all of it"
         )
-
-
-def _write(model: nn.Module, folder: Path) -> None:
-    save_pretrained: Any = model.save_pretrained
-    config = saved_config(model)
-    tensors = checkpoint_tensors(model)
-    changes: dict[str, Any] = {}
-    if broken_ties(model):
-        changes["tie_word_embeddings"] = False
-    dtype = loading_dtype(model, tensors)
-    if dtype is not None:
-        changes["dtype"] = str(dtype).removeprefix("torch.")
-        logger.warning(
-            "compressed-tensors decompresses this scheme to {} only, so config.json says dtype {}: "
-            "loaded by transformers the model runs in it. Calibrate in {} to get the same logits.",
-            *[changes["dtype"]] * 3,
-        )
-    with _as_before_saving(model), no_progress_bars():
-        save_pretrained(folder, state_dict=tensors)
-    ModelCompressor(
-        quantization_config=config,
-        transform_config=getattr(model, TRANSFORM_CONFIG_NAME, None),
-    ).update_config(str(folder))
-    if changes:
-        _change_config(folder / "config.json", changes)
-
-
-def _change_config(config_file: Path, changes: dict[str, Any]) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config.update(changes)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"].update(changes)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    config_file.write_text(text, encoding="utf-8")
-
-
-def _move_into_place(staging: Path, place: Path) -> None:
-    if not place.exists():
-        staging.rename(place)
-        return
-    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.old")
-    place.rename(aside)
-    try:
-        staging.rename(place)
-    except BaseException:
-        aside.rename(place)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _as_before_saving(model: nn.Module) -> Iterator[None]:
-    """Hides what would make save_pretrained drop our state dict, and undoes its changes.
-
-    A model that was loaded from a quantized checkpoint has an `hf_quantizer`, whose state dict
-    replaces the one that is passed in; `hf_device_map` makes it read the weights from the model
-    again. It also writes dtype and architectures into the config of the model in memory.
-    """
-    hidden: dict[str, Any] = {
-        key: vars(model).pop(key) for key in ("hf_quantizer", "hf_device_map") if key in vars(model)
-    }
-    config: Any = model.config
-    before = dict(vars(config))
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
-        vars(model).update(hidden)
 
 
 def _listing(names: Any) -> str:

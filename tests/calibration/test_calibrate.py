@@ -124,6 +124,9 @@ def test_the_report_is_ready_for_json():
         "quantized_share",
         "seconds",
         "batches",
+        "tokens_given",
+        "tokens_counted",
+        "unmasked",
     }
     assert read["batches"] == 2
     assert read["seconds"] > 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ def run_batches(
     batches: Iterable[Any],
     on_batch: Callable[[], None],
     progress: Progress | None = None,
+    within: Callable[[object], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Run batches through the model without gradients.
 
@@ -34,6 +35,7 @@ def run_batches(
         on_batch: Called after each batch that the model took.
         progress: Called as `progress("batches", done, total)` before the first batch and after
             each; `total` is None where `batches` has no length.
+        within: Called with each batch, for a context that the model's call runs in.
 
     Raises:
         CalipersError: `batches` is itself one batch or text, or a batch is of another type.
@@ -51,7 +53,8 @@ def run_batches(
         if progress is not None:
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
-            _call(model, batch, device)
+            with within(batch):
+                _call(model, batch, device)
             on_batch()
             if progress is not None:
                 progress("batches", done, total)

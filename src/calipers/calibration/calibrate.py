@@ -32,6 +32,7 @@ def calibrate(
     on_missing: OnMissing = "error",
     on_unfit: OnUnfit = "error",
     progress: Progress | None = None,
+    use_attention_mask: bool = True,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -54,6 +55,7 @@ def calibrate(
             "skip" leaves them alone.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
             "global scales", "weights" and "activations"; `total` is None where it is not known.
+        use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -75,7 +77,7 @@ def calibrate(
         plan = without_never_called(model, plan)
     with Calibration(model, plan) as calibration:
         if data is not None:
-            calibration.run(data, progress)
+            calibration.run(data, progress, use_attention_mask=use_attention_mask)
         return calibration.freeze(on_missing, progress)
 
 

@@ -81,6 +81,13 @@ class _Sample(NamedTuple):
     factor: float
 
 
+class _GlobalScale(NamedTuple):
+    """A module's own global scale, and whether it comes from values other than zero."""
+
+    scale: torch.Tensor
+    of_values: bool
+
+
 class _Work:
     """The three passes over the modules of one freeze."""
 
@@ -98,13 +105,14 @@ class _Work:
         """TENSOR_GROUP: one global scale per fused group, from the smallest of its members'.
 
         A global scale is 448 * 6 / amax, so the smallest is that of the group's largest value.
+        Members that are zero throughout have none of their own and are not asked.
         """
         by_name = {each.name: each for each in self._observed if _has_global_scale(each)}
         groups = find_fused_groups(by_name)
         members = self._counted("global scales", [by_name[n] for group in groups for n in group])
         for group in groups:
             # One group at a time: of each weight a sample is kept until the group is done.
-            scales: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "input": {}}
+            scales: dict[str, dict[str, _GlobalScale]] = {"weight": {}, "input": {}}
             samples: dict[str, _Sample] = {}
             for each in itertools.islice(members, len(group)):
                 for base_name, scale in self._global_scales(each, samples).items():
@@ -112,8 +120,9 @@ class _Work:
             for base_name, own in scales.items():
                 if not own:
                     continue
-                first = next(iter(own.values()))
-                shared = torch.stack([scale.to(first.device) for scale in own.values()]).amin(dim=0)
+                asked = [each for each in own.values() if each.of_values] or list(own.values())
+                device = asked[0].scale.device
+                shared = torch.stack([each.scale.to(device) for each in asked]).amin(dim=0)
                 if base_name == "weight":
                     shared = self._choose_global_scale([by_name[n] for n in own], samples, shared)
                 for name in own:
@@ -124,7 +133,7 @@ class _Work:
 
     def _global_scales(
         self, each: ObservedModule, samples: dict[str, _Sample]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, _GlobalScale]:
         """Global scales of a module by base name; of its weight a sample is added to `samples`."""
         found = {}
         for base_name in each.observers:
@@ -135,14 +144,16 @@ class _Work:
                 weight = _weight_of(each)
                 with _borrowed_memory(observer):
                     scale = observer.get_global_scale(weight)
+                    of_values = observer.has_global_values
                 rows = weight.flatten(0, -2)
                 step = max(1, rows.numel() // _SAMPLE)
                 samples[each.name] = _Sample(rows[::step].clone(), len(rows) / len(rows[::step]))
             else:
                 scale = observer.get_global_scale()
+                of_values = observer.has_global_values
             if scale is None:
                 raise CalipersError(f"{observer.name}: the observer gave no global scale")
-            found[base_name] = scale
+            found[base_name] = _GlobalScale(scale, of_values)
         return found
 
     def _choose_global_scale(
@@ -153,7 +164,7 @@ class _Work:
     ) -> torch.Tensor:
         """The best of a few by the errors of all members; `shared` where they cannot tell."""
         scales = [shared * factor for factor in _GLOBAL_FACTORS]
-        total = torch.zeros(len(scales), dtype=torch.float64)
+        total = torch.zeros(len(scales), dtype=torch.float64, device="cpu")
         for each in members:
             observer, (rows, factor) = self._observer(each, "weight"), samples[each.name]
             with _borrowed_memory(observer):

@@ -57,6 +57,10 @@ class CalibrationReport:
             heads do not count. 1.0 where the model holds none.
         seconds: Wall-clock time spent in running batches and freezing.
         batches: Batches that the model took.
+        tokens_given: Tokens of the batches whose attention mask was used.
+        tokens_counted: Those of them that counted: all but padding.
+        unmasked: Names of modules whose values are not arranged by token in such a batch (routed
+            experts), so that all of them counted, padding as well.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
@@ -65,6 +69,9 @@ class CalibrationReport:
     quantized_share: float = 1.0
     seconds: float = 0.0
     batches: int = 0
+    tokens_given: int = 0
+    tokens_counted: int = 0
+    unmasked: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, ready for JSON."""

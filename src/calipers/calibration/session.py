@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -15,12 +15,15 @@ from calipers.calibration.batches import Progress, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.masks import BatchMask, find_mask
 from calipers.calibration.missing import find_missing, missing_data_error
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
 from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
+from calipers.observers.masks import token_mask
+from calipers.observers.updates import UpdateState
 
 __all__ = ["Calibration", "OnMissing", "check_on_missing"]
 
@@ -46,7 +49,8 @@ class Calibration:
 
     While attached the model runs in full precision, with nothing added but the submodules
     `weight_observer`, `input_observer` and `output_observer` and the hooks that feed them. As a
-    context manager it detaches at the end of the block.
+    context manager it detaches at the end of the block. Threads may share it: `run` and `freeze`
+    wait for each other.
 
     Args:
         model: The model.
@@ -67,6 +71,8 @@ class Calibration:
         self.observed = list(plan.observed)
         self.batches = 0
         self._plan = plan
+        self._update = UpdateState()
+        self._tokens_given = self._tokens_counted = 0
         self._seconds = 0.0
         self._state: Literal["attached", "frozen", "detached"] = "attached"
         self._calls = CallCounter(model, [each.name for each in self.observed])
@@ -77,26 +83,43 @@ class Calibration:
             self.detach()
             raise
 
-    def run(self, batches: Iterable[Any], progress: Progress | None = None) -> None:
+    def run(
+        self,
+        batches: Iterable[Any],
+        progress: Progress | None = None,
+        *,
+        use_attention_mask: bool = True,
+    ) -> None:
         """Run batches through the model, so that the observers see its tensors.
 
         May be called several times; statistics go on growing. The model runs in eval mode without
-        gradients, and every module's training flag is restored. An exception raised by the model
-        goes on, with the statistics of the batches before it kept.
+        gradients, and every module's training flag is restored. An exception goes on; a batch
+        counts wholly or not at all, so that all statistics are then those of the batches before.
 
         Args:
             batches: Each one a mapping (called as `model(**batch)`), a tensor (`model(batch)`),
                 or a tuple or list (`model(*batch)`). Tensors are moved to the model's device.
             progress: Called as `progress("batches", done, total)`; `total` is None where
                 `batches` has no length.
+            use_attention_mask: Leave padding out: where a batch is a mapping whose
+                "attention_mask" has the shape (batch, tokens) of its tokens, a token with 0 there
+                enters no statistic of a module that sees values of shape (batch, tokens, ...) or
+                (batch * tokens, ...). Modules that see others (routed experts, with the tokens
+                that they are sent) count all; the report names them.
 
         Raises:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
                 of a type that cannot be run.
         """
-        self._expect_attached("run batches")
-        with self._clock():
-            run_batches(self.model, batches, self._count_batch, progress)
+        with self._update.lock:
+            self._expect_attached("run batches")
+
+            def whole(batch: object) -> AbstractContextManager[None]:
+                masked = find_mask(batch, self.model) if use_attention_mask else BatchMask()
+                return self._whole_batch(masked)
+
+            with self._clock():
+                run_batches(self.model, batches, self._count_batch, progress, whole)
 
     def freeze(
         self, on_missing: OnMissing = "error", progress: Progress | None = None
@@ -126,6 +149,10 @@ class Calibration:
             Exception: Whatever else went wrong. No module is quantized then and the statistics
                 are kept, so that freeze may be called again.
         """
+        with self._update.lock:
+            return self._freeze(on_missing, progress)
+
+    def _freeze(self, on_missing: OnMissing, progress: Progress | None) -> CalibrationReport:
         self._expect_attached("freeze")
         check_on_missing(on_missing)
         with self._clock():
@@ -153,6 +180,9 @@ class Calibration:
             quantized_share=share,
             seconds=self._seconds,
             batches=self.batches,
+            tokens_given=self._tokens_given,
+            tokens_counted=self._tokens_counted,
+            unmasked=[each.name for each in kept if each.unmasked],
         )
 
     def detach(self) -> None:
@@ -205,6 +235,24 @@ class Calibration:
     def _expect_attached(self, what: str) -> None:
         if self._state != "attached":
             raise CalipersError(f"cannot {what}: the calibration is already {self._state}")
+
+    @contextmanager
+    def _whole_batch(self, masked: BatchMask) -> Iterator[None]:
+        """Let a batch count at the end of the block, or, where that raises, not at all."""
+        fed = [each for each in self.observed if each.wants_data]
+        try:
+            for each in fed:
+                each.begin_batch()
+            with token_mask(masked.mask):
+                yield
+            for each in fed:
+                each.end_batch()
+        except BaseException:
+            for each in fed:
+                each.undo_batch()
+            raise
+        self._tokens_given += masked.given
+        self._tokens_counted += masked.counted
 
     def _count_batch(self) -> None:
         self.batches += 1

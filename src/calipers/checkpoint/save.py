@@ -23,6 +23,10 @@ __all__ = ["compressed_size", "save"]
 _LISTED = 20
 
 
+class _CannotWriteError(CheckpointError, OSError):
+    """The system refused to write; an OSError too, as it was."""
+
+
 def save(
     model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, force: bool = False
 ) -> Path:
@@ -75,7 +79,7 @@ def save(
                     tokenizer.save_pretrained(folder)
                 carry_files(inner, folder, tokenizer=tokenizer is None)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{target} cannot be written: {error}") from error
+            raise _CannotWriteError(f"{target} cannot be written: {error}") from error
     return target
 
 

@@ -20,12 +20,13 @@ from calipers.checkpoint.tensors import broken_ties, checkpoint_tensors, loading
 __all__ = ["write_checkpoint"]
 
 
-def write_checkpoint(model: nn.Module, folder: Path) -> None:
+def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> None:
     """Write config.json, generation_config.json and the compressed weights of a model.
 
     Args:
         model: A transformers model, its quantized modules frozen; it stays as it is.
         folder: An existing folder.
+        tell: Whether to log what is unusual about the checkpoint.
 
     Raises:
         CheckpointError: A module cannot be compressed, or the config would not mean the model.
@@ -38,12 +39,14 @@ def write_checkpoint(model: nn.Module, folder: Path) -> None:
     dtype = loading_dtype(model, tensors)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
-        logger.warning(
-            "compressed-tensors decompresses this scheme to {} only, so config.json says dtype {}: "
-            "loaded by transformers the model runs in it. Calibrate in {} to get the same logits.",
-            *[changes["dtype"]] * 3,
-        )
-    with _as_before_saving(model) as invalid, no_progress_bars():
+        if tell:
+            logger.warning(
+                "compressed-tensors decompresses this scheme to {} only, so config.json says dtype "
+                "{}: loaded by transformers the model runs in it. Calibrate in {} to get the same "
+                "logits.",
+                *[changes["dtype"]] * 3,
+            )
+    with _as_before_saving(model, tell=tell) as invalid, no_progress_bars():
         save_pretrained(folder, state_dict=tensors)
     if invalid is not None:
         invalid.to_json_file(folder / "generation_config.json")
@@ -77,7 +80,7 @@ def _with_sub_configs(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _as_before_saving(model: nn.Module) -> Iterator[Any]:
+def _as_before_saving(model: nn.Module, *, tell: bool) -> Iterator[Any]:
     """Hides what would make save_pretrained fail or drop our state dict, and undoes its changes.
 
     A model that was loaded from a quantized checkpoint has an `hf_quantizer`, whose state dict
@@ -92,7 +95,7 @@ def _as_before_saving(model: nn.Module) -> Iterator[Any]:
     config: Any = model.config
     before = dict(vars(config))
     own = vars(model).get("generation_config")
-    invalid = own if _is_invalid(own) else None
+    invalid = own if _is_invalid(own, tell=tell) else None
     try:
         if invalid is not None:
             vars(model)["generation_config"] = type(invalid)()
@@ -105,12 +108,13 @@ def _as_before_saving(model: nn.Module) -> Iterator[Any]:
         vars(model).update(hidden)
 
 
-def _is_invalid(generation_config: Any) -> bool:
+def _is_invalid(generation_config: Any, *, tell: bool) -> bool:
     if generation_config is None:
         return False
     try:
         generation_config.validate(strict=True)
     except ValueError as error:
-        logger.warning("generation_config.json is saved as it is, though invalid: {}", error)
+        if tell:
+            logger.warning("generation_config.json is saved as it is, though invalid: {}", error)
         return True
     return False

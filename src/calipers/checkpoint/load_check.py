@@ -100,9 +100,20 @@ def find_load_problems(
 
 
 def refuse_unloadable(
-    model: nn.Module, schemes: Mapping[str, QuantizationScheme] | None = None
-) -> None:
+    model: nn.Module,
+    schemes: Mapping[str, QuantizationScheme] | None = None,
+    *,
+    skip: bool = False,
+) -> list[str]:
     """Refuse a model whose checkpoint would not load back.
+
+    Args:
+        model: As for `find_load_problems`.
+        schemes: As for `find_load_problems`.
+        skip: Return the modules that do not load back instead, where the others do.
+
+    Returns:
+        Modules to leave alone; empty where all is well or could not be checked.
 
     Raises:
         CheckpointError: Names the modules, the reasons and the way out. What cannot be checked is
@@ -110,11 +121,10 @@ def refuse_unloadable(
     """
     check = find_load_problems(model, schemes)
     if check.unchecked is not None:
-        logger.info(
-            "whether the checkpoint loads back could not be checked: {}", check.unchecked
-        )
-    if check.problems:
+        logger.info("whether the checkpoint loads back could not be checked: {}", check.unchecked)
+    if check.problems and not (skip and not check.whole):
         raise CheckpointError(_describe(check))
+    return list(check.problems)
 
 
 _KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
@@ -136,7 +146,7 @@ def _describe(check: LoadCheck) -> str:
     if check.whole:
         lines.append(
             "no part of the model loads back under this scheme: choose another one, such as "
-            'FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader'
+            "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
         )
     else:
         patterns = list(dict.fromkeys(_pattern(name) for name in check.problems))
@@ -222,9 +232,7 @@ def _only(
     return {name: each for name, each in schemes.items() if _kind(name) in kinds}
 
 
-def _try(
-    twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool
-) -> str | None:
+def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:
     """Quantize a copy of the twin, save it and load it; why it does not come back, or None."""
     quantized = copy.deepcopy(twin)
     try:

@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationStatus
 from safetensors import SafetensorError
 from torch import nn
 
+from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
 from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
@@ -28,7 +29,12 @@ class _CannotWriteError(CheckpointError, OSError):
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, force: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    force: bool = False,
+    load_check: bool = True,
 ) -> Path:
     """Writes a compressed-tensors checkpoint that transformers and vLLM load.
 
@@ -47,22 +53,25 @@ def save(
             it the tokenizer's files are copied from where the model was loaded from, as those of
             processors, chat templates and custom code are in any case.
         force: Replace an existing folder, with all that is in it; its permissions are kept.
+        load_check: Try before anything is written whether the installed transformers loads such a
+            checkpoint back: on a small random twin of the model, in seconds. What cannot be tried
+            (custom code, say) is saved, with a line in the log.
 
     Returns:
         The path that was written.
 
     Raises:
         CheckpointError: The path is taken, or is the folder that the model was loaded from, lies
-            inside of it or holds it; it cannot be written (a full disk); no module is quantized; a quantized module is not
-            frozen, or holds a scale that is NaN, infinite or not positive; a module cannot be
-            compressed.
+            inside of it or holds it; it cannot be written (a full disk); no module is quantized; a
+            quantized module is not frozen, or holds a scale that is NaN, infinite or not positive;
+            a module cannot be compressed, or would not load back.
 
     Where the output head is tied to the embedding and one of the two is quantized, the checkpoint
     stores both and its config.json says that they are not tied, since a loader would overwrite one
     of them. Where compressed-tensors decompresses a format to another dtype than the model's,
     config.json names that dtype, for the model and each model inside of it, with a warning in the
-    log. A generation config that transformers calls invalid is saved as it is. A model under the preset UNQUANTIZED is
-    saved as it is.
+    log. A generation config that transformers calls invalid is saved as it is, with a line in the
+    log. A model under the preset UNQUANTIZED is saved as it is.
     """
     inner = _model_to_save(model)
     target = Path(path).expanduser()
@@ -70,6 +79,8 @@ def save(
         _refuse_unready(inner)
         refuse_source(target, source_folder(inner))
         refuse_taken(target, force=force)
+        if load_check:
+            refuse_unloadable(inner)
         place = target.resolve()
         try:
             place.parent.mkdir(parents=True, exist_ok=True)

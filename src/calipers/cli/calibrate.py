@@ -21,10 +21,12 @@ from calipers.calibration import (
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.plan import plan_observers, without_never_called
+from calipers.calibration.plan import plan_observers, without_modules, without_never_called
 from calipers.calibration.session import check_on_missing
 from calipers.checkpoint import compressed_size, save
+from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.save import refuse_taken
+from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
@@ -84,12 +86,22 @@ def calibrate(
     ] = "error",
     on_unfit: Annotated[
         str,
-        typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
+        typer.Option(
+            help="Modules whose columns the group size does not divide, or that --out could not "
+            "be loaded back with: error, skip."
+        ),
     ] = "error",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    load_check: Annotated[
+        bool,
+        typer.Option(
+            "--load-check/--no-load-check",
+            help="Try first, on a small twin of the model, whether DIR would load back.",
+        ),
+    ] = True,
     eval_file: Annotated[
         Path | None,
         typer.Option(
@@ -123,6 +135,7 @@ def calibrate(
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
         if out is not None:
             refuse_taken(out, force=force)
+            refuse_source(out, model)
         check_on_missing(on_missing)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
@@ -139,8 +152,12 @@ def calibrate(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
         )
+        if out is not None and load_check:
+            schemes = {each.name: each.scheme for each in plan.resolution.targets}
+            unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
+            plan = without_modules(plan, unloadable, "cannot be loaded back")
         length = min(sequence_length, max_positions(loaded) or sequence_length)
-        if data is not None or eval_file is not None or out is not None:
+        if data is not None or eval_file is not None:
             tokenizer = load_tokenizer(path)
         batches = None
         if data is not None:
@@ -160,7 +177,7 @@ def calibrate(
             report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
         after = None if judged is None else perplexity(loaded, judged, progress)
         if out is not None:
-            save(loaded, out, tokenizer=tokenizer, force=force)
+            save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
         result = {
             "model": "demo" if model is None else str(model),
             "scheme": scheme,

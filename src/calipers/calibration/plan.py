@@ -78,7 +78,7 @@ def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
 
 
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:
-    """Say that experts kept in one parameter stay unquantized: the table of a scheme does not show it."""
+    """Say that experts kept in one parameter stay unquantized, which no table of layers shows."""
     with disable_onloading():
         names = [name for name, module in model.named_modules() if has_fused_experts(module)]
     if names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import re
 import tempfile
 import warnings
@@ -24,8 +25,9 @@ from loguru import logger
 from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
+from calipers.calibration.example_inputs import example_inputs
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
-from calipers.checkpoint.twin import config_text, make_twin, undisturbed
+from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 
@@ -76,7 +78,7 @@ def find_load_problems(
         return LoadCheck()
     if not type(model).__module__.startswith("transformers.models."):
         return LoadCheck(unchecked=f"{type(model).__name__} is no class of transformers' own")
-    with undisturbed(), _quiet():
+    with plain_defaults(), _quiet():
         try:
             twin = make_twin(model)
             chosen = _schemes_of_twin(model, twin, schemes)
@@ -319,9 +321,12 @@ def _quantize(module: Any, scheme: QuantizationScheme) -> None:
 
 def _outputs(model: Any) -> Tensor | str:
     """The model's floats for its example input, in one row; or why there are none."""
+    inputs = example_inputs(model)
+    if inputs is None:
+        return "it takes inputs of a kind that is not known"
     try:
         with torch.no_grad():
-            output = model(**_inputs(model))
+            output = model(**inputs)
     except Exception as error:
         return _first_line(error)
     for key in ("logits", "last_hidden_state", "logits_per_image", "image_embeds", "text_embeds"):
@@ -337,29 +342,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     return (each for each in values if isinstance(each, Tensor))
 
 
-def _inputs(model: Any) -> dict[str, Tensor]:
-    config, main = model.config, model.main_input_name
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 60, (1, 12), generator=generator)
-    inputs = {"input_ids": ids}
-    if main == "pixel_values":
-        size, channels = config.image_size, getattr(config, "num_channels", 3)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (1, channels, height, width)
-        inputs = {main: torch.randn(shape, generator=generator, dtype=torch.float32)}
-    elif main == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 50)
-        shape = (1, config.num_mel_bins, frames)
-        inputs = {main: torch.randn(shape, generator=generator, dtype=torch.float32)}
-    elif main == "input_values":
-        inputs = {main: torch.randn((1, 4000), generator=generator, dtype=torch.float32)}
-    elif "pixel_values" in getattr(model, "dummy_inputs", {}):
-        inputs = dict(model.dummy_inputs)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
-    return {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
-
-
 def _first_line(error: Exception) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}"
@@ -368,14 +350,14 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No bars, warnings or lines in the log from transformers and compressed-tensors."""
-    from transformers.utils import logging
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    verbosity = get_verbosity()
+    set_verbosity(logging.CRITICAL)
     nowhere = io.StringIO()  # compressed-tensors draws bars there, whatever is asked of it
     try:
         with no_progress_bars(), warnings.catch_warnings(), redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        set_verbosity(verbosity)

@@ -15,7 +15,7 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from torch import nn
 
-__all__ = ["make_twin", "small_config", "undisturbed"]
+__all__ = ["make_twin", "plain_defaults", "small_config"]
 
 #: Models up to this many parameters are as small as a twin needs to be.
 _SMALL = 3_000_000
@@ -70,7 +70,7 @@ def make_twin(model: nn.Module) -> Any:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def plain_defaults() -> Iterator[None]:
     """A block after which torch's random numbers, default dtype and device are as before it."""
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

@@ -29,7 +29,7 @@ def example_inputs(model: Any) -> dict[str, Tensor] | None:
     config = getattr(model, "config", None)
     inputs = _inputs_by_name(getattr(model, "main_input_name", None), config)
     dummies = getattr(model, "dummy_inputs", None)
-    if isinstance(dummies, Mapping) and (inputs is None or set(dummies) - set(inputs)):
+    if isinstance(dummies, Mapping) and set(dummies) > set(inputs or ()):
         inputs = dict(dummies)
     if inputs is None:
         return None

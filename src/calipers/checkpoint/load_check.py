@@ -8,7 +8,7 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +25,16 @@ from loguru import logger
 from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
+from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.example_inputs import example_inputs
+from calipers.calibration.schemes import SchemeLike, resolve_config
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
+from calipers.unwrap import unwrap
 
-__all__ = ["LoadCheck", "find_load_problems", "refuse_unloadable"]
+__all__ = ["LoadCheck", "check_load", "find_load_problems", "refuse_unloadable"]
 
 _TOLERANCE = 0.02  # of the outputs' range; a format of the loader's own rounds less, faults do more
 _LISTED = 6
@@ -66,14 +69,13 @@ def find_load_problems(
 
     Args:
         model: Any model; what is no transformers model of a released class is not checked.
-        schemes: Module name to its scheme; None takes those that the modules carry.
+        schemes: Module name to its scheme, beside those that modules carry already.
 
     Returns:
         The modules with reasons; or why nothing could be found out.
     """
-    if schemes is None:
-        schemes = {n: m.quantization_scheme for n, m in quantized_modules(model).items()}
-    schemes = {name: each for name, each in schemes.items() if each.weights is not None}
+    carried = {n: m.quantization_scheme for n, m in quantized_modules(model).items()}
+    schemes = {n: s for n, s in {**carried, **(schemes or {})}.items() if s.weights is not None}
     if not schemes:
         return LoadCheck()
     if not type(model).__module__.startswith("transformers.models."):
@@ -99,6 +101,32 @@ def find_load_problems(
             return LoadCheck(unchecked=unrun)
     problems = {name: found[_kind(name)] for name in schemes if _kind(name) in found}
     return LoadCheck(problems, whole)
+
+
+def check_load(
+    model: nn.Module,
+    scheme: SchemeLike,
+    *,
+    ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
+) -> None:
+    """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
+
+    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line.
+
+    Args:
+        model: As for `find_load_problems`; nothing in it is changed.
+        scheme: As for `calipers.calibrate`, and so the others.
+        ignore: Modules to leave alone.
+        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+
+    Raises:
+        SchemeError: The model cannot take this scheme.
+        CheckpointError: Names the modules that would not load back, the reasons and the way out.
+    """
+    inner = unwrap(model)
+    resolution = resolve_and_check(inner, resolve_config(scheme, ignore), on_unfit)
+    refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
 
 
 def refuse_unloadable(
@@ -241,7 +269,7 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
         for name, scheme in schemes.items():
             _quantize(quantized.get_submodule(name), scheme)
         tensors = checkpoint_tensors(quantized)
-        exact = loading_dtype(quantized, tensors) is None
+        exact = loading_dtype(quantized) is None
     except Exception:
         return None  # what cannot be quantized or compressed is told by others, with its reason
     with tempfile.TemporaryDirectory(prefix="calipers-") as folder:

@@ -15,7 +15,11 @@ from torch import nn
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.saved_config import saved_config
-from calipers.checkpoint.tensors import broken_ties, checkpoint_tensors, loading_dtype
+from calipers.checkpoint.tensors import (
+    broken_ties,
+    checkpoint_tensors,
+    loading_dtype,
+)
 
 __all__ = ["write_checkpoint"]
 
@@ -36,7 +40,7 @@ def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> No
     config = saved_config(model)
     tensors = checkpoint_tensors(model)
     changes: dict[str, Any] = {}
-    dtype = loading_dtype(model, tensors)
+    dtype = loading_dtype(model)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
         if tell:

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
+from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
 __all__ = [
@@ -35,7 +36,7 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
     """State dict of the checkpoint: quantized modules compressed, all others as they are.
 
-    Where there is a `loading_dtype`, all tensors have it that a loaded model would have in it.
+    Where there is a `loading_dtype` and a loader would not cast to it, the tensors have it already.
 
     Weights that the model declares tied (an output head and its embedding), and that still are, are
     left out: loading ties them again. Tensors shared in any other way are stored under each name,
@@ -53,7 +54,7 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: A module cannot be compressed, or holds a tensor without data.
     """
     tensors: dict[str, Tensor] = {}
-    dtype, kept = loading_dtype(model), _kept_in_float32(model)
+    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
     for part in _parts(model):
         state = _local_state(part.module)
         if part.scheme is not None:
@@ -84,7 +85,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """
     total = 0
     known: dict[object, int] = {}
-    dtype, kept = loading_dtype(model), _kept_in_float32(model)
+    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
     for part in _parts(model):
         with disable_onloading():
             stored = _stored(part.module)
@@ -158,11 +159,10 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
 def _in_dtype(
     part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None, kept: set[str]
 ) -> dict[str, Tensor]:
-    """The tensors of a module in the dtype that its model will be loaded in, `loading_dtype`.
+    """The tensors of a module in another dtype, if any.
 
-    A loader casts most of them itself, but not those that it renames (of many multimodal models),
-    and then runs layers of two dtypes on each other. Global scales and scales of a dtype of their
-    own stay, as do the modules that transformers keeps in float32.
+    Global scales and scales of a dtype of their own stay, as do the modules that transformers keeps
+    in float32.
     """
     if dtype is None or kept & set(part.prefix.split(".")):
         return state
@@ -175,6 +175,15 @@ def _in_dtype(
         else value.to(dtype)
         for key, value in state.items()
     }
+
+
+def _saving_dtype(model: nn.Module) -> torch.dtype | None:
+    """The `loading_dtype`, where a loader would not cast to it itself.
+
+    transformers does not cast the weights that it renames (of many multimodal models), and would
+    then run layers of two dtypes on each other.
+    """
+    return loading_dtype(model) if are_renamed(model) else None
 
 
 def _kept_in_float32(model: nn.Module) -> set[str]:

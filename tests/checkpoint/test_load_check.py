@@ -122,7 +122,7 @@ class TestDtypes:
         calipers.save(model, tmp_path / "out")
         tensors = load_file(tmp_path / "out" / "model.safetensors")
         written = sum(each.numel() * each.dtype.itemsize for each in tensors.values())
-        assert calipers.compressed_size(model) == written
+        assert calipers.checkpoint.compressed_size(model) == written
 
 
 class TestTwins:

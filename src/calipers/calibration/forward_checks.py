@@ -42,8 +42,8 @@ def find_forward_problems(target: Target) -> Iterator[str]:
     quantizes the parameter `weight`.
     """
     module = target.module
-    if _offloads(module):
-        return  # told once for the model
+    if _offloads(module) or hasattr(module, "quantization_status"):
+        return  # told once for the model; told by find_module_problems
     if hasattr(module, "_hf_hook"):
         yield (
             "has a hook of accelerate around its forward: take it off with "

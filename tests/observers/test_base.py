@@ -310,9 +310,9 @@ def test_tokens_are_counted_in_two_dimensions_only() -> None:
     observer = Observer.load_from_registry("memoryless_minmax", "input", TENSOR.args())
     assert observer._num_observed_tokens is None
     with logged("DEBUG") as lines:
-        for shape in ((), (3,), (2, 3, 4)):
+        for shape in ((), (3,), (2, 3, 4), (2, 3, 4)):
             observer.record_observed_tokens(torch.zeros(shape))
-    assert len(lines) == 3
+    assert len(lines) == 1
     assert observer._num_observed_tokens is None
     with logged("DEBUG") as lines:
         observer.record_observed_tokens(torch.zeros(5, 8))

@@ -25,7 +25,7 @@ from calipers.ranges import (
     optimal_native,
     search_grid_ranges,
 )
-from calipers.ranges.native import build, call
+from calipers.ranges.native import build, cache, call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = {
@@ -279,6 +279,6 @@ class TestBuild:
         blocked = tmp_path / "file"
         blocked.write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-        build._private_folder.cache_clear()
+        cache._private_folder.cache_clear()
         build.library()
         assert build.is_built()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from calipers.checkpoint.load_check import refuse_unloadable
-from calipers.checkpoint.replace import replacing
+from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
 from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
 from calipers.checkpoint.write import write_checkpoint
@@ -84,10 +84,10 @@ def save(
         place = target.resolve()
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(place) as folder:
+            with replacing(place, force=force) as folder:
                 write_checkpoint(inner, folder)
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(folder)
+                    _save_tokenizer(tokenizer, folder)
                 carry_files(inner, folder, tokenizer=tokenizer is None)
         except (OSError, SafetensorError) as error:
             raise _CannotWriteError(f"{target} cannot be written: {error}") from error
@@ -121,6 +121,16 @@ def _model_to_save(model: nn.Module) -> nn.Module:
             )
         inner = unwrap(children[0])
     return inner
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library tells of a full disk by a plain Exception.
+        if type(error) is Exception:
+            raise OSError(f"the tokenizer cannot be saved: {error}") from error
+        raise
 
 
 def _refuse_unready(model: nn.Module) -> None:
@@ -170,13 +180,28 @@ def _may_be_signed(scheme: Any) -> bool:
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:
-    """Refuse a place that `save` would not write to, before any work.
+    """Refuse a place that `save` would not, or could not write to, before any work.
+
+    A folder that a killed save had put aside is put back first.
+
+    Args:
+        path: Where a checkpoint is to be written.
+        force: Whether a folder that is not empty may be replaced.
 
     Raises:
-        CheckpointError: A file, a folder that is not empty (without `force`), or one that holds the
-            working directory.
+        CheckpointError: A file, a folder that is not empty (without `force`), one that holds the
+            working directory, or one that the system lets nobody write or replace.
     """
-    shown, place = path, path.resolve()
+    shown, place = path, path.expanduser().resolve()
+    try:
+        recover(place)
+        _refuse_filled(shown, place, force=force)
+        refuse_unwritable(place)
+    except OSError as error:
+        raise _CannotWriteError(f"{shown} cannot be written: {error}") from error
+
+
+def _refuse_filled(shown: Path, place: Path, *, force: bool) -> None:
     if not place.exists():
         return
     if not place.is_dir():

@@ -40,7 +40,10 @@ _OF_TOKENIZERS = (
     "source.spm",
     "target.spm",
     "normalizer.json",
+    "tekken.json",
+    "vocab.bpe",
 )
+_OF_TOKENIZERS_TOO = (".model", ".tiktoken")
 _FOLDERS = ("additional_chat_templates",)
 _CODE = re.compile(r"[A-Za-z_]\w*\.py")
 
@@ -67,15 +70,23 @@ def refuse_source(path: Path, source: Path | None) -> None:
     if source is None:
         return
     place, origin = path.expanduser().resolve(), source.expanduser().resolve()
-    if place == origin:
+    if _same(place, origin):
         how = f"is the folder that the model was loaded from ({source})"
-    elif origin in place.parents:
+    elif any(_same(parent, origin) for parent in place.parents):
         how = f"lies inside the folder that the model was loaded from ({source})"
-    elif place in origin.parents:
+    elif any(_same(place, parent) for parent in origin.parents):
         how = f"holds the folder that the model was loaded from ({source})"
     else:
         return
     raise CheckpointError(f"{path} {how}; choose a path outside of it")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one folder, under another mount or in other letter case included."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
 
 
 def carry_files(model: nn.Module, folder: Path, *, tokenizer: bool) -> None:
@@ -107,7 +118,10 @@ def _files(model: Any, names: list[str]) -> Iterator[Path]:
     source = source_folder(model)
     if source is not None:
         yield from (source / name for name in names if (source / name).is_file())
-        yield from (p for p in sorted(source.iterdir()) if p.is_file() and _CODE.fullmatch(p.name))
+        endings = _OF_TOKENIZERS_TOO if set(_OF_TOKENIZERS) <= set(names) else ()
+        for file in sorted(source.iterdir()):
+            if file.is_file() and (_CODE.fullmatch(file.name) or file.suffix in endings):
+                yield file
         return
     name = getattr(model, "name_or_path", None)
     if not isinstance(name, str) or name.count("/") > 1 or not name:

@@ -25,6 +25,7 @@ from calipers.calibration.plan import plan_observers, without_modules, without_n
 from calipers.calibration.session import check_on_missing
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
+from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
@@ -133,14 +134,15 @@ def calibrate(
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
+        path = MODEL_PATH if model is None else model
+        recover(path.expanduser().resolve())
         if out is not None:
+            refuse_source(out, path)
             refuse_taken(out, force=force)
-            refuse_source(out, model)
         check_on_missing(on_missing)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
         resolve_config(scheme, patterns)
-        path = MODEL_PATH if model is None else model
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)

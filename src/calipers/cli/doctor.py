@@ -17,6 +17,7 @@ from calipers.ranges.engines import (
     choose_engine,
     explain_engines,
 )
+from calipers.ranges.native.build import where
 
 __all__ = ["doctor"]
 
@@ -28,6 +29,8 @@ def doctor(
 ) -> None:
     """Say which search engines there are, which one is chosen, and why.
 
+    The native library is compiled where it is not there yet, so that the answer is not a guess.
+
     Examples:
       calipers doctor
 
@@ -37,10 +40,11 @@ def doctor(
     """
     with plain_errors():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        engines = explain_engines(trial=True)
         chosen = choose_engine(device, values=WORTH_BUILDING)
         asked = os.environ.get(ENVIRONMENT)
         reason = f"{ENVIRONMENT}={asked}" if asked else "the fastest one that works here"
-        engines = explain_engines()
+        folder, no_cache = where()
         packages = {name: _version(name) for name in _PACKAGES}
         devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if json:
@@ -51,6 +55,7 @@ def doctor(
                 "engines": [
                     {"name": name, "usable": usable, "why": why} for name, usable, why in engines
                 ],
+                "cache": {"folder": folder, "problem": no_cache},
                 "packages": packages,
                 "python": platform.python_version(),
                 "threads": torch.get_num_threads(),
@@ -70,6 +75,7 @@ def doctor(
                 "small work",
                 f"eager on the CPU until {WORTH_BUILDING:,} values are searched or native built",
             ),
+            ("native library", folder if no_cache is None else f"{folder}, since {no_cache}"),
             ("packages", ", ".join(f"{name} {found or '-'}" for name, found in packages.items())),
             ("python", platform.python_version()),
             ("threads", str(torch.get_num_threads())),

@@ -16,6 +16,7 @@ from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_D
 from compressed_tensors.registry import RegistryMixin
 from loguru import logger
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from calipers.errors import UnknownObserverError
 from calipers.observers.masks import blank_tokens, select_tokens
@@ -38,7 +39,9 @@ from calipers.ranges import (
     range_of_qparams,
 )
 from calipers.ranges.casting import cast_range
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges.memory import plain_values
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 __all__ = ["Observation", "Observer"]
@@ -182,11 +185,14 @@ class Observer(InternalModule, RegistryMixin):
         )
         self.options = self._build_options()
         self._module_ref = None if module is None else weakref.ref(module)
+        self._given_global_scale: Tensor | None = None
         kind = "value" if module is None else type(module).__name__
         #: What warnings and errors call the observed value.
         self.name: str = f"{kind}.{self.base_name}"
         self._update = UpdateState()
         self._warned = False
+        #: Whether it was said that tokens of values of another rank than 2 are not counted.
+        self._told_rank = False
         #: Values left out that no warning has told of yet: how many, of how many, what of, and why.
         self._left_out: tuple[int, int, str, str] | None = None
         self._before_batch: dict[str, Any] | None = None
@@ -357,16 +363,21 @@ class Observer(InternalModule, RegistryMixin):
         """
         if not isinstance(observed, Tensor):
             raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
+        if is_lazy(observed):
+            self._as_value(observed)  # says that it is not initialized
         if observed.dim() != 2:
-            logger.debug(
-                "{}: tokens are counted for (tokens, features), not for rank {}",
-                self.name,
-                observed.dim(),
-            )
+            if not self._told_rank:
+                self._told_rank = True
+                logger.debug(
+                    "{}: tokens are counted for (tokens, features), not for rank {}",
+                    self.name,
+                    observed.dim(),
+                )
             return
+        if mask is not None or observed.is_nested:
+            observed = self._masked(self._as_value(observed), mask)
         if observed.numel():
-            counted = observed if mask is None else select_tokens(observed.detach(), mask)
-            self._num_observed_tokens = (self._num_observed_tokens or 0) + counted.shape[0]
+            self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
 
     def measure(self, observation: Observation) -> list[Range]:
         """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
@@ -415,6 +426,8 @@ class Observer(InternalModule, RegistryMixin):
         observed: Tensor | None = None,
         g_idx: Tensor | None = None,
         mask: Tensor | None = None,
+        *,
+        global_scale: Tensor | None = None,
     ) -> QParams:
         """Scale and zero point.
 
@@ -422,6 +435,8 @@ class Observer(InternalModule, RegistryMixin):
             observed: A value to observe first; None derives from what was observed so far.
             g_idx: Group of each column of `observed`.
             mask: Which tokens of `observed` count.
+            global_scale: For TENSOR_GROUP, one positive number, shape (1,); None takes the
+                module's. It holds for this call.
 
         Returns:
             `scale` in the dtype of the observed values (float32 for integers; what
@@ -430,11 +445,29 @@ class Observer(InternalModule, RegistryMixin):
             nothing was observed.
 
         Raises:
-            ValueError: TENSOR_GROUP without a global scale on the module; see also `observe`.
+            ValueError: TENSOR_GROUP without a global scale, given or on the module; one that is no
+                positive number, or that another strategy has no use for; see also `observe`.
         """
+        if global_scale is None:
+            return self._get_qparams(observed, g_idx, mask)
+        if self.args.strategy != _TENSOR_GROUP:
+            strategy = QuantizationStrategy(self.args.strategy).value
+            raise ValueError(
+                f"{self.name}: global_scale: strategy '{strategy}' has none, only 'tensor_group' has"
+            )
+        self.__dict__["_given_global_scale"] = global_scale
+        try:
+            self._stale = self._stale or self.has_statistics
+            return self._get_qparams(observed, g_idx, mask)
+        finally:
+            self.__dict__["_given_global_scale"] = None
+
+    def _get_qparams(
+        self, observed: Tensor | None, g_idx: Tensor | None, mask: Tensor | None
+    ) -> QParams:
         if observed is not None:
             if self.args.strategy == _TENSOR_GROUP:
-                self._need_global_scale()
+                self._need_global_scale(torch.device("cpu"))
             self.observe(observed, g_idx, mask)
         if self._stale:
             if not self._first_form:
@@ -550,7 +583,8 @@ class Observer(InternalModule, RegistryMixin):
             return None
         if self._first_form:
             assert self._scale is not None
-            return range_of_qparams(self._scale, self._zero_point, self.args, self.global_scale)
+            global_scale = self._global_scale_on(self._scale.device)
+            return range_of_qparams(self._scale, self._zero_point, self.args, global_scale)
         assert self.observed_dtype is not None
         low, high = self._range(self.range_names)
         return cast_range(low, self.observed_dtype), cast_range(high, self.observed_dtype)
@@ -793,18 +827,16 @@ class Observer(InternalModule, RegistryMixin):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _as_value(self, observed: Tensor) -> Tensor:
+    def _as_value(self, observed: Tensor, what: str | None = None) -> Tensor:
         """A plain floating tensor that shares memory with `observed` where it can."""
         if not isinstance(observed, Tensor):
-            raise ValueError(f"{self.name}: expected a tensor, got {type(observed).__name__}")
-        if observed.is_meta:
             raise ValueError(
-                f"{self.name}: expected a tensor with values, got a meta tensor of shape "
-                f"{tuple(observed.shape)}; load the weights first"
+                f"{what or self.name}: expected a tensor, got {type(observed).__name__}"
             )
-        value = observed.detach().as_subclass(Tensor)
-        # Integers, booleans, and float8, which has no arithmetic.
-        return value if value.dtype in _FLOATS else value.float()
+        try:
+            return plain_values(observed)
+        except ValueError as error:
+            raise ValueError(f"{what or self.name}: {error}") from error
 
     def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens of an activation that count; under strategy "token" zeros for the others."""
@@ -856,12 +888,30 @@ class Observer(InternalModule, RegistryMixin):
         self.num_nonfinite += count
         self._left_out = (count, value.numel(), what, "NaN or Inf")
 
-    def _need_global_scale(self) -> Tensor:
-        scale = self.global_scale
+    def _global_scale_on(self, device: torch.device) -> Tensor | None:
+        """The given or the module's global scale, shape (1,), float32, where the strategy has one.
+
+        Raises:
+            ValueError: It is not one positive finite number.
+        """
+        if self.args.strategy != _TENSOR_GROUP:
+            return None
+        scale = self._given_global_scale
+        scale = self.global_scale if scale is None else scale
+        if scale is None:
+            return None
+        try:
+            return checked_global_scale(scale, device)
+        except ValueError as error:
+            raise ValueError(f"{self.name}_{error}") from error
+
+    def _need_global_scale(self, device: torch.device) -> Tensor:
+        scale = self._global_scale_on(device)
         if scale is None:
             raise ValueError(
                 f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
-                "module: compute it first with get_global_scale and set it there"
+                "module: compute it first with get_global_scale and set it there, or pass it as "
+                "get_qparams(..., global_scale=)"
             )
         return scale
 
@@ -874,7 +924,7 @@ class Observer(InternalModule, RegistryMixin):
     def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
         global_scale = None
         if self.args.strategy == _TENSOR_GROUP:
-            global_scale = self._need_global_scale().to(low.device)
+            global_scale = self._need_global_scale(low.device)
         return qparams_of_range(
             cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale
         )
@@ -906,6 +956,3 @@ class Observer(InternalModule, RegistryMixin):
         self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -153,15 +153,13 @@ class HistogramObserver(Observer):
             return low, high
         if options.method == "percentile":
             return percentile_range(histogram, low, high, options.percentile)
-        tensor_group = self.args.strategy == QuantizationStrategy.TENSOR_GROUP
-        scale = self.global_scale if tensor_group else None
         return search_histogram_range(
             histogram,
             low,
             high,
             self.args,
             dtype,
-            global_scale=None if scale is None else scale.to(low.device),
+            global_scale=self._global_scale_on(low.device),
         )
 
     def _need_few_scales(self, scales: int) -> None:

@@ -78,8 +78,10 @@ class InputEnergyObserver(Observer):
         if inputs is None or not inputs.numel():
             return
         mask = current_mask()
-        if mask is not None and mask.fits(inputs.shape):
-            inputs = mask.select(inputs.detach())
+        if mask is not None:
+            inputs = self._as_value(inputs, self._input_name)
+            if mask.fits(inputs.shape):
+                inputs = mask.select(inputs)
         self.observe_input(inputs)
 
     @whole_update
@@ -95,7 +97,7 @@ class InputEnergyObserver(Observer):
             ValueError: Another number of columns than before, or a mask that does not fit. Nothing
                 is changed then.
         """
-        value = self._as_value(inputs)
+        value = self._as_value(inputs, self._input_name)
         if mask is not None:
             try:
                 value = select_tokens(value, mask)

@@ -15,6 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from calipers.ranges.memory import plain_tensor
+
 __all__ = ["TokenMask", "blank_tokens", "current_mask", "select_tokens", "token_mask"]
 
 
@@ -133,6 +135,10 @@ def _spread(keep: Tensor, value: Tensor, heads: bool) -> Tensor:
 def _as_bool(mask: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise ValueError(f"mask: expected a tensor, got {type(mask).__name__}")
+    try:
+        mask = plain_tensor(mask)
+    except ValueError as error:
+        raise ValueError(f"mask: {error}") from error
     if mask.dtype == torch.bool:
         return mask
     if bool(((mask < 0) | (mask != mask)).any()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar, cast
 
 from pydantic import Field
-from torch import Tensor
 
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.moving_base import MovingAverageObserverBase, MovingAverageOptions
@@ -68,7 +67,7 @@ class GridSearchObserver(Observer):
             self.args,
             self.grid,
             importance=self.importance(observation),
-            global_scale=self._global_scale_on(observation.value),
+            global_scale=self._global_scale_on(observation.value.device),
         )
 
     def measure_global(self, observation: Observation) -> Range:
@@ -79,10 +78,6 @@ class GridSearchObserver(Observer):
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """Weight of each value's error, arranged as the values; None weighs all alike."""
         return None
-
-    def _global_scale_on(self, value: Tensor) -> Tensor | None:
-        scale = self.global_scale if self.args.strategy == "tensor_group" else None
-        return None if scale is None else scale.to(value.device)
 
 
 @Observer.register("memoryless_mse")

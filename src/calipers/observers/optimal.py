@@ -21,6 +21,7 @@ from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.observers.updates import whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
 from calipers.ranges.column_groups import column_groups
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.projection import Scheme
 from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
@@ -161,7 +162,7 @@ class OptimalObserver(InputEnergyObserver):
         importance = self.importance(observation)
         weights = 1 if importance is None else self._mean_squares(rows)
         errors = []
-        for scale in scales:
+        for scale in self._checked_scales(scales, rows.device):
             found = search_optimal_scales(
                 observation.views,
                 observation.extremes,
@@ -174,6 +175,12 @@ class OptimalObserver(InputEnergyObserver):
             square = (rounded - rows.float()).square() * weights
             errors.append(square.sum(dtype=torch.float64))
         return torch.stack(errors)
+
+    def _checked_scales(self, scales: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        try:
+            return [checked_global_scale(scale, device) for scale in scales]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
 
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """E[x^2] of each value's column; None for the objective "mse".
@@ -316,7 +323,7 @@ class OptimalObserver(InputEnergyObserver):
     def _to_qparams(self, low: Tensor, high: Tensor, dtype: torch.dtype) -> Range:
         scale, zero_point = low, high
         if self.args.strategy == _TENSOR_GROUP:
-            scale = scale * self._need_global_scale().to(scale.device)
+            scale = scale * self._need_global_scale(scale.device)
             if self.args.scale_dtype is not None:
                 scale = round_to_quantized_type_dtype(scale, self.args.scale_dtype)
         else:
@@ -329,12 +336,13 @@ class OptimalObserver(InputEnergyObserver):
         """The module's; where it has none yet, the one that this value alone would get."""
         if self.args.strategy != _TENSOR_GROUP:
             return None
-        scale = self.global_scale
+        device = observation.value.device
+        scale = self._global_scale_on(device)
         if scale is None:
             low = torch.stack([pair[0].float().amin() for pair in observation.extremes]).amin()
             high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
             scale = generate_gparam(2 * low, 2 * high)
-        return scale.to(observation.value.device)
+        return scale.to(device)
 
 
 def _sum(past: Tensor | None, current: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Box:
             kept = _merge([dims[d] for d in view.kept_dims])
             reduced = _merge([dims[d] for d in view.reduce_dims])
         if max(len(kept), len(reduced)) <= MOST_DIMS:
-            columns = None if view.columns is None else view.columns.contiguous()
+            columns = None if view.columns is None else view.columns.long().contiguous()
             return cls(view.values, weights, columns, kept, reduced)
         # A layout of none of the strategies: brought into order by a copy.
         return cls._copied(view, importance)

@@ -12,7 +12,8 @@ import torch
 from loguru import logger
 
 from calipers.errors import CalipersError
-from calipers.ranges.native.build import compiler, is_built
+from calipers.ranges.memory import UnreadableError
+from calipers.ranges.native.build import compiler, compiler_has_changed, is_built, library
 
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
 
@@ -78,7 +79,9 @@ def native_problem(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"the native engine works on the CPU, not on {device.type}"
     if "native" in _failures:
-        return _failures["native"]
+        if not compiler_has_changed():
+            return _failures["native"]
+        del _failures["native"]
     if not is_built() and compiler() is None:
         return "the native engine needs a C++ compiler (g++ or clang++), and none was found"
     return None
@@ -121,15 +124,27 @@ def triton_problem(device: torch.device) -> str | None:
 _PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
 
 
-def attempt(engine: Engine, search: Callable[[], Found]) -> Found | None:
-    """What a search by an engine finds; None where it fails, which gives the engine up."""
+def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:
+    """What a search by an engine finds; what the reference finds where the engine fails.
+
+    An engine that failed is given up, but not for what is no fault of its own: values that it
+    cannot read where they lie, and what the reference fails at as well.
+
+    Raises:
+        Exception: Whatever the reference raises.
+    """
     try:
         return search()
     except torch.OutOfMemoryError:  # the reference needs more
         raise
-    except Exception as error:  # whatever a compiler may raise: the reference can do it
-        give_up_engine(engine, error)
-        return None
+    except UnreadableError:
+        failure = None
+    except Exception as error:  # whatever a compiler may raise
+        failure = error
+    found = reference()
+    if failure is not None:
+        give_up_engine(engine, failure)
+    return found
 
 
 def give_up_engine(engine: str, error: Exception) -> None:
@@ -138,8 +153,18 @@ def give_up_engine(engine: str, error: Exception) -> None:
     _warn_once(_failures[engine])
 
 
-def explain_engines() -> list[tuple[str, bool, str]]:
-    """Name of each engine, whether it can be used on this machine, and why or why not."""
+def explain_engines(*, trial: bool = False) -> list[tuple[str, bool, str]]:
+    """Name of each engine, whether it can be used on this machine, and why or why not.
+
+    Args:
+        trial: Load the native library, which is compiled first where it is not there, instead of
+            taking for granted that a compiler works.
+    """
+    if trial and native_problem(torch.device("cpu")) is None:
+        try:
+            library()
+        except Exception as error:  # whatever a compiler may raise
+            give_up_engine("native", error)
     no_native, no_inductor = (
         find(torch.device("cpu")) for find in (native_problem, inductor_problem)
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
@@ -12,6 +11,7 @@ from torch import Tensor
 from calipers.ranges import grid_eager, grid_inductor, grid_native
 from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.units import in_float32_range
 from calipers.ranges.views import GroupedView
@@ -54,6 +54,8 @@ def search_grid_ranges(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     weighted = [] if importance is None else importance
     factor = 1.0
@@ -77,18 +79,18 @@ def search_grid_ranges(
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, values)
     dtypes = [view.values.dtype for view in (*views, *weighted)]
+    arguments = (views, expanded, args, grid, weights, global_scale)
     search = _compiled_search(chosen, args, grid.norm, dtypes)
-    if search is not None:
-        arguments = (views, expanded, args, grid, weights, global_scale)
-        found = attempt(chosen, lambda: search(*arguments))
-        if found is not None:
-            return restored(cast("list[tuple[Tensor, Tensor]]", found))
-    return restored(grid_eager.search(views, expanded, args, grid, weights, global_scale))
+    if search is None:
+        return restored(grid_eager.search(*arguments))
+    return restored(
+        attempt(chosen, lambda: search(*arguments), lambda: grid_eager.search(*arguments))
+    )
 
 
 def _compiled_search(
     engine: Engine, args: QuantizationArgs, norm: float, dtypes: list[torch.dtype]
-) -> Callable[..., Any] | None:
+) -> Callable[..., list[tuple[Tensor, Tensor]]] | None:
     """The search by an engine; None where it is left to the reference."""
     if engine == "native":
         return grid_native.search if grid_native.supports(args, norm, *dtypes) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calipers.ranges import grid_eager
 from calipers.ranges.close_calls import decide_close_calls
+from calipers.ranges.memory import UnreadableError
 from calipers.ranges.native import call
 from calipers.ranges.native.build import library
 from calipers.ranges.native.call import NativeBox, NativeFormat, address, number_of_parts
@@ -138,6 +139,8 @@ class _Search:
         grid: ShrinkGrid,
         global_scale: Tensor | None,
     ) -> None:
+        if not min_vals.shape == max_vals.shape == view.qparam_shape:
+            raise UnreadableError("extremes must have the shape of the scales")
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals.contiguous(), max_vals.contiguous()
         self.args, self.grid, self.global_scale = args, grid, global_scale
@@ -158,10 +161,10 @@ class _Search:
         task = _GridSearch(
             self.box,
             NativeFormat.of(self.args, self.global_scale, self.view.values.dtype),
-            address(self.min_vals),
-            address(self.max_vals),
-            address(self.unit),
-            address(factors),
+            address(self.min_vals, count=self.box.groups),
+            address(self.max_vals, count=self.box.groups),
+            address(self.unit, count=self.box.groups),
+            address(factors, count=steps),
             steps,
             self.grid.norm,
             self.grid.expand,
@@ -169,17 +172,19 @@ class _Search:
             _squares_first(self.args, self.grid),
             _doubt(self.grid.norm),
             _noise(self.box.size),
-            address(known),
-            address(errors),
+            address(known, torch.float64),
+            address(errors, torch.float64),
             address(self.low),
             address(self.high),
-            address(self.doubtful),
+            address(self.doubtful, torch.bool),
         )
         if known is not None:
             task.box.runs = 1
         parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
         gains = torch.zeros(parts, steps, dtype=torch.bool, device="cpu")
-        reports = (_GridReport * parts)(*(_GridReport(address(row), 0) for row in gains))
+        reports = (_GridReport * parts)(
+            *(_GridReport(address(row, torch.bool), 0) for row in gains)
+        )
         library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
         if errors is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calipers.ranges import grid_triton_kernels as kernels
 from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.ranges.memory import UnreadableError, is_readable
 from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
@@ -115,7 +116,14 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    """Start a kernel: the one place, so that tests can look at what is started."""
+    """Start a kernel: the one place, so that tests can look at what is started.
+
+    Raises:
+        UnreadableError: A tensor whose elements do not lie in memory.
+    """
+    for value in arguments.values():
+        if isinstance(value, Tensor) and not is_readable(value):
+            raise UnreadableError(f"a {type(value).__name__} cannot be read where it lies")
     kernel[(programs,)](**arguments, **OPTIONS)
 
 

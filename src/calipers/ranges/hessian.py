@@ -77,13 +77,13 @@ def refine_by_hessian(
         maximum.
     """
     chosen = choose_engine(view.values.device, engine, view.values.numel() * 2 * LOOKS[0].sides)
+
+    def refine(engine: Engine) -> tuple[Tensor, Tensor]:
+        return _refine_view(view, start, extremes, hessian, factors, scheme, engine)
+
     if chosen == "native" and hessian_native.supports(scheme.args):
-        found = attempt(
-            "native", lambda: _refine_view(view, start, extremes, hessian, factors, scheme, chosen)
-        )
-        if found is not None:
-            return found
-    return _refine_view(view, start, extremes, hessian, factors, scheme, "eager")
+        return attempt("native", lambda: refine("native"), lambda: refine("eager"))
+    return refine("eager")
 
 
 def _refine_view(

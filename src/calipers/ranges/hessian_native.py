@@ -56,23 +56,24 @@ def sum_coupled(
     factors = torch.nn.functional.pad(factors, (0, -rank % LANES, 0, -size % LANES)).contiguous()
     scales = candidates.scale.contiguous()
     zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
-    shares = torch.zeros(rows, count, rank + -rank % LANES, dtype=torch.float32, device="cpu")
+    width, whole_rank = size + -size % LANES, rank + -rank % LANES
+    shares = torch.zeros(rows, count, whole_rank, dtype=torch.float32, device="cpu")
     found = torch.zeros(3, rows, count, dtype=torch.float64, device="cpu")
     task = _CoupledTask(
         NativeFormat.of(scheme.args, None),
-        *(address(each) for each in by_column),
-        address(matrix),
-        address(factors),
-        address(scales),
-        address(zeros),
+        *(address(each, count=blocks * rows * width) for each in by_column),
+        address(matrix, count=blocks * width * width),
+        address(factors, count=blocks * width * whole_rank if rank else None),
+        address(scales, count=groups * count),
+        address(zeros, count=groups * count),
         blocks,
         rows,
-        size + -size % LANES,
-        rank + -rank % LANES,
+        width,
+        whole_rank,
         rows // groups,
         count,
         address(shares),
-        address(found),
+        address(found, torch.float64),
     )
     parts = number_of_parts(rows, x.numel() * count)
     library().sum_coupled(ctypes.byref(task), ctypes.c_int64(parts))

@@ -10,6 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.ranges.casting import cast_range
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.histogram import NUM_PATTERNS, Histogram
 from calipers.ranges.qparams import qparams_of_range
 from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
@@ -54,6 +55,8 @@ def search_histogram_range(
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, low.device)
     shape, parts = low.shape, []
     low, high = low.flatten(), high.flatten()
     counts = histogram.counts.view(-1, NUM_PATTERNS)

@@ -7,6 +7,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.qparams import code_range
 
 __all__ = ["range_of_qparams"]
@@ -51,7 +52,7 @@ def range_of_qparams(
 
     Raises:
         ValueError: A scale that is not positive: `calculate_qparams` never makes one, so that no
-            range gives it back.
+            range gives it back. A global scale that is not one positive finite number.
 
     Source: `calculate_qparams` of compressed-tensors, solved for its arguments.
     """
@@ -59,7 +60,7 @@ def range_of_qparams(
         raise ValueError("scale: expected positive values; no range stands for others")
     step = scale.double()
     if global_scale is not None:
-        step = step / global_scale.double()
+        step = step / checked_global_scale(global_scale, step.device).double()
     low, high = code_range(args)
     if args.symmetric:
         half = (high - low) / 2

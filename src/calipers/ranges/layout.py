@@ -9,6 +9,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
+from calipers.ranges.memory import plain_tensor
 from calipers.ranges.views import Arrangement, GroupedView
 
 __all__ = ["ACTIVATION_NAMES", "ATTENTION_NAMES", "BASE_NAMES", "arrange", "arrange_whole"]
@@ -170,7 +171,15 @@ def _column_order(
     g_idx: Tensor | None, cols: int, group_size: int
 ) -> tuple[Tensor, list[int]] | None:
     """Stable order of columns by group, and the size of each group; None for column order."""
-    if g_idx is None or bool((g_idx == -1).any()):
+    if g_idx is None:
+        return None
+    if not isinstance(g_idx, Tensor):
+        raise ValueError(f"g_idx: expected a tensor, got {type(g_idx).__name__}")
+    try:
+        g_idx = plain_tensor(g_idx)
+    except ValueError as error:
+        raise ValueError(f"g_idx: {error}") from error
+    if bool((g_idx == -1).any()):
         return None
     if g_idx.dim() != 1 or g_idx.numel() != cols:
         raise ValueError(

@@ -31,9 +31,9 @@ def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Te
     if view.values.numel() > SMALLEST_PIECE and min_max_native.supports(view):
         chosen = choose_engine(view.values.device, engine, view.values.numel() // READS)
         if chosen == "native":
-            found = attempt(chosen, lambda: min_max_native.min_max(view))
-            if found is not None:
-                return found
+            return attempt(
+                chosen, lambda: min_max_native.min_max(view), lambda: _min_max_eager(view)
+            )
     return _min_max_eager(view)
 
 

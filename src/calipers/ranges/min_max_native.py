@@ -30,7 +30,7 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     box = NativeBox.of(view)
     low = view.values.new_empty(box.groups, box.runs)
     high = torch.empty_like(low)
-    task = _MinMax(box, address(low), address(high))
+    task = _MinMax(box, address(low, low.dtype), address(high, low.dtype))
     parts = number_of_parts(low.numel(), view.values.numel())
     library().min_max(ctypes.byref(task), ctypes.c_int64(parts))
     if box.runs > 1:

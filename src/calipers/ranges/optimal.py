@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calipers.ranges.casting import cast_range
 from calipers.ranges.engines import Engine, attempt, choose_engine
+from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.group_sums import GroupBatch, group_batches
 from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scheme
@@ -51,6 +52,8 @@ def search_optimal_scales(
         the global scale divided out. In no group is the error greater than with the scale that
         compressed-tensors makes of minimum and maximum, which also serves groups of zeros.
     """
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
     factor = 1.0
     if args.scale_dtype is None:
         views, extremes, factor = in_float32_range(views, extremes)
@@ -70,11 +73,9 @@ def search_optimal_scales(
         wide = torch.float64 if scheme.dtype == torch.float64 else torch.float32
         return [(cast_range(scale.double() * factor, wide), zero) for scale, zero in found]
 
-    if chosen != "eager":
-        found = attempt(chosen, lambda: search(chosen))
-        if found is not None:
-            return found
-    return search("eager")
+    if chosen == "eager":
+        return search("eager")
+    return attempt(chosen, lambda: search(chosen), lambda: search("eager"))
 
 
 def _search_view(

@@ -127,11 +127,11 @@ class NativeBatch:
         task = _SumTask(
             self.box,
             self.format,
-            address(inverse),
-            address(ratios),
-            address(zeros),
+            address(inverse, count=self.box.groups),
+            address(ratios, count=count * self.box.groups),
+            address(zeros, count=count * self.box.groups),
             count,
-            address(found),
+            address(found, torch.float64),
         )
         library().sum_candidates(ctypes.byref(task), ctypes.c_int64(self.parts(count)))
         return sums.of_all(found.view(-1, self.box.groups, self.box.runs).sum(-1))
@@ -182,10 +182,10 @@ def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> S
     task = _ProjectionTask(
         batch.box,
         batch.format,
-        address(inverse),
-        address(zero),
+        address(inverse, count=batch.box.groups),
+        address(zero, count=batch.box.groups),
         address(ratios),
-        address(offsets),
+        address(offsets, count=ratios.numel()),
         ratios.numel(),
         address(factors),
         factors.numel(),
@@ -207,10 +207,10 @@ def _search_codes(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme)
         batch.format,
         address(table),
         table.numel(),
-        address(covering),
+        address(covering, torch.int64, batch.box.groups),
         above,
         tile - 1,
-        address(best),
+        address(best, torch.int64),
     )
     library().search_codes(ctypes.byref(task), ctypes.c_int64(batch.parts(tile)))
     return choose_code(table, best, low, high, scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Container
 from math import prod
 
 import torch
@@ -11,6 +12,7 @@ from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_
 from torch import Tensor
 
 from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.ranges.memory import UnreadableError, is_readable
 from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.views import GroupedView
 
@@ -87,16 +89,20 @@ class NativeBox(ctypes.Structure):
 
     @classmethod
     def of(cls, view: GroupedView, importance: GroupedView | None = None) -> NativeBox:
-        """The values of a view, which must outlive it, cut into runs where that is better."""
-        box = Box.of(view, importance)
+        """The values of a view, which must outlive it, cut into runs where that is better.
+
+        Raises:
+            UnreadableError: Values, weights or columns that do not lie in memory as strides say.
+        """
+        box = _checked_box(view, importance)
         groups = prod(view.qparam_shape)
         size = prod(view.shape) // max(1, groups)
         whole = size <= SHORT or (size <= LONGEST and groups >= MANY)
         runs = 1 if whole else -(-size // RUN)
         native = cls(
-            address(box.values),
-            address(box.weights),
-            address(box.columns),
+            _start(box.values, _TYPES),
+            None if box.weights is None else _start(box.weights, _TYPES),
+            address(box.columns, torch.int64),
             1 if box.columns is None else box.columns.shape[0],
             _TYPES[box.values.dtype],
             0 if box.weights is None else _TYPES[box.weights.dtype],
@@ -176,9 +182,57 @@ def _is_mx(args: QuantizationArgs) -> bool:
     return bool(should_generate_mx_scales(args))
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Where the elements of a tensor begin; None for none."""
-    return None if tensor is None else tensor.data_ptr()
+def address(
+    tensor: Tensor | None, dtype: torch.dtype = torch.float32, count: int | None = None
+) -> int | None:
+    """Where the elements of a tensor begin that a kernel goes through one after the other.
+
+    Args:
+        tensor: What the kernel reads or writes; None gives None.
+        dtype: As which it does.
+        count: How many elements there must be; None for a tensor that was made for the call.
+
+    Raises:
+        UnreadableError: The elements do not lie in the memory of the CPU.
+        TypeError: Another dtype or number, or gaps between elements.
+    """
+    if tensor is None:
+        return None
+    start = _start(tensor, (dtype,))
+    if not tensor.is_contiguous() or count not in (None, tensor.numel()):
+        raise TypeError(
+            f"expected {'some' if count is None else count} {dtype} without gaps, got "
+            f"{tensor.numel()} {tensor.dtype} of shape {tuple(tensor.shape)}"
+        )
+    return start
+
+
+def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
+    """The address of the first element of a tensor of any strides: no other code asks for it.
+
+    Raises:
+        UnreadableError: The elements do not lie in the memory of the CPU, as strides say.
+        TypeError: Another dtype than the kernel reads.
+    """
+    if tensor.device.type != "cpu" or not is_readable(tensor):
+        raise UnreadableError(
+            f"a {type(tensor).__name__} on {tensor.device} cannot be read where it lies"
+        )
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"a kernel does not read {tensor.dtype} here")
+    return tensor.data_ptr()
+
+
+def _checked_box(view: GroupedView, importance: GroupedView | None) -> Box:
+    """The box of a view, whose weights and columns fit its values."""
+    if importance is not None and importance.values.shape != view.values.shape:
+        raise UnreadableError("weights must have the shape of the values")
+    columns = view.columns
+    if columns is not None and columns.numel():
+        lowest, highest = torch.aminmax(columns)
+        if lowest < 0 or highest >= view.values.shape[-1]:
+            raise UnreadableError("columns beyond the values")
+    return Box.of(view, importance)
 
 
 def number_of_parts(blocks: int, work: int) -> int:

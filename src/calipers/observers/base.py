@@ -453,7 +453,7 @@ class Observer(InternalModule, RegistryMixin):
         if self.args.strategy != _TENSOR_GROUP:
             strategy = QuantizationStrategy(self.args.strategy).value
             raise ValueError(
-                f"{self.name}: global_scale: strategy '{strategy}' has none, only 'tensor_group' has"
+                f"{self.name}: global_scale: strategy '{strategy}' has none, 'tensor_group' has"
             )
         self.__dict__["_given_global_scale"] = global_scale
         try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 
+import architectures
 from calipers.calibration import CalibrationReport, ModuleReport
 from calipers.cli import models
 from calipers.demo import HELDOUT_TEXT
@@ -507,3 +509,62 @@ def test_embedded_demo_model_is_the_default(
     assert 1 < result["perplexity_before"] < 100
     assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.1)
     assert result["calibration"]["batches"] == 1
+
+
+# -- what would not load back ----------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny random model of a named architecture, in a folder."""
+
+    def save(name: str) -> Path:
+        getattr(architectures, name)().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_what_would_not_load_back_is_refused_before_the_work(
+    calipers: Calipers,
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def must_not_run(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("there was work before the load check")
+
+    monkeypatch.setattr("calipers.cli.calibrate.Calibration", must_not_run)
+    out = tmp_path / "out"
+    message = error_of(calipers("calibrate", saved("falcon"), "--out", out))
+    assert "would not load back" in message
+    assert "transformer.h.*.mlp.dense_4h_to_h" in message
+    assert "--no-load-check" in message
+    assert not out.exists()
+
+
+def test_the_load_check_can_be_switched_off(
+    calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--out", out, "--no-load-check", "--json")
+    succeeded(calipers("calibrate", saved("falcon"), *options))
+    assert quantization_of(out)["format"] == "pack-quantized"
+
+
+def test_without_out_nothing_needs_to_load_back(
+    calipers: Calipers, saved: Callable[[str], Path]
+) -> None:
+    succeeded(calipers("calibrate", saved("falcon"), "--json"))
+
+
+def test_what_would_not_load_back_can_be_left_alone(
+    calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--out", out, "--on-unfit", "skip", "--json")
+    result = succeeded(calipers("calibrate", saved("mamba"), *options))
+    reasons = {row["name"]: row["reason"] for row in result["calibration"]["left_alone"]}
+    assert reasons["backbone.layers.1.mixer.out_proj"] == "cannot be loaded back"
+    loaded = MambaForCausalLM.from_pretrained(out)
+    assert loaded(torch.arange(8).reshape(1, 8)).logits.isfinite().all()

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from calibration.tiny_models import tiny_llama, token_batches
+from calipers._unwrap import unwrap
 from calipers.calibration import attach, calibrate
 from calipers.checkpoint import compressed_size, save
 from calipers.errors import CheckpointError
-from calipers.unwrap import unwrap
 
 
 class Wrapper(nn.Module):

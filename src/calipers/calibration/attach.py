@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.plan import plan_observers
 from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration
-from calipers.unwrap import unwrap, without_wrappers
 
 __all__ = ["attach"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.batches import Progress
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
@@ -16,7 +17,6 @@ from calipers.calibration.report import CalibrationReport
 from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration, OnMissing, check_on_missing
 from calipers.errors import MissingDataError
-from calipers.unwrap import unwrap, without_wrappers
 
 __all__ = ["calibrate", "refuse_without_data"]
 

@@ -25,6 +25,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
+from calipers._unwrap import unwrap
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.example_inputs import example_inputs
 from calipers.calibration.schemes import SchemeLike, resolve_config
@@ -32,7 +33,6 @@ from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quant
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
-from calipers.unwrap import unwrap
 
 __all__ = ["LoadCheck", "check_load", "find_load_problems", "refuse_unloadable"]
 

@@ -11,13 +11,13 @@ from compressed_tensors.quantization import QuantizationStatus
 from safetensors import SafetensorError
 from torch import nn
 
+from calipers._unwrap import unwrap, without_wrappers
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
 from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
-from calipers.unwrap import unwrap, without_wrappers
 
 __all__ = ["compressed_size", "save"]
 

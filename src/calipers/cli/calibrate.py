@@ -96,13 +96,13 @@ def calibrate(
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
-    load_check: Annotated[
+    no_load_check: Annotated[
         bool,
         typer.Option(
-            "--load-check/--no-load-check",
-            help="Try first, on a small twin of the model, whether DIR would load back.",
+            "--no-load-check",
+            help="Do not try first, on a small twin of the model, whether DIR would load back.",
         ),
-    ] = True,
+    ] = False,
     eval_file: Annotated[
         Path | None,
         typer.Option(
@@ -154,7 +154,7 @@ def calibrate(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
         )
-        if out is not None and load_check:
+        if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
             unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
             plan = without_modules(plan, unloadable, "cannot be loaded back")

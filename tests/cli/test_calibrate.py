@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 
+import architectures
 from calipers.calibration import CalibrationReport, ModuleReport
 from calipers.cli import models
 from calipers.demo import HELDOUT_TEXT
@@ -283,12 +287,11 @@ def test_force_replaces(calipers: Calipers, llama: Path, tmp_path: Path) -> None
 def test_a_failed_write_leaves_nothing_behind(
     calipers: Calipers, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FullDisk:
-        def save_pretrained(self, path: Path) -> None:
-            assert (path / "model.safetensors").exists()
-            raise OSError("no space left on device")
+    def full(file: Path, to: Path) -> None:
+        assert (to.parent / "model.safetensors").exists()
+        raise OSError("no space left on device")
 
-    monkeypatch.setattr("calipers.cli.calibrate.load_tokenizer", lambda path: FullDisk())
+    monkeypatch.setattr("shutil.copyfile", full)
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine", encoding="utf-8")
@@ -296,6 +299,77 @@ def test_a_failed_write_leaves_nothing_behind(
     assert "no space left" in error_of(calipers("calibrate", llama, *options))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("place", ["{llama}", "{link}", "{llama}/out", "{llama}/.."])
+def test_the_model_itself_is_never_overwritten(
+    calipers: Calipers, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def must_not_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was loaded before --out was checked")
+
+    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    link = tmp_path / "link"
+    link.symlink_to(llama)
+    before = sorted(llama.rglob("*"))
+    out = place.format(llama=llama, link=link)
+    message = error_of(calipers("calibrate", llama, "--out", out, "--force"))
+    assert "the folder that the model was loaded from" in message
+    assert sorted(llama.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    calipers: Calipers, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_load(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the model was loaded before --out was checked")
+
+    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    message = error_of(calipers("calibrate", llama, "--out", tmp_path / "file" / "out"))
+    assert "cannot be written" in message
+
+
+def test_no_tokenizer_is_needed_without_texts(
+    calipers: Calipers, llama: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((llama / name).read_bytes())
+    out = tmp_path / "out"
+    succeeded(calipers("calibrate", bare, "--out", out, "--json"))
+    assert not any("token" in path.name for path in out.iterdir())
+    assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 320
+
+
+@pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
+def test_what_belongs_to_the_model_comes_along(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path, data: bool
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(llama, source)
+    for name in ("preprocessor_config.json", "modeling_own.py"):
+        (source / name).write_text("{}", encoding="utf-8")
+    out = tmp_path / "out"
+    options = ("--data", texts / "text.txt", "--samples", 2) if data else ()
+    fast = ("--observer", "memoryless_minmax", *options)
+    succeeded(calipers("calibrate", source, *fast, "--out", out, "--json"))
+    for name in ("preprocessor_config.json", "modeling_own.py"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    loaded, own = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
+    assert loaded(SENTENCES)["input_ids"] == own(SENTENCES)["input_ids"]
+    assert loaded.chat_template == own.chat_template
+
+
+def test_a_model_put_aside_by_a_killed_save_is_put_back(
+    calipers: Calipers, llama: Path, tmp_path: Path
+) -> None:
+    aside = tmp_path / ".model.0123abcd.old"
+    shutil.copytree(llama, aside)
+    os.utime(aside, (0, 0))
+    succeeded(calipers("calibrate", tmp_path / "model", "--json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 # -- errors ----------------------------------------------------------------------------------
@@ -435,3 +509,62 @@ def test_embedded_demo_model_is_the_default(
     assert 1 < result["perplexity_before"] < 100
     assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.1)
     assert result["calibration"]["batches"] == 1
+
+
+# -- what would not load back ----------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny random model of a named architecture, in a folder."""
+
+    def save(name: str) -> Path:
+        getattr(architectures, name)().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def test_what_would_not_load_back_is_refused_before_the_work(
+    calipers: Calipers,
+    saved: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def must_not_run(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("there was work before the load check")
+
+    monkeypatch.setattr("calipers.cli.calibrate.Calibration", must_not_run)
+    out = tmp_path / "out"
+    message = error_of(calipers("calibrate", saved("falcon"), "--out", out))
+    assert "would not load back" in message
+    assert "transformer.h.*.mlp.dense_4h_to_h" in message
+    assert "--no-load-check" in message
+    assert not out.exists()
+
+
+def test_the_load_check_can_be_switched_off(
+    calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--out", out, "--no-load-check", "--json")
+    succeeded(calipers("calibrate", saved("falcon"), *options))
+    assert quantization_of(out)["format"] == "pack-quantized"
+
+
+def test_without_out_nothing_needs_to_load_back(
+    calipers: Calipers, saved: Callable[[str], Path]
+) -> None:
+    succeeded(calipers("calibrate", saved("falcon"), "--json"))
+
+
+def test_what_would_not_load_back_can_be_left_alone(
+    calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--out", out, "--on-unfit", "skip", "--json")
+    result = succeeded(calipers("calibrate", saved("mamba"), *options))
+    reasons = {row["name"]: row["reason"] for row in result["calibration"]["left_alone"]}
+    assert reasons["backbone.layers.1.mixer.out_proj"] == "cannot be loaded back"
+    loaded = MambaForCausalLM.from_pretrained(out)
+    assert loaded(torch.arange(8).reshape(1, 8)).logits.isfinite().all()

@@ -14,7 +14,21 @@ import calipers
 from architectures import example_inputs, output_of
 
 #: What transformers cannot load back, by scheme, with a word of the refusal.
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {
+    ("falcon", "W4A16"): r"(?s)would not load back.*mlp\.dense_4h_to_h.*no part of the model",
+    ("modernbert", "W4A16"): r"(?s)would not load back.*attn\.Wqkv.*no part of the model",
+    ("t5", "W4A16"): r"(?s)would not load back.*SelfAttention\.q.*no part of the model",
+    ("siglip", "W4A16"): r"(?s)would not load back.*self_attn\.k_proj.*no part of the model",
+    ("mamba", "W4A16"): r"(?s)would not load back.*mixer\.out_proj: .*ignore=\[",
+    ("gemma3", "W4A16"): r"(?s)would not load back.*vision_tower.*fc1.*ignore=\[",
+    ("jamba", "W4A16"): r"(?s)would not load back.*experts\.gate_up_proj.*no part of the model",
+    ("mixtral", "W4A16"): r"(?s)would not load back.*experts\.gate_up_proj.*no part of the model",
+    ("qwen3_next", "W4A16"): r"(?s)would not load back.*experts\.gate_up_proj.*no part",
+    ("llama4", "W4A16"): r"(?s)would not load back.*the loaded model cannot run.*no part",
+    ("llama4", "FP8"): r"(?s)would not load back.*loading raises.*no part of the model",
+    ("gpt2_classifier", "W4A16"): "target 'Linear' matches only modules that are left alone",
+    ("gpt2_classifier", "FP8"): "target 'Linear' matches only modules that are left alone",
+}
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.plan import plan_observers
@@ -33,7 +35,10 @@ def attach(
     watches the global range alone.
 
     Args:
-        model: Any torch model with Linear or Embedding layers, offloaded or not.
+        model: Any torch model with Linear or Embedding layers, offloaded or not. Of a wrapper
+            (torch.compile, DataParallel and their like) the model inside is meant: modules have
+            its names, and batches run through it uncompiled. Wrappers around single blocks are
+            taken out until the calibration is frozen or detached.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name ("W4A16"), or the path
             of a YAML file; see `resolve_config`. Never changed.
         observer: Observer of weights; None takes the one that the scheme names, else
@@ -56,4 +61,9 @@ def attach(
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
     choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
-    return Calibration(model, plan_observers(model, scheme, choice, ignore, on_unfit))
+    inner = unwrap(model)
+    with ExitStack() as wrappers:
+        wrappers.enter_context(without_wrappers(inner))
+        plan = plan_observers(inner, scheme, choice, ignore, on_unfit)
+        return Calibration(inner, plan, wrappers.pop_all())
+    raise AssertionError  # an ExitStack of these lets no exception vanish

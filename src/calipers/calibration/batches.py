@@ -49,7 +49,7 @@ def run_batches(
         )
     total = len(batches) if isinstance(batches, Sized) else None
     device = get_execution_device(model, torch.device("cpu"))
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad(), _uncompiled(model):
         if progress is not None:
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
@@ -58,6 +58,14 @@ def run_batches(
             on_batch()
             if progress is not None:
                 progress("batches", done, total)
+
+
+def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
+    """Runs what `Module.compile` compiled as it is written: observers must see each value."""
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return stance
+    return nullcontext()
 
 
 def _call(model: torch.nn.Module, batch: object, device: torch.device | str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.batches import Progress
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
@@ -37,7 +38,8 @@ def calibrate(
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
     Args:
-        model: Any torch model with Linear or Embedding layers, offloaded or not.
+        model: Any torch model with Linear or Embedding layers, offloaded or not. Of a wrapper
+            (torch.compile, DataParallel and their like) the model inside is meant, as in `attach`.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name, or the path of a YAML
             file; see `resolve_config`.
         observer: Observer of weights; None takes the one that the scheme names, else "optimal"
@@ -71,14 +73,16 @@ def calibrate(
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
-    plan = plan_observers(model, scheme, choice, ignore, on_unfit)
-    if data is None:
-        refuse_without_data(plan.observed)
-        plan = without_never_called(model, plan)
-    with Calibration(model, plan) as calibration:
-        if data is not None:
-            calibration.run(data, progress, use_attention_mask=use_attention_mask)
-        return calibration.freeze(on_missing, progress)
+    model = unwrap(model)
+    with without_wrappers(model):
+        plan = plan_observers(model, scheme, choice, ignore, on_unfit)
+        if data is None:
+            refuse_without_data(plan.observed)
+            plan = without_never_called(model, plan)
+        with Calibration(model, plan) as calibration:
+            if data is not None:
+                calibration.run(data, progress, use_attention_mask=use_attention_mask)
+            return calibration.freeze(on_missing, progress)
 
 
 def refuse_without_data(observed: Sequence[ObservedModule]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from calipers.calibration.batches import eval_mode
+from calipers.calibration.example_inputs import example_inputs
 
 __all__ = ["CallCounter", "find_never_called"]
 
@@ -69,10 +70,9 @@ class _Count:
 def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Modules that the model's own example input passes by; none where it cannot be run.
 
-    Run is a transformers model whose weights lie in memory, with `dummy_inputs`, or one image of
-    zeros where that is its main input.
+    Run is a model whose weights lie in memory, and for which `example_inputs` are known.
     """
-    inputs = _example_inputs(model)
+    inputs = example_inputs(model)
     if inputs is None or any(isinstance(m._parameters, OffloadCache) for m in model.modules()):
         return set()
     counter = CallCounter(model, names)
@@ -85,18 +85,6 @@ def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:
     finally:
         counter.remove()
     return counter.never_called
-
-
-def _example_inputs(model: Any) -> dict[str, Any] | None:
-    config = getattr(model, "config", None)
-    if getattr(model, "main_input_name", None) == "pixel_values":
-        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
-        if isinstance(size, int) and isinstance(channels, int):
-            dtype = next(model.parameters()).dtype
-            shape = (1, channels, size, size)
-            return {"pixel_values": torch.zeros(shape, dtype=dtype, device="cpu")}
-    inputs = getattr(model, "dummy_inputs", None)
-    return dict(inputs) if isinstance(inputs, Mapping) else None
 
 
 def _parent(name: str) -> str:

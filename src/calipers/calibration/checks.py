@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
+from calipers.calibration.forward_checks import find_forward_problems, find_hook_problems
 from calipers.calibration.fused import find_fused_problems
 from calipers.calibration.module_checks import find_module_problems, find_shape_problems
 from calipers.calibration.pattern_checks import find_pattern_problems
@@ -25,6 +26,7 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
 
     Found here: target and ignore patterns that match nothing (an ignored "lm_head" is only warned
     of), modules of a type that compressed-tensors cannot quantize, modules already quantized,
+    weights that accelerate offloads or that are no parameters, a forward replaced on an instance,
     group sizes that do not divide a module's columns, strategies and number formats that the layer
     or compressed-tensors cannot take, and NVFP4 for some members of a fused layer alone.
 
@@ -74,7 +76,9 @@ def _find_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
 ) -> Iterator[str]:
     yield from find_pattern_problems(model, config, resolution)
+    if resolution.targets:
+        yield from find_hook_problems(model)
     for target in resolution.targets:
-        for reason in find_module_problems(target):
+        for reason in (*find_module_problems(target), *find_forward_problems(target)):
             yield f"{target.name or type(target.module).__name__}: {reason}"
     yield from find_fused_problems(model, resolution)

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
+from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
 from compressed_tensors.quantization.utils import is_module_quantized
 
 from calipers.calibration.targets import Target
@@ -52,6 +53,7 @@ def find_module_problems(target: Target) -> Iterator[str]:
     for base_name, args in target.args.items():
         what = "weights" if base_name == "weight" else f"{base_name} activations"
         yield from (f"{what}: {reason}" for reason in _args_problems(target, base_name, args))
+        yield from (f"{what}: {reason}" for reason in _scale_dtype_problems(args, weight.dtype))
         yield from _shape_problems(target, base_name, args, weight)
 
 
@@ -89,6 +91,21 @@ def _format_problems(args: QuantizationArgs) -> Iterator[str]:
             yield f"float formats have 4 or 8 bits, got {args.num_bits}"
         elif args.num_bits == 4 and not args.symmetric:
             yield "fp4 is always symmetric, got symmetric=False"
+
+
+def _scale_dtype_problems(args: QuantizationArgs, dtype: torch.dtype) -> Iterator[str]:
+    scale_dtype = args.scale_dtype
+    if scale_dtype is None or not scale_dtype.is_floating_point:
+        return
+    try:
+        # compressed-tensors clamps a scale of the model's dtype to the range of the other one
+        round_to_quantized_type_dtype(torch.ones(1, dtype=dtype, device="cpu"), dtype=scale_dtype)
+    except RuntimeError:
+        yield (
+            f"scale_dtype {scale_dtype} has a wider range than the model's {dtype}, in which "
+            "compressed-tensors cannot compute it: leave scale_dtype out, or load the model in "
+            f"{scale_dtype}"
+        )
 
 
 def _weight_problems(args: QuantizationArgs) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +16,11 @@ from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule, build_observed
 from calipers.calibration.schemes import SchemeLike, resolve_config
-from calipers.calibration.targets import Resolution
+from calipers.calibration.targets import Reason, Resolution
 from calipers.errors import CalipersError
 from calipers.observers import Observer
 
-__all__ = ["Plan", "plan_observers", "without_never_called"]
+__all__ = ["Plan", "plan_observers", "without_modules", "without_never_called"]
 
 
 @dataclass(frozen=True)
@@ -65,22 +65,27 @@ def without_never_called(model: torch.nn.Module, plan: Plan) -> Plan:
     For a calibration without data, whose batches would tell; see `find_never_called`.
     """
     uncalled = find_never_called(model, [each.name for each in plan.observed])
-    if not uncalled:
+    return without_modules(plan, uncalled, "never called")
+
+
+def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
+    """The plan with these modules left alone, for one reason."""
+    if not names:
         return plan
-    resolution = plan.resolution.without(dict.fromkeys(uncalled, "never called"))
-    observed = [each for each in plan.observed if each.name not in uncalled]
+    resolution = plan.resolution.without(dict.fromkeys(names, reason))
+    observed = [each for each in plan.observed if each.name not in names]
     return replace(plan, resolution=resolution, observed=observed)
 
 
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:
-    """Say that experts kept in one parameter stay unquantized: it would show at loading only."""
+    """Say that experts kept in one parameter stay unquantized, which no table of layers shows."""
     with disable_onloading():
         names = [name for name, module in model.named_modules() if has_fused_experts(module)]
     if names:
         logger.warning(
             "{} modules hold experts fused into one parameter ({}, ...), which compressed-tensors "
-            "cannot quantize: they stay as they are, and transformers cannot load a checkpoint of "
-            "such a model back, since it expects quantized experts",
+            "cannot quantize: they stay as they are, and under packed formats transformers cannot "
+            "load the checkpoint back, since it expects quantized experts (save checks that)",
             len(names),
             names[0],
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -55,6 +55,8 @@ class Calibration:
     Args:
         model: The model.
         plan: What to quantize and how; its observers are attached here.
+        wrappers: Closed once the calibration is frozen or detached: puts wrappers of single
+            blocks back that were taken out of the model.
 
     Attributes:
         model: The model.
@@ -66,8 +68,10 @@ class Calibration:
         self,
         model: torch.nn.Module,
         plan: Plan,
+        wrappers: ExitStack | None = None,
     ) -> None:
         self.model = model
+        self._wrappers = wrappers or ExitStack()
         self.observed = list(plan.observed)
         self.batches = 0
         self._plan = plan
@@ -172,6 +176,7 @@ class Calibration:
         }
         left_alone = self._left_alone(reasons)
         share = quantized_share(rows, self.model, left_alone)
+        self._wrappers.close()
         _tell(left_alone, share)
         return CalibrationReport(
             modules=rows,
@@ -194,6 +199,7 @@ class Calibration:
         self._calls.remove()
         for each in self.observed:
             each.detach()
+        self._wrappers.close()
         self._state = "detached"
 
     def __enter__(self) -> Calibration:

@@ -1,4 +1,4 @@
-"""`checkpoint_names`: under which names a checkpoint stores modules of a transformers model."""
+"""Under which names a checkpoint stores the modules of a transformers model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["checkpoint_names"]
+__all__ = ["are_renamed", "checkpoint_names"]
 
 
 def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -30,3 +30,19 @@ def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
             stored = renamed if matched is not None else stored
         found[name] = stored.removesuffix(".weight")
     return found
+
+
+def are_renamed(model: nn.Module) -> bool:
+    """Whether transformers renames weights of such a model when it loads them.
+
+    False for what is no transformers model, and where the installed transformers cannot tell.
+    """
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return False
+    if not isinstance(model, PreTrainedModel):
+        return False
+    conversions: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
+    return bool(conversions)

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.base import TRANSFORM_CONFIG_NAME
-from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
-from loguru import logger
+from safetensors import SafetensorError
 from torch import nn
 
-from calipers._quiet import no_progress_bars
-from calipers.checkpoint.saved_config import saved_config
-from calipers.checkpoint.tensors import (
-    broken_ties,
-    checkpoint_bytes,
-    checkpoint_tensors,
-    loading_dtype,
-    quantized_modules,
-)
+from calipers._unwrap import unwrap, without_wrappers
+from calipers.checkpoint.load_check import refuse_unloadable
+from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
+from calipers.checkpoint.source import carry_files, refuse_source, source_folder
+from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
+from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 
 __all__ = ["compressed_size", "save"]
@@ -34,58 +24,73 @@ __all__ = ["compressed_size", "save"]
 _LISTED = 20
 
 
+class _CannotWriteError(CheckpointError, OSError):
+    """The system refused to write; an OSError too, as it was."""
+
+
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, tokenizer: Any = None, force: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    force: bool = False,
+    load_check: bool = True,
 ) -> Path:
     """Writes a compressed-tensors checkpoint that transformers and vLLM load.
 
     The model in memory keeps its weights, scales and status: modules are compressed one at a time
     into a new state dict. The checkpoint is written to a folder beside the target and moved into
-    place when it is complete; on any failure that folder is removed, and what was at the target is
-    as it was.
+    place when it is complete, in one step; on any failure that folder is removed, and what was at
+    the target is as it was. What killed saves to this target left behind is removed.
 
     Args:
         model: A transformers model whose modules carry compressed-tensors quantization, with scales
             set and status FROZEN, as `calipers.calibrate` leaves them. Offloaded modules are read
-            where they lie.
+            where they lie. Of a wrapper (torch.compile, DataParallel, or any module around one
+            model) the model inside is saved.
         path: Folder to write. Missing parents are made. An empty folder may exist already.
-        tokenizer: Saved into the same folder where given; anything with `save_pretrained`.
-        force: Replace an existing folder, with all that is in it.
+        tokenizer: Saved into the same folder where given; anything with `save_pretrained`. Without
+            it the tokenizer's files are copied from where the model was loaded from, as those of
+            processors, chat templates and custom code are in any case.
+        force: Replace an existing folder, with all that is in it; its permissions are kept.
+        load_check: Try before anything is written whether the installed transformers loads such a
+            checkpoint back: on a small random twin of the model, in seconds. What cannot be tried
+            (custom code, say) is saved, with a line in the log.
 
     Returns:
         The path that was written.
 
     Raises:
-        CheckpointError: The path is taken; no module is quantized; a quantized module is not
-            frozen, or holds a scale that is NaN, infinite or not positive; a module cannot be
-            compressed.
+        CheckpointError: The path is taken, or is the folder that the model was loaded from, lies
+            inside of it or holds it; it cannot be written (a full disk); no module is quantized; a
+            quantized module is not frozen, or holds a scale that is NaN, infinite or not positive;
+            a module cannot be compressed, or would not load back.
 
     Where the output head is tied to the embedding and one of the two is quantized, the checkpoint
     stores both and its config.json says that they are not tied, since a loader would overwrite one
     of them. Where compressed-tensors decompresses a format to another dtype than the model's,
-    config.json names that dtype, with a warning in the log. A model under the preset UNQUANTIZED is
-    saved as it is.
+    config.json names that dtype, for the model and each model inside of it, with a warning in the
+    log. A generation config that transformers calls invalid is saved as it is, with a line in the
+    log. A model under the preset UNQUANTIZED is saved as it is.
     """
-    if not callable(getattr(model, "save_pretrained", None)):
-        raise CheckpointError(
-            "save writes transformers models, which have save_pretrained; "
-            f"got {type(model).__name__}"
-        )
-    _refuse_unready(model)
+    inner = _model_to_save(model)
     target = Path(path).expanduser()
-    place = target.resolve()
-    refuse_taken(target, force=force)
-
-    place.parent.mkdir(parents=True, exist_ok=True)
-    staging = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        staging.mkdir()
-        _write(model, staging)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staging)
-        _move_into_place(staging, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with without_wrappers(inner):
+        _refuse_unready(inner)
+        refuse_source(target, source_folder(inner))
+        refuse_taken(target, force=force)
+        if load_check:
+            refuse_unloadable(inner)
+        place = target.resolve()
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(place, force=force) as folder:
+                write_checkpoint(inner, folder)
+                if tokenizer is not None:
+                    _save_tokenizer(tokenizer, folder)
+                carry_files(inner, folder, tokenizer=tokenizer is None)
+        except (OSError, SafetensorError) as error:
+            raise _CannotWriteError(f"{target} cannot be written: {error}") from error
     return target
 
 
@@ -98,8 +103,34 @@ def compressed_size(model: nn.Module) -> int:
     Raises:
         CheckpointError: As for `save`, the path aside.
     """
-    _refuse_unready(model)
-    return checkpoint_bytes(model)
+    inner = unwrap(model)
+    with without_wrappers(inner):
+        _refuse_unready(inner)
+        return checkpoint_bytes(inner)
+
+
+def _model_to_save(model: nn.Module) -> nn.Module:
+    """The transformers model inside of wrappers: torch's own, or any around just one child."""
+    inner = unwrap(model)
+    while not callable(getattr(inner, "save_pretrained", None)):
+        children = list(inner.children())
+        if len(children) != 1 or inner._parameters or inner._buffers:
+            raise CheckpointError(
+                "save writes transformers models, which have save_pretrained; "
+                f"got {type(model).__name__}"
+            )
+        inner = unwrap(children[0])
+    return inner
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # The tokenizers library tells of a full disk by a plain Exception.
+        if type(error) is Exception:
+            raise OSError(f"the tokenizer cannot be saved: {error}") from error
+        raise
 
 
 def _refuse_unready(model: nn.Module) -> None:
@@ -149,13 +180,28 @@ def _may_be_signed(scheme: Any) -> bool:
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:
-    """Refuse a place that `save` would not write to, before any work.
+    """Refuse a place that `save` would not, or could not write to, before any work.
+
+    A folder that a killed save had put aside is put back first.
+
+    Args:
+        path: Where a checkpoint is to be written.
+        force: Whether a folder that is not empty may be replaced.
 
     Raises:
-        CheckpointError: A file, a folder that is not empty (without `force`), or one that holds the
-            working directory.
+        CheckpointError: A file, a folder that is not empty (without `force`), one that holds the
+            working directory, or one that the system lets nobody write or replace.
     """
-    shown, place = path, path.resolve()
+    shown, place = path, path.expanduser().resolve()
+    try:
+        recover(place)
+        _refuse_filled(shown, place, force=force)
+        refuse_unwritable(place)
+    except OSError as error:
+        raise _CannotWriteError(f"{shown} cannot be written: {error}") from error
+
+
+def _refuse_filled(shown: Path, place: Path, *, force: bool) -> None:
     if not place.exists():
         return
     if not place.is_dir():
@@ -172,75 +218,6 @@ def refuse_taken(path: Path, *, force: bool) -> None:
         raise CheckpointError(
             f"{shown} holds the current working directory; force=True would delete all of it"
         )
-
-
-def _write(model: nn.Module, folder: Path) -> None:
-    save_pretrained: Any = model.save_pretrained
-    config = saved_config(model)
-    tensors = checkpoint_tensors(model)
-    changes: dict[str, Any] = {}
-    if broken_ties(model):
-        changes["tie_word_embeddings"] = False
-    dtype = loading_dtype(model, tensors)
-    if dtype is not None:
-        changes["dtype"] = str(dtype).removeprefix("torch.")
-        logger.warning(
-            "compressed-tensors decompresses this scheme to {} only, so config.json says dtype {}: "
-            "loaded by transformers the model runs in it. Calibrate in {} to get the same logits.",
-            *[changes["dtype"]] * 3,
-        )
-    with _as_before_saving(model), no_progress_bars():
-        save_pretrained(folder, state_dict=tensors)
-    ModelCompressor(
-        quantization_config=config,
-        transform_config=getattr(model, TRANSFORM_CONFIG_NAME, None),
-    ).update_config(str(folder))
-    if changes:
-        _change_config(folder / "config.json", changes)
-
-
-def _change_config(config_file: Path, changes: dict[str, Any]) -> None:
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    config.update(changes)
-    if isinstance(config.get("text_config"), dict):
-        config["text_config"].update(changes)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    config_file.write_text(text, encoding="utf-8")
-
-
-def _move_into_place(staging: Path, place: Path) -> None:
-    if not place.exists():
-        staging.rename(place)
-        return
-    aside = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.old")
-    place.rename(aside)
-    try:
-        staging.rename(place)
-    except BaseException:
-        aside.rename(place)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _as_before_saving(model: nn.Module) -> Iterator[None]:
-    """Hides what would make save_pretrained drop our state dict, and undoes its changes.
-
-    A model that was loaded from a quantized checkpoint has an `hf_quantizer`, whose state dict
-    replaces the one that is passed in; `hf_device_map` makes it read the weights from the model
-    again. It also writes dtype and architectures into the config of the model in memory.
-    """
-    hidden: dict[str, Any] = {
-        key: vars(model).pop(key) for key in ("hf_quantizer", "hf_device_map") if key in vars(model)
-    }
-    config: Any = model.config
-    before = dict(vars(config))
-    try:
-        yield
-    finally:
-        vars(config).clear()
-        vars(config).update(before)
-        vars(model).update(hidden)
 
 
 def _listing(names: Any) -> str:

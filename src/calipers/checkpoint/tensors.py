@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
+from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
 __all__ = [
@@ -35,6 +36,8 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
 def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
     """State dict of the checkpoint: quantized modules compressed, all others as they are.
 
+    Where there is a `loading_dtype` and a loader would not cast to it, the tensors have it already.
+
     Weights that the model declares tied (an output head and its embedding), and that still are, are
     left out: loading ties them again. Tensors shared in any other way are stored under each name,
     since nothing would share them again.
@@ -51,10 +54,12 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: A module cannot be compressed, or holds a tensor without data.
     """
     tensors: dict[str, Tensor] = {}
+    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
     for part in _parts(model):
         state = _local_state(part.module)
         if part.scheme is not None:
             state = _compress(part.prefix, state, part.scheme, type(part.module))
+        state = _in_dtype(part, state, dtype, kept)
         for key, value in state.items():
             if key in part.tied:
                 continue
@@ -80,22 +85,26 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """
     total = 0
     known: dict[object, int] = {}
+    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
     for part in _parts(model):
         with disable_onloading():
-            shapes = {
-                key: (tensor.shape, tensor.dtype) for key, tensor in _stored(part.module).items()
-            }
-        if part.scheme is None:
-            sizes = [s.numel() * d.itemsize for k, (s, d) in shapes.items() if k not in part.tied]
-            total += sum(sizes)
-            continue
+            stored = _stored(part.module)
+            shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in stored.items()}
+            if part.scheme is None:
+                state = {k: v.to("meta") for k, v in stored.items() if k not in part.tied}
+                total += _bytes(_in_dtype(part, state, dtype, kept))
+                continue
         kind = (type(part.module), part.scheme.model_dump_json(), tuple(sorted(shapes.items())))
         if kind not in known:
             state = _local_state(part.module)
             state = _compress(part.prefix, state, part.scheme, type(part.module))
-            known[kind] = sum(value.numel() * value.dtype.itemsize for value in state.values())
+            known[kind] = _bytes(_in_dtype(part, state, dtype, kept))
         total += known[kind]
     return total
+
+
+def _bytes(state: dict[str, Tensor]) -> int:
+    return sum(value.numel() * value.dtype.itemsize for value in state.values())
 
 
 def broken_ties(model: nn.Module) -> dict[str, str]:
@@ -108,7 +117,7 @@ def broken_ties(model: nn.Module) -> dict[str, str]:
     return {name: source for name, source in _declared_ties(model).items() if name not in kept}
 
 
-def loading_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype | None:
+def loading_dtype(model: nn.Module) -> torch.dtype | None:
     """The one dtype that a loader makes of the compressed weights, where it is not the model's own.
 
     compressed-tensors 0.19 decompresses FP4 and MX weights to bfloat16 whatever dtype the model is
@@ -116,14 +125,13 @@ def loading_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype |
     matmul. This asks the decompressor itself, one module per scheme.
 
     Args:
-        model: The model that was compressed.
-        tensors: What `checkpoint_tensors` gave for it.
+        model: The model, its quantized modules frozen.
 
     Returns:
         That dtype; None where the weights come back in the dtype that they had.
 
     Raises:
-        CheckpointError: What was compressed cannot be decompressed.
+        CheckpointError: A module cannot be compressed, or not be decompressed again.
     """
     asked: set[str] = set()
     for part in _parts(model):
@@ -133,8 +141,8 @@ def loading_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype |
         if kind in asked:
             continue
         asked.add(kind)
-        start = len(_join(part.prefix, ""))
-        state = {k[start:]: t for k, t in tensors.items() if k.rpartition(".")[0] == part.prefix}
+        plain = _local_state(part.module)
+        state = _compress(part.prefix, plain, part.scheme, type(part.module))
         try:
             compressor = _compressor(part.scheme, type(part.module))
             weight: Tensor = compressor.decompress(state, part.scheme)["weight"]
@@ -143,11 +151,54 @@ def loading_dtype(model: nn.Module, tensors: dict[str, Tensor]) -> torch.dtype |
                 f"module {part.prefix} cannot be decompressed again: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        with disable_onloading():
-            own: torch.dtype = _stored(part.module)["weight"].dtype
-        if weight.dtype != own:
+        if weight.dtype != plain["weight"].dtype:
             return weight.dtype
     return None
+
+
+def _in_dtype(
+    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None, kept: set[str]
+) -> dict[str, Tensor]:
+    """The tensors of a module in another dtype, if any.
+
+    Global scales and scales of a dtype of their own stay, as do the modules that transformers keeps
+    in float32.
+    """
+    if dtype is None or kept & set(part.prefix.split(".")):
+        return state
+    with disable_onloading():
+        own = {t.dtype for t in _stored(part.module).values() if _is_plain_float(t)}
+    fixed = set() if part.scheme is None else _scales_with_dtype(part.scheme)
+    return {
+        key: value
+        if value.dtype not in own or key in fixed or key.endswith("global_scale")
+        else value.to(dtype)
+        for key, value in state.items()
+    }
+
+
+def _saving_dtype(model: nn.Module) -> torch.dtype | None:
+    """The `loading_dtype`, where a loader would not cast to it itself.
+
+    transformers does not cast the weights that it renames (of many multimodal models), and would
+    then run layers of two dtypes on each other.
+    """
+    return loading_dtype(model) if are_renamed(model) else None
+
+
+def _kept_in_float32(model: nn.Module) -> set[str]:
+    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def _is_plain_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
+
+
+def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
+    all_args = {"weight": scheme.weights, "input": scheme.input_activations}
+    all_args["output"] = scheme.output_activations
+    named = {name for name, args in all_args.items() if args is not None and args.scale_dtype}
+    return {f"{name}_scale" for name in named}
 
 
 @dataclass(frozen=True)

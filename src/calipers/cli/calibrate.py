@@ -21,10 +21,13 @@ from calipers.calibration import (
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.plan import plan_observers, without_never_called
+from calipers.calibration.plan import plan_observers, without_modules, without_never_called
 from calipers.calibration.session import check_on_missing
 from calipers.checkpoint import compressed_size, save
+from calipers.checkpoint.load_check import refuse_unloadable
+from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
+from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
@@ -84,12 +87,22 @@ def calibrate(
     ] = "error",
     on_unfit: Annotated[
         str,
-        typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
+        typer.Option(
+            help="Modules whose columns the group size does not divide, or that --out could not "
+            "be loaded back with: error, skip."
+        ),
     ] = "error",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    no_load_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-load-check",
+            help="Do not try first, on a small twin of the model, whether DIR would load back.",
+        ),
+    ] = False,
     eval_file: Annotated[
         Path | None,
         typer.Option(
@@ -121,13 +134,15 @@ def calibrate(
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
+        path = MODEL_PATH if model is None else model
+        recover(path.expanduser().resolve())
         if out is not None:
+            refuse_source(out, path)
             refuse_taken(out, force=force)
         check_on_missing(on_missing)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
         resolve_config(scheme, patterns)
-        path = MODEL_PATH if model is None else model
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
@@ -139,8 +154,12 @@ def calibrate(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
         )
+        if out is not None and not no_load_check:
+            schemes = {each.name: each.scheme for each in plan.resolution.targets}
+            unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
+            plan = without_modules(plan, unloadable, "cannot be loaded back")
         length = min(sequence_length, max_positions(loaded) or sequence_length)
-        if data is not None or eval_file is not None or out is not None:
+        if data is not None or eval_file is not None:
             tokenizer = load_tokenizer(path)
         batches = None
         if data is not None:
@@ -160,7 +179,7 @@ def calibrate(
             report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
         after = None if judged is None else perplexity(loaded, judged, progress)
         if out is not None:
-            save(loaded, out, tokenizer=tokenizer, force=force)
+            save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
         result = {
             "model": "demo" if model is None else str(model),
             "scheme": scheme,

@@ -1,0 +1,391 @@
+"""`find_load_problems`: which quantized modules the installed libraries cannot load back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import (
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationType,
+    initialize_module_for_quantization,
+)
+from loguru import logger
+from torch import Tensor, nn
+
+from calipers._quiet import no_progress_bars
+from calipers._unwrap import unwrap
+from calipers.calibration.checks import OnUnfit, resolve_and_check
+from calipers.calibration.example_inputs import example_inputs
+from calipers.calibration.schemes import SchemeLike, resolve_config
+from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
+from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
+from calipers.checkpoint.write import write_checkpoint
+from calipers.errors import CheckpointError
+
+__all__ = ["LoadCheck", "check_load", "find_load_problems", "refuse_unloadable"]
+
+_TOLERANCE = 0.02  # of the outputs' range; a format of the loader's own rounds less, faults do more
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class LoadCheck:
+    """What loading a twin back has shown.
+
+    Attributes:
+        problems: Module name to the reason why it does not load back.
+        whole: Whether no choice of the quantized modules loads back, so that ignoring some of them
+            is no way out.
+        unchecked: Why it could not be checked; None where it was.
+    """
+
+    problems: dict[str, str] = field(default_factory=dict)
+    whole: bool = False
+    unchecked: str | None = None
+
+
+def find_load_problems(
+    model: nn.Module, schemes: Mapping[str, QuantizationScheme] | None = None
+) -> LoadCheck:
+    """Try on a small twin of the model whether its checkpoint would load back.
+
+    The twin has random weights and the same architecture in small. It is quantized under the same
+    schemes, saved as `calipers.save` does it, loaded with `from_pretrained`, and compared with
+    itself: tensor by tensor, and in its outputs for an example input. Where that fails, kinds of
+    modules (names that differ in numbers alone) are tried one by one, to find out which of them
+    do not load back. The model itself is neither run nor changed, and nothing is logged.
+
+    Args:
+        model: Any model; what is no transformers model of a released class is not checked.
+        schemes: Module name to its scheme, beside those that modules carry already.
+
+    Returns:
+        The modules with reasons; or why nothing could be found out.
+    """
+    carried = {n: m.quantization_scheme for n, m in quantized_modules(model).items()}
+    schemes = {n: s for n, s in {**carried, **(schemes or {})}.items() if s.weights is not None}
+    if not schemes:
+        return LoadCheck()
+    if not type(model).__module__.startswith("transformers.models."):
+        return LoadCheck(unchecked=f"{type(model).__name__} is no class of transformers' own")
+    with plain_defaults(), _quiet():
+        try:
+            twin = make_twin(model)
+            chosen = _schemes_of_twin(model, twin, schemes)
+            plain = _outputs(twin)
+        except Exception as error:
+            return LoadCheck(unchecked=f"no small twin could be made: {_first_line(error)}")
+        key = (
+            type(model),
+            config_text(twin.config),
+            str(twin.dtype),
+            tuple((name, each.model_dump_json()) for name, each in chosen.items()),
+        )
+        if key not in _KNOWN:
+            _KNOWN[key] = _try_kinds(twin, chosen, runs=not isinstance(plain, str))
+        found, whole = _KNOWN[key]
+        if isinstance(plain, str) and not found:
+            unrun = f"loads, but the twin cannot be run to compare its outputs: {plain}"
+            return LoadCheck(unchecked=unrun)
+    problems = {name: found[_kind(name)] for name in schemes if _kind(name) in found}
+    return LoadCheck(problems, whole)
+
+
+def check_load(
+    model: nn.Module,
+    scheme: SchemeLike,
+    *,
+    ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
+) -> None:
+    """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
+
+    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line.
+
+    Args:
+        model: As for `find_load_problems`; nothing in it is changed.
+        scheme: As for `calipers.calibrate`, and so the others.
+        ignore: Modules to leave alone.
+        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+
+    Raises:
+        SchemeError: The model cannot take this scheme.
+        CheckpointError: Names the modules that would not load back, the reasons and the way out.
+    """
+    inner = unwrap(model)
+    resolution = resolve_and_check(inner, resolve_config(scheme, ignore), on_unfit)
+    refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
+
+
+def refuse_unloadable(
+    model: nn.Module,
+    schemes: Mapping[str, QuantizationScheme] | None = None,
+    *,
+    skip: bool = False,
+) -> list[str]:
+    """Refuse a model whose checkpoint would not load back.
+
+    Args:
+        model: As for `find_load_problems`.
+        schemes: As for `find_load_problems`.
+        skip: Return the modules that do not load back instead, where the others do.
+
+    Returns:
+        Modules to leave alone; empty where all is well or could not be checked.
+
+    Raises:
+        CheckpointError: Names the modules, the reasons and the way out. What cannot be checked is
+            logged in one line.
+    """
+    check = find_load_problems(model, schemes)
+    if check.unchecked is not None:
+        logger.info("whether the checkpoint loads back could not be checked: {}", check.unchecked)
+    if check.problems and not (skip and not check.whole):
+        raise CheckpointError(_describe(check))
+    return list(check.problems)
+
+
+_KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
+
+
+def _describe(check: LoadCheck) -> str:
+    kinds: dict[str, list[str]] = {}
+    for name, reason in check.problems.items():
+        kinds.setdefault(reason, []).append(name)
+    lines = [
+        "the checkpoint would not load back with the installed transformers and "
+        f"compressed-tensors: tried on a small twin of the model, {len(check.problems)} of the "
+        "quantized modules fail",
+    ]
+    for reason, names in kinds.items():
+        patterns = list(dict.fromkeys(_kind(name) for name in names))
+        more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
+        lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
+    if check.whole:
+        lines.append(
+            "no part of the model loads back under this scheme: choose another one, such as "
+            "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
+        )
+    else:
+        patterns = list(dict.fromkeys(_pattern(name) for name in check.problems))
+        ignore = ", ".join(f'"{each}"' for each in patterns)
+        lines.append(
+            f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
+            "load_check=False (--no-load-check) for another loader"
+        )
+    return "\n  ".join(lines)
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _pattern(name: str) -> str:
+    kind = _kind(name)
+    if "*" not in kind:
+        return kind
+    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$"
+
+
+def _schemes_of_twin(
+    model: nn.Module, twin: nn.Module, schemes: Mapping[str, QuantizationScheme]
+) -> dict[str, QuantizationScheme]:
+    """Schemes for the twin's modules: those of the modules of the same names.
+
+    Schemes of a kind of module that only later layers have are given to the last of that kind.
+    """
+    modules = dict(twin.named_modules())
+    known = {name for name, _ in model.named_modules()}
+    chosen = {name: each for name, each in schemes.items() if name in modules}
+    by_kind: dict[str, dict[str, QuantizationScheme]] = {}
+    for name, each in schemes.items():
+        by_kind.setdefault(_kind(name), {}).setdefault(each.model_dump_json(), each)
+    for kind, wanted in by_kind.items():
+        places = [name for name in modules if _kind(name) == kind]
+        if not places:
+            raise CheckpointError(f"it has no module like {kind}")
+        seen = {chosen[name].model_dump_json() for name in places if name in chosen}
+        for place, (text, each) in zip(reversed(places), wanted.items(), strict=False):
+            if text not in seen:
+                chosen[place] = each
+    strange = [n for n, m in modules.items() if n not in known and not list(m.children())]
+    if strange:
+        raise CheckpointError(f"it has a module that the model lacks: {strange[0]}")
+    return {name: chosen[name] for name in modules if name in chosen}
+
+
+def _try_kinds(
+    twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool
+) -> tuple[dict[str, str], bool]:
+    """Kinds of modules that do not load back, with reasons; and whether that is all of them."""
+    reason = _try(twin, schemes, runs=runs)
+    if reason is None:
+        return {}, False
+    kinds = list(dict.fromkeys(_kind(name) for name in schemes))
+    found: dict[str, str] = {}
+    good: list[str] = []
+    for kind in kinds:
+        alone = {n: s for n, s in schemes.items() if _kind(n) == kind}
+        why = _try(twin, alone, runs=runs)
+        if why is None:
+            good.append(kind)
+        else:
+            found[kind] = why
+    if not found or (good and _try(twin, _only(schemes, good), runs=runs) is not None):
+        # Each alone loads, but not all of them together: take up one after the other.
+        kept: list[str] = []
+        for kind in good:
+            why = _try(twin, _only(schemes, [*kept, kind]), runs=runs)
+            if why is None:
+                kept.append(kind)
+            else:
+                found[kind] = why
+        good = kept
+    return found, not good
+
+
+def _only(
+    schemes: Mapping[str, QuantizationScheme], kinds: list[str]
+) -> dict[str, QuantizationScheme]:
+    return {name: each for name, each in schemes.items() if _kind(name) in kinds}
+
+
+def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:
+    """Quantize a copy of the twin, save it and load it; why it does not come back, or None."""
+    quantized = copy.deepcopy(twin)
+    try:
+        for name, scheme in schemes.items():
+            _quantize(quantized.get_submodule(name), scheme)
+        tensors = checkpoint_tensors(quantized)
+        exact = loading_dtype(quantized) is None
+    except Exception:
+        return None  # what cannot be quantized or compressed is told by others, with its reason
+    with tempfile.TemporaryDirectory(prefix="calipers-") as folder:
+        write_checkpoint(quantized, Path(folder), tell=False)
+        try:
+            kind: Any = type(twin)
+            loaded = kind.from_pretrained(
+                folder, local_files_only=True, attn_implementation="eager"
+            ).eval()
+        except Exception as error:
+            return f"loading raises {_first_line(error)}"
+        return _difference(quantized, loaded, tensors, exact=exact, runs=runs)
+
+
+def _difference(
+    quantized: nn.Module,
+    loaded: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    exact: bool,
+    runs: bool,
+) -> str | None:
+    state = loaded.state_dict()
+    wrong = [
+        name
+        for name, tensor in tensors.items()
+        if name in state
+        and (
+            state[name].shape != tensor.shape
+            or not torch.equal(
+                state[name].detach().double(),
+                tensor.to(state[name].dtype).double(),
+            )
+        )
+    ]
+    if wrong:
+        return f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}"
+    if not runs:
+        return None
+    expected, found = _outputs(quantized), _outputs(loaded)
+    if isinstance(expected, str):
+        return None  # the fake-quantized model does not run: no matter of loading
+    if isinstance(found, str):
+        return f"the loaded model cannot run: {found}"
+    if not torch.isfinite(found).all() and torch.isfinite(expected).all():
+        return "the loaded model's outputs are not finite"
+    spread = expected.max() - expected.min()
+    apart = (found - expected).abs().max() / spread
+    if exact and not apart <= _TOLERANCE:
+        return f"loads with other outputs, by {apart:.0%} of their range"
+    return None
+
+
+@torch.no_grad()
+def _quantize(module: Any, scheme: QuantizationScheme) -> None:
+    """Scales that take no search: one power of two for all of a weight."""
+    scheme = scheme.model_copy(deep=True)
+    initialize_module_for_quantization(module, scheme)
+    args: Any = scheme.weights
+    largest = 2 ** (args.num_bits - 1) - 1
+    if args.type == QuantizationType.FLOAT:
+        largest = 6 if args.num_bits == 4 else 448
+    scale = float(2.0 ** torch.ceil(torch.log2(module.weight.abs().max().float() / largest)))
+    for name, parameter in module.named_parameters(recurse=False):
+        if name == "weight_scale":
+            parameter.fill_(1.0 if hasattr(module, "weight_global_scale") else scale)
+        elif name == "weight_global_scale":
+            parameter.fill_(1.0 / scale)
+        elif name.endswith("global_scale"):
+            parameter.fill_(64.0)
+        elif name.endswith("_scale"):
+            parameter.fill_(2.0**-5)
+        elif name.endswith("_zero_point"):
+            parameter.zero_()
+    module.quantization_status = QuantizationStatus.FROZEN
+
+
+def _outputs(model: Any) -> Tensor | str:
+    """The model's floats for its example input, in one row; or why there are none."""
+    inputs = example_inputs(model)
+    if inputs is None:
+        return "it takes inputs of a kind that is not known"
+    try:
+        with torch.no_grad():
+            output = model(**inputs)
+    except Exception as error:
+        return _first_line(error)
+    for key in ("logits", "last_hidden_state", "logits_per_image", "image_embeds", "text_embeds"):
+        value = output.get(key) if hasattr(output, "get") else None
+        if isinstance(value, Tensor):
+            return value.float().flatten()
+    floats = [each for each in _tensors(output) if each.is_floating_point()]
+    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    values = output.values() if hasattr(output, "values") else output
+    return (each for each in values if isinstance(each, Tensor))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars, warnings or lines in the log from transformers and compressed-tensors."""
+    from transformers.utils.logging import get_verbosity, set_verbosity
+
+    verbosity = get_verbosity()
+    set_verbosity(logging.CRITICAL)
+    nowhere = io.StringIO()  # compressed-tensors draws bars there, whatever is asked of it
+    try:
+        with no_progress_bars(), warnings.catch_warnings(), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        set_verbosity(verbosity)

@@ -37,7 +37,8 @@ class Case:
         make: Quantizes a model in place, given calibration data; None leaves it as it is.
         bound: Of the mean |difference| of log probabilities, for what runs.
         int4: Whether vLLM's int4 kernel runs it.
-        doubled: The module whose scales the negative control doubles; empty for no control.
+        doubled: Beginning of the names of the modules whose scales the negative control doubles;
+            empty for no control.
         message: What vLLM says, as a regular expression, for what does not run.
         unless: The CPU flag for which vLLM has a kernel all the same.
     """
@@ -119,8 +120,8 @@ ATTENTION_FP8_MLP_INT4 = config(
     group(["re:.*mlp[.](gate|up|down)_proj$"], integers(4, 64)),
 )
 
-#: A layer of the first sixth, so that its error passes through all the others.
-DOUBLED = "model.layers.5.mlp.down_proj"
+#: A decoder layer of the first sixth, so that its error passes through all the others.
+DOUBLED = "model.layers.5."
 
 #: What vLLM runs on a CPU. Activations are rounded while the model runs, and a difference of the
 #: last bit can become one of a whole step; without VNNI, int8 products saturate too. Those bounds

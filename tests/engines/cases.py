@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 
 import calipers
 
-__all__ = ["REFUSED", "RUN", "WEIGHTS_ALONE", "Case"]
+__all__ = ["REFUSED", "RUN", "Case"]
 
 #: Mean |difference| of log probabilities between two engines in float32, where nothing but weights
 #: is quantized: both multiply by the same numbers, only sums are ordered otherwise.
@@ -125,7 +125,7 @@ DOUBLED = "model.layers.5."
 
 #: What vLLM runs on a CPU. Activations are rounded while the model runs, and a difference of the
 #: last bit can become one of a whole step; without VNNI, int8 products saturate too. Those bounds
-#: are about 1.5 times what docs/presets.md has measured.
+#: are 1.2 to 2.1 times what docs/presets.md has measured.
 RUN = [
     Case("not quantized", "smollm2", None),
     Case("int4, groups of 64", "smollm2", quantize(INT4_G64), int4=True, doubled=DOUBLED),
@@ -168,7 +168,7 @@ RUN = [
         "W8A8, layers ignored",
         "smollm2",
         quantize("W8A8", "re:.*layers[.](0|29)[.].*", "re:.*down_proj"),
-        bound=0.4,
+        bound=0.35,
     ),
     Case(
         "int8 by channel, static int8 inputs",
@@ -182,14 +182,14 @@ RUN = [
         "FP8_DYNAMIC on attention, int4 on MLPs",
         "smollm2",
         quantize(ATTENTION_FP8_MLP_INT4),
-        bound=0.25,
+        bound=0.11,
         int4=True,
     ),
     Case(
         "the same by two calls",
         "smollm2",
         both(quantize(FP8_DYNAMIC, MLP), quantize(INT4_G64, ATTENTION)),
-        bound=0.25,
+        bound=0.11,
         int4=True,
     ),
 ]

@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-__all__ = ["PYTHON", "EngineError", "memory_log_probabilities", "transformers_log_probabilities"]
-__all__ += ["vllm_log_probabilities"]
+__all__ = [
+    "PYTHON",
+    "EngineError",
+    "memory_log_probabilities",
+    "transformers_log_probabilities",
+    "vllm_log_probabilities",
+]
 
 _ROOT = Path(__file__).parents[2]
 #: Python of the environment that `make test-vllm` builds.

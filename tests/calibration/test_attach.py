@@ -292,7 +292,7 @@ class FusedExperts(nn.Module):
 
 
 def test_fused_experts_are_told_of_since_they_stay_unquantized():
-    model = nn.ModuleDict({"router": nn.Linear(8, 4), "experts": FusedExperts()})
+    model = nn.ModuleDict({"shared": nn.Linear(8, 8), "experts": FusedExperts()})
     messages: list[str] = []
     sink = logger.add(messages.append, level="WARNING", format="{message}")
     try:

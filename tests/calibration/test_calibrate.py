@@ -117,7 +117,17 @@ def test_the_report_is_ready_for_json():
         tiny_moe((0,)), "FP8", "imatrix_mse", hidden_batches(), on_missing="fallback"
     )
     read = json.loads(json.dumps(report.to_dict()))
-    assert set(read) == {"modules", "skipped", "seconds", "batches"}
+    assert set(read) == {
+        "modules",
+        "skipped",
+        "left_alone",
+        "quantized_share",
+        "seconds",
+        "batches",
+        "tokens_given",
+        "tokens_counted",
+        "unmasked",
+    }
     assert read["batches"] == 2
     assert read["seconds"] > 0
     row = read["modules"][2]

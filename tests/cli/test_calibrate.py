@@ -206,7 +206,7 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def load(*args: Any, **kwargs: Any) -> Any:
         model = models.load_model(*args, **kwargs)
-        model.model.unreached = nn.Linear(128, 128, bias=False)
+        model.model.spare = nn.ModuleDict({"unreached": nn.Linear(128, 128, bias=False)})
         return model
 
     monkeypatch.setattr("calipers.cli.calibrate.load_model", load)
@@ -221,17 +221,17 @@ def test_on_missing(calipers: Calipers, llama: Path, texts: Path, choice: str | 
         *(() if choice is None else ("--on-missing", choice)),
     )
     if choice in (None, "error"):
-        assert "model.unreached.weight" in error_of(result)
+        assert "model.spare.unreached.weight" in error_of(result)
         return
     calibration = succeeded(result)["calibration"]
     rows = {row["name"]: row for row in calibration["modules"]}
     if choice == "skip":
-        assert calibration["skipped"] == ["model.unreached"]
-        assert "model.unreached" not in rows
+        assert calibration["skipped"] == ["model.spare.unreached"]
+        assert "model.spare.unreached" not in rows
     else:
         assert calibration["skipped"] == []
-        assert rows["model.unreached"]["fallback"] == ["weight"]
-        assert rows["model.unreached"]["tokens"] == 0
+        assert rows["model.spare.unreached"]["fallback"] == ["weight"]
+        assert rows["model.spare.unreached"]["tokens"] == 0
 
 
 @pytest.mark.usefixtures("unreached")
@@ -247,7 +247,7 @@ def test_plain_output_names_modules_without_data(
         *("--on-missing", choice),
     )
     assert result.exit_code == 0, result.output
-    line = next(line for line in result.stdout.splitlines() if "model.unreached" in line)
+    line = next(line for line in result.stdout.splitlines() if "model.spare.unreached" in line)
     assert expected in line
 
 

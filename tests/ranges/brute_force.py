@@ -106,7 +106,11 @@ def search(
     last = max(1, int(maxshrink * grid)) if include_end else int(maxshrink * grid) - 1
     for i in range(last + 1):
         p = 1 - i / grid
-        scale, zero_point = calculate_qparams(low * p, high * p, args, global_scale)
+        shrunk = low * p, high * p
+        if args.scale_dtype is not None:  # judged as it will be stored
+            shrunk = tuple(cast(end, groups[0].dtype) for end in shrunk)
+        scale, zero_point = calculate_qparams(*shrunk, args, global_scale)
+        scale = scale.float()
         rounded = fake_quantize(x, scale[:, None], zero_point[:, None], token_args, global_scale)
         error = (weight * (rounded - x).abs() ** norm).sum(1)
         qparams = torch.stack([scale.float(), zero_point.float()])

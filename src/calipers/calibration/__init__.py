@@ -5,13 +5,14 @@ from __future__ import annotations
 from calipers.calibration.attach import attach
 from calipers.calibration.calibrate import calibrate
 from calipers.calibration.checks import check_scheme
-from calipers.calibration.report import CalibrationReport, ModuleReport
+from calipers.calibration.report import CalibrationReport, LeftAlone, ModuleReport
 from calipers.calibration.schemes import resolve_config
 from calipers.calibration.session import Calibration
 
 __all__ = [
     "Calibration",
     "CalibrationReport",
+    "LeftAlone",
     "ModuleReport",
     "attach",
     "calibrate",

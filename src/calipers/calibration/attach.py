@@ -6,19 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_onloading
-from compressed_tensors.quantization import QuantizationConfig
-from loguru import logger
 
-from calipers.calibration.checks import check_scheme
+from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.observed import ObservedModule, build_observed
-from calipers.calibration.schemes import SchemeLike, resolve_config
+from calipers.calibration.plan import plan_observers
+from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration
-from calipers.errors import CalipersError
-from calipers.observers import Observer
 
-__all__ = ["attach", "plan_observers"]
+__all__ = ["attach"]
 
 
 def attach(
@@ -28,7 +23,8 @@ def attach(
     observer: str | None = None,
     observer_options: Mapping[str, Any] | None = None,
     activation_observer: str | None = None,
-    ignore: str | Iterable[str] = ("lm_head",),
+    ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -45,7 +41,11 @@ def attach(
         observer_options: Options of the weight observers, over those of the scheme.
         activation_observer: Observer of static activations; None takes the one that the scheme
             names, else "static_minmax".
-        ignore: Modules left alone: names, class names or "re:" patterns.
+        ignore: Modules left alone: names, class names or "re:" patterns, of layers or of what
+            contains them. Output heads and routers are left alone in any case, unless a target of
+            the scheme is the exact name of one.
+        on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
+            "skip" leaves them alone.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -56,51 +56,4 @@ def attach(
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
     choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
-    config, observed = plan_observers(model, scheme, choice, ignore)
-    return Calibration(model, config, observed, choice)
-
-
-def plan_observers(
-    model: torch.nn.Module,
-    scheme: SchemeLike,
-    choice: ObserverChoice,
-    ignore: str | Iterable[str],
-) -> tuple[QuantizationConfig, list[ObservedModule]]:
-    """Resolve, check and build all that `attach` needs; the model is not touched.
-
-    Raises:
-        ValueError: As `attach`.
-    """
-    _refuse_twice(model)
-    config = resolve_config(scheme, ignore)
-    observed = build_observed(check_scheme(model, config), choice)
-    _warn_of_fused_experts(model)
-    return config, observed
-
-
-def _warn_of_fused_experts(model: torch.nn.Module) -> None:
-    """Say that experts kept in one parameter stay unquantized: it would show at loading only."""
-    with disable_onloading():
-        names = [
-            name
-            for name, module in model.named_modules()
-            if any(p is not None and p.ndim == 3 for p in module._parameters.values())
-            and not isinstance(module, torch.nn.modules.conv._ConvNd)
-        ]
-    if names:
-        logger.warning(
-            "{} modules hold experts fused into one parameter ({}, ...), which compressed-tensors "
-            "cannot quantize: they stay as they are, and transformers cannot load a checkpoint of "
-            "such a model back, since it expects quantized experts",
-            len(names),
-            names[0],
-        )
-
-
-def _refuse_twice(model: torch.nn.Module) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, Observer)]
-    if names:
-        raise CalipersError(
-            f"the model has {len(names)} observers attached already ({names[0]}, ...): call "
-            "detach() on their calibration first"
-        )
+    return Calibration(model, plan_observers(model, scheme, choice, ignore, on_unfit))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from compressed_tensors.offload.utils import send_tensors
 
 from calipers.errors import CalipersError
 
-__all__ = ["Progress", "run_batches"]
+__all__ = ["Progress", "eval_mode", "run_batches"]
 
 # stage, done, total (None where it is not known)
 Progress: TypeAlias = Callable[[str, int, "int | None"], object]
@@ -23,6 +23,7 @@ def run_batches(
     batches: Iterable[Any],
     on_batch: Callable[[], None],
     progress: Progress | None = None,
+    within: Callable[[object], AbstractContextManager[object]] = nullcontext,
 ) -> None:
     """Run batches through the model without gradients.
 
@@ -34,6 +35,7 @@ def run_batches(
         on_batch: Called after each batch that the model took.
         progress: Called as `progress("batches", done, total)` before the first batch and after
             each; `total` is None where `batches` has no length.
+        within: Called with each batch, for a context that the model's call runs in.
 
     Raises:
         CalipersError: `batches` is itself one batch or text, or a batch is of another type.
@@ -47,11 +49,12 @@ def run_batches(
         )
     total = len(batches) if isinstance(batches, Sized) else None
     device = get_execution_device(model, torch.device("cpu"))
-    with _eval_mode(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         if progress is not None:
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
-            _call(model, batch, device)
+            with within(batch):
+                _call(model, batch, device)
             on_batch()
             if progress is not None:
                 progress("batches", done, total)
@@ -72,7 +75,8 @@ def _call(model: torch.nn.Module, batch: object, device: torch.device | str) -> 
 
 
 @contextmanager
-def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in eval mode for a while; training flags are put back."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from calipers.calibration.attach import plan_observers
 from calipers.calibration.batches import Progress
+from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.observed import ObservedModule
+from calipers.calibration.plan import plan_observers, without_never_called
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration, OnMissing, check_on_missing
@@ -24,12 +25,14 @@ def calibrate(
     scheme: SchemeLike = "W4A16",
     observer: str | None = None,
     data: Iterable[Any] | None = None,
-    ignore: str | Iterable[str] = ("lm_head",),
+    ignore: str | Iterable[str] = (),
     *,
     observer_options: Mapping[str, Any] | None = None,
     activation_observer: str | None = None,
     on_missing: OnMissing = "error",
+    on_unfit: OnUnfit = "error",
     progress: Progress | None = None,
+    use_attention_mask: bool = True,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -41,13 +44,18 @@ def calibrate(
             where there is data and "memoryless_minmax" where there is none.
         data: Batches; see `Calibration.run`. None where the observers and the scheme need none:
             weights alone, or dynamic activations.
-        ignore: Modules left alone: names, class names or "re:" patterns.
+        ignore: Modules left alone: names, class names or "re:" patterns, of layers or of what
+            contains them. Output heads and routers are left alone in any case, unless a target of
+            the scheme is the exact name of one.
         observer_options: Options of the weight observers.
         activation_observer: Observer of static activations; None takes the one that the scheme
             names, else "static_minmax".
         on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
+        on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
+            "skip" leaves them alone.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
             "global scales", "weights" and "activations"; `total` is None where it is not known.
+        use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -63,12 +71,13 @@ def calibrate(
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
-    config, observed = plan_observers(model, scheme, choice, ignore)
+    plan = plan_observers(model, scheme, choice, ignore, on_unfit)
     if data is None:
-        refuse_without_data(observed)
-    with Calibration(model, config, observed, choice) as calibration:
+        refuse_without_data(plan.observed)
+        plan = without_never_called(model, plan)
+    with Calibration(model, plan) as calibration:
         if data is not None:
-            calibration.run(data, progress)
+            calibration.run(data, progress, use_attention_mask=use_attention_mask)
         return calibration.freeze(on_missing, progress)
 
 

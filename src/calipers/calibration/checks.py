@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig
 
-from calipers.calibration.module_checks import find_module_problems
+from calipers.calibration.fused import find_fused_problems
+from calipers.calibration.module_checks import find_module_problems, find_shape_problems
 from calipers.calibration.pattern_checks import find_pattern_problems
-from calipers.calibration.targets import Target, match_targets_to_schemes
-from calipers.errors import SchemeError
+from calipers.calibration.targets import Resolution, Target, resolve_modules
+from calipers.errors import CalipersError, SchemeError
 
-__all__ = ["check_scheme"]
+__all__ = ["OnUnfit", "check_scheme", "resolve_and_check"]
+
+#: What to do about modules of a shape that their scheme cannot take.
+OnUnfit = Literal["error", "skip"]
 
 
 def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Target]:
     """Check that every module can take the scheme which the config gives it.
 
-    Found here: target and ignore patterns that match nothing ("lm_head" may be ignored where
-    there is none), modules of a type that compressed-tensors cannot quantize, modules already
-    quantized, group sizes that do not divide a module's columns, strategies and number formats
-    that the layer or compressed-tensors cannot take.
+    Found here: target and ignore patterns that match nothing (an ignored "lm_head" is only warned
+    of), modules of a type that compressed-tensors cannot quantize, modules already quantized,
+    group sizes that do not divide a module's columns, strategies and number formats that the layer
+    or compressed-tensors cannot take, and NVFP4 for some members of a fused layer alone.
 
     Args:
         model: Any model, offloaded or not; nothing in it is changed.
@@ -34,17 +39,42 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
     Raises:
         SchemeError: One error that lists every offending pattern and module with its reason.
     """
-    targets = match_targets_to_schemes(model, config)
-    problems = list(_find_problems(model, config, targets))
+    return resolve_and_check(model, config).targets
+
+
+def resolve_and_check(
+    model: torch.nn.Module, config: QuantizationConfig, on_unfit: OnUnfit = "error"
+) -> Resolution:
+    """As `check_scheme`; the answer also says what is left alone and why.
+
+    Args:
+        model: Any model; nothing in it is changed.
+        config: As `resolve_config` returns it.
+        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+
+    Raises:
+        SchemeError: As `check_scheme`.
+        CalipersError: `on_unfit` is unknown.
+    """
+    if on_unfit not in get_args(OnUnfit):
+        raise CalipersError(
+            f"on_unfit must be one of {', '.join(get_args(OnUnfit))}, got {on_unfit!r}"
+        )
+    resolution = resolve_modules(model, config)
+    if on_unfit == "skip":
+        unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]
+        resolution = resolution.without(dict.fromkeys(unfit, "shape"))
+    problems = list(_find_problems(model, config, resolution))
     if problems:
         raise SchemeError("\n  ".join(["the model cannot take this scheme:", *problems]))
-    return targets
+    return resolution
 
 
 def _find_problems(
-    model: torch.nn.Module, config: QuantizationConfig, targets: list[Target]
+    model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
 ) -> Iterator[str]:
-    yield from find_pattern_problems(model, config)
-    for target in targets:
+    yield from find_pattern_problems(model, config, resolution)
+    for target in resolution.targets:
         for reason in find_module_problems(target):
             yield f"{target.name or type(target.module).__name__}: {reason}"
+    yield from find_fused_problems(model, resolution)

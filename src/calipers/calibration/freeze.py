@@ -9,13 +9,11 @@ from typing import NamedTuple
 
 import torch
 from compressed_tensors.quantization import (
-    QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
     QuantizationStrategy,
-    apply_quantization_config,
+    initialize_module_for_quantization,
 )
-from compressed_tensors.utils import match_named_modules
 from loguru import logger
 
 from calipers.calibration.batches import Progress
@@ -26,7 +24,6 @@ from calipers.calibration.observed import ObservedModule, args_of
 from calipers.calibration.qparams import write_qparam
 from calipers.calibration.report import ModuleReport
 from calipers.calibration.rollback import undo_on_error
-from calipers.calibration.targets import is_quantizable, schemes_by_target
 from calipers.calibration.weight_error import measure_weight_error
 from calipers.errors import CalipersError
 from calipers.observers import Observer
@@ -41,8 +38,6 @@ _SAMPLE = 2**18
 
 
 def freeze_modules(
-    model: torch.nn.Module,
-    config: QuantizationConfig,
     observed: Sequence[ObservedModule],
     choice: ObserverChoice,
     substitutes: Substitutes,
@@ -54,9 +49,7 @@ def freeze_modules(
     derived and its observer's range forgotten before the next; then activations.
 
     Args:
-        model: The model, not quantized yet.
-        config: The resolved config; not changed.
-        observed: The modules to quantize; all others that the config matches stay as they are.
+        observed: The modules to quantize, not quantized yet; their schemes are not changed.
         choice: How the observers were chosen, recorded in the schemes put on the modules.
         substitutes: Observers asked in place of the modules' own.
         progress: Called as `progress(stage, done, total)` for the stages "global scales",
@@ -71,9 +64,7 @@ def freeze_modules(
     if not observed:
         return []
     with undo_on_error([each.module for each in observed]), torch.no_grad():
-        apply_quantization_config(
-            model, _config_to_apply(model, config, observed, choice), show_progress=False
-        )
+        _initialize(observed, choice)
         work = _Work(observed, substitutes, progress)
         work.write_global_scales()
         errors = work.write_weights()
@@ -88,6 +79,13 @@ class _Sample(NamedTuple):
 
     rows: torch.Tensor
     factor: float
+
+
+class _GlobalScale(NamedTuple):
+    """A module's own global scale, and whether it comes from values other than zero."""
+
+    scale: torch.Tensor
+    of_values: bool
 
 
 class _Work:
@@ -107,13 +105,14 @@ class _Work:
         """TENSOR_GROUP: one global scale per fused group, from the smallest of its members'.
 
         A global scale is 448 * 6 / amax, so the smallest is that of the group's largest value.
+        Members that are zero throughout have none of their own and are not asked.
         """
         by_name = {each.name: each for each in self._observed if _has_global_scale(each)}
         groups = find_fused_groups(by_name)
         members = self._counted("global scales", [by_name[n] for group in groups for n in group])
         for group in groups:
             # One group at a time: of each weight a sample is kept until the group is done.
-            scales: dict[str, dict[str, torch.Tensor]] = {"weight": {}, "input": {}}
+            scales: dict[str, dict[str, _GlobalScale]] = {"weight": {}, "input": {}}
             samples: dict[str, _Sample] = {}
             for each in itertools.islice(members, len(group)):
                 for base_name, scale in self._global_scales(each, samples).items():
@@ -121,8 +120,9 @@ class _Work:
             for base_name, own in scales.items():
                 if not own:
                     continue
-                first = next(iter(own.values()))
-                shared = torch.stack([scale.to(first.device) for scale in own.values()]).amin(dim=0)
+                asked = [each for each in own.values() if each.of_values] or list(own.values())
+                device = asked[0].scale.device
+                shared = torch.stack([each.scale.to(device) for each in asked]).amin(dim=0)
                 if base_name == "weight":
                     shared = self._choose_global_scale([by_name[n] for n in own], samples, shared)
                 for name in own:
@@ -133,7 +133,7 @@ class _Work:
 
     def _global_scales(
         self, each: ObservedModule, samples: dict[str, _Sample]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, _GlobalScale]:
         """Global scales of a module by base name; of its weight a sample is added to `samples`."""
         found = {}
         for base_name in each.observers:
@@ -144,14 +144,16 @@ class _Work:
                 weight = _weight_of(each)
                 with _borrowed_memory(observer):
                     scale = observer.get_global_scale(weight)
+                    of_values = observer.has_global_values
                 rows = weight.flatten(0, -2)
                 step = max(1, rows.numel() // _SAMPLE)
                 samples[each.name] = _Sample(rows[::step].clone(), len(rows) / len(rows[::step]))
             else:
                 scale = observer.get_global_scale()
+                of_values = observer.has_global_values
             if scale is None:
                 raise CalipersError(f"{observer.name}: the observer gave no global scale")
-            found[base_name] = scale
+            found[base_name] = _GlobalScale(scale, of_values)
         return found
 
     def _choose_global_scale(
@@ -162,7 +164,7 @@ class _Work:
     ) -> torch.Tensor:
         """The best of a few by the errors of all members; `shared` where they cannot tell."""
         scales = [shared * factor for factor in _GLOBAL_FACTORS]
-        total = torch.zeros(len(scales), dtype=torch.float64)
+        total = torch.zeros(len(scales), dtype=torch.float64, device="cpu")
         for each in members:
             observer, (rows, factor) = self._observer(each, "weight"), samples[each.name]
             with _borrowed_memory(observer):
@@ -238,25 +240,18 @@ def _borrowed_memory(observer: Observer) -> Iterator[None]:
         observer.load_state(gathered)
 
 
-def _config_to_apply(
-    model: torch.nn.Module,
-    config: QuantizationConfig,
-    observed: Sequence[ObservedModule],
-    choice: ObserverChoice,
-) -> QuantizationConfig:
-    """The config for these modules alone, with the observers that were really used."""
-    applied = config.model_copy(deep=True)
-    for scheme in applied.config_groups.values():
-        if isinstance(scheme, QuantizationScheme):
+def _initialize(observed: Sequence[ObservedModule], choice: ObserverChoice) -> None:
+    """Empty qparams on every module, with the observers that were really used in its scheme.
+
+    Modules of one scheme share one object, as after `apply_quantization_config`.
+    """
+    recorded: dict[int, QuantizationScheme] = {}
+    for each in observed:
+        scheme = recorded.get(id(each.scheme))
+        if scheme is None:
+            scheme = recorded[id(each.scheme)] = each.scheme.model_copy(deep=True)
             _record_observers(scheme, choice)
-    wanted = {id(each.module) for each in observed}
-    left_out = [
-        name
-        for name, module in match_named_modules(model, schemes_by_target(config), config.ignore)
-        if is_quantizable(module) and id(module) not in wanted
-    ]
-    applied.ignore = [*(applied.ignore or []), *left_out]
-    return applied
+        initialize_module_for_quantization(each.module, scheme)
 
 
 def _record_observers(scheme: QuantizationScheme, choice: ObserverChoice) -> None:

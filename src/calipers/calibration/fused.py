@@ -1,14 +1,20 @@
-"""`find_fused_groups`: sibling layers that inference engines fuse into one matrix.
+"""Sibling layers that inference engines fuse into one matrix.
 
-vLLM keeps one global scale for a fused NVFP4 layer (qkv_proj, gate_up_proj, ...), so the members
-must be quantized with the same one.
+vLLM gives a fused layer (qkv_proj, gate_up_proj, ...) one scheme, and under NVFP4 one global scale,
+so the members must be quantized alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-__all__ = ["find_fused_groups"]
+from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from loguru import logger
+from torch import nn
+
+from calipers.calibration.targets import Resolution
+
+__all__ = ["find_fused_groups", "find_fused_problems"]
 
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -34,3 +40,52 @@ def find_fused_groups(names: Iterable[str]) -> list[list[str]]:
         family = next((family[0] for family in _FUSED if leaf in family), leaf)
         groups.setdefault((parent, family), []).append(name)
     return list(groups.values())
+
+
+def find_fused_problems(model: nn.Module, resolution: Resolution) -> Iterator[str]:
+    """Fused layers whose members would be quantized differently.
+
+    Under NVFP4 each is a problem, since no engine can take it: the members share a global scale.
+    Under other schemes it is a warning: transformers runs the model, engines that fuse refuse it.
+    """
+    given: dict[str, QuantizationScheme | None] = {
+        each.name: each.scheme for each in resolution.targets
+    }
+    for each in resolution.left_alone:
+        before = getattr(model.get_submodule(each.name), "quantization_scheme", None)
+        given.setdefault(each.name, before)
+    warnings = []
+    order = [name for name, _ in model.named_modules() if name in given]
+    for members in find_fused_groups(order):
+        if len({_kind(given[name]) for name in members}) < 2:
+            continue
+        parent = members[0].rpartition(".")[0]
+        said = ", ".join(f"{name.rpartition('.')[2]} {_said(given[name])}" for name in members)
+        line = f"{parent}: engines fuse these layers and need one scheme for all: {said}"
+        if any(_is_nvfp4(given[name]) for name in members):
+            yield f"{line}. Under NVFP4 they share a global scale: quantize all of them or none"
+        else:
+            warnings.append(line)
+    if warnings:
+        more = f" (and {len(warnings) - 1} more like it)" if len(warnings) > 1 else ""
+        logger.warning("{}{}; vLLM refuses such a checkpoint", warnings[0], more)
+
+
+def _kind(scheme: QuantizationScheme | None) -> str:
+    return "" if scheme is None else scheme.model_dump_json(exclude={"targets", "format"})
+
+
+def _said(scheme: QuantizationScheme | None) -> str:
+    if scheme is None:
+        return "unquantized"
+    parts = []
+    for what, args in (("weights", scheme.weights), ("inputs", scheme.input_activations)):
+        if args is not None:
+            kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
+            parts.append(f"{what} {kind}{args.num_bits} {strategy}")
+    return " and ".join(parts)
+
+
+def _is_nvfp4(scheme: QuantizationScheme | None) -> bool:
+    weights = None if scheme is None else scheme.weights
+    return weights is not None and weights.strategy == QuantizationStrategy.TENSOR_GROUP

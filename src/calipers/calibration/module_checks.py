@@ -19,7 +19,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 
 from calipers.calibration.targets import Target
 
-__all__ = ["find_module_problems"]
+__all__ = ["find_module_problems", "find_shape_problems"]
 
 _GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _FLOAT_BITS = (4, 8)
@@ -51,23 +51,36 @@ def find_module_problems(target: Target) -> Iterator[str]:
         return
     for base_name, args in target.args.items():
         what = "weights" if base_name == "weight" else f"{base_name} activations"
-        for reason in _args_problems(target, base_name, args, weight):
-            yield f"{what}: {reason}"
+        yield from (f"{what}: {reason}" for reason in _args_problems(target, base_name, args))
+        yield from _shape_problems(target, base_name, args, weight)
 
 
-def _args_problems(
-    target: Target, base_name: str, args: QuantizationArgs, weight: torch.Tensor
-) -> Iterator[str]:
+def find_shape_problems(target: Target) -> Iterator[str]:
+    """Group sizes that do not divide the module's columns; a part of `find_module_problems`."""
+    with disable_onloading():
+        weight = getattr(target.module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        for base_name, args in target.args.items():
+            yield from _shape_problems(target, base_name, args, weight)
+
+
+def _args_problems(target: Target, base_name: str, args: QuantizationArgs) -> Iterator[str]:
     yield from _format_problems(args)
     if base_name == "weight":
         yield from _weight_problems(args)
     else:
         yield from _activation_problems(target, base_name, args)
+
+
+def _shape_problems(
+    target: Target, base_name: str, args: QuantizationArgs, weight: torch.Tensor
+) -> Iterator[str]:
     if args.strategy in _GROUPED:
         columns = _columns(target, base_name, weight)
         # a group wider than the row is refused too, not taken as one short group
         if args.group_size is None or columns % args.group_size:
-            yield f"group_size {args.group_size} does not divide its {columns} columns"
+            what = "weights" if base_name == "weight" else f"{base_name} activations"
+            yield f"{what}: group_size {args.group_size} does not divide its {columns} columns"
 
 
 def _format_problems(args: QuantizationArgs) -> Iterator[str]:

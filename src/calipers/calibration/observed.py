@@ -14,6 +14,8 @@ from calipers.calibration.choice import ObserverChoice, needs_observer
 from calipers.calibration.targets import Target
 from calipers.observers import Observer
 from calipers.observers.input_energy import first_tensor
+from calipers.observers.masks import current_mask
+from calipers.observers.updates import UpdateState
 
 __all__ = ["ObservedModule", "build_observed"]
 
@@ -27,7 +29,10 @@ class ObservedModule:
         module: The module itself.
         scheme: The scheme it gets.
         observers: "weight", "input", "output" to their observers.
-        tokens: Tokens that passed through while attached; counted where data is observed.
+        tokens: Tokens that passed through while attached, those aside that a mask leaves out;
+            counted where data is observed.
+        unmasked: Whether it saw, in a batch with a mask, a value that is not arranged by token
+            (those of a routed expert), all of which counted.
     """
 
     name: str
@@ -35,8 +40,11 @@ class ObservedModule:
     scheme: QuantizationScheme
     observers: dict[str, Observer]
     tokens: int = 0
+    unmasked: bool = False
     _handles: list[RemovableHandle] = field(default_factory=list)
     _attached: bool = False
+    _update: UpdateState = field(default_factory=UpdateState)
+    _before_batch: tuple[int, bool] = (0, False)
 
     @property
     def weight_observer(self) -> Observer | None:
@@ -74,6 +82,23 @@ class ObservedModule:
         if weight is not None and self._attached:
             weight.detach(self.module)
 
+    def begin_batch(self) -> None:
+        """Start a batch of the model; until `end_batch`, `undo_batch` takes it back."""
+        self._before_batch = self.tokens, self.unmasked
+        for observer in self.observers.values():
+            observer.begin_batch()
+
+    def end_batch(self) -> None:
+        """Keep what the batch gave."""
+        for observer in self.observers.values():
+            observer.end_batch()
+
+    def undo_batch(self) -> None:
+        """Forget what the batch gave."""
+        self.tokens, self.unmasked = self._before_batch
+        for observer in self.observers.values():
+            observer.undo_batch()
+
     def detach(self) -> None:
         """Remove hooks and observers; nothing of them stays on the module."""
         self.remove_hooks()
@@ -92,10 +117,18 @@ class ObservedModule:
         value = first_tensor([*args, *kwargs.values()])
         if value is None:
             return
-        is_ids = isinstance(module, torch.nn.Embedding)
-        self.tokens += value.numel() if is_ids else value.numel() // max(1, value.shape[-1])
+        if isinstance(module, torch.nn.Embedding):
+            value = value.unsqueeze(-1)  # ids
+        mask = current_mask()
+        elements = value.numel()
+        if mask is not None and mask.fits(value.shape):
+            elements = mask.counted(value)
+        with self._update.lock:
+            self.tokens += elements // max(1, value.shape[-1])
         if "input" in self.observers:
             self._feed("input", value)
+        elif mask is not None and not mask.fits(value.shape):
+            self.unmasked = True
 
     @torch.no_grad()
     def _see_output(
@@ -114,6 +147,12 @@ class ObservedModule:
         observer = self.observers[base_name]
         if value.numel() == 0:
             return
+        mask = current_mask()
+        if mask is not None:
+            if mask.fits(value.shape):
+                value = mask.select(value)
+            else:
+                self.unmasked = True
         if args_of(self.scheme, base_name).dynamic:
             observer.observe_global(value.detach())
         else:

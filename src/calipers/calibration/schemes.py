@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -26,17 +27,15 @@ SchemeLike: TypeAlias = QuantizationConfig | QuantizationScheme | str | PathLike
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def resolve_config(
-    scheme: SchemeLike, ignore: str | Iterable[str] = ("lm_head",)
-) -> QuantizationConfig:
+def resolve_config(scheme: SchemeLike, ignore: str | Iterable[str] = ()) -> QuantizationConfig:
     """Turn a scheme, however it was given, into a QuantizationConfig of its own.
 
     Args:
         scheme: A QuantizationConfig; a QuantizationScheme; the name of a preset of
             compressed-tensors, in any case ("W4A16", "nvfp4", ...; it targets every Linear);
             or the path of a YAML file with the fields of one of the two.
-        ignore: Modules left alone: exact names, class names, or "re:" patterns. They are added
-            to what the config itself ignores.
+        ignore: Modules left alone: exact names, class names, or "re:" patterns, of layers or of
+            what contains them. They are added to what the config itself ignores.
 
     Returns:
         A deep copy: the caller's objects are never changed, neither now nor later. Its
@@ -44,14 +43,32 @@ def resolve_config(
 
     Raises:
         SchemeError: A scheme of another type, an unknown preset, a missing or malformed file, a
-            kv_cache_scheme (not supported yet), or ignore patterns that are not strings.
+            kv_cache_scheme (not supported yet), or patterns that are no strings or no regex.
     """
     config = _as_config(scheme)
     if config.kv_cache_scheme is not None:
         raise SchemeError("kv_cache_scheme is not supported yet: remove it from the config")
     config.ignore = list(dict.fromkeys([*(config.ignore or []), *_as_patterns(ignore)]))
     config.quantization_status = QuantizationStatus.INITIALIZED
+    _refuse_bad_patterns(config)
     return config
+
+
+def _refuse_bad_patterns(config: QuantizationConfig) -> None:
+    targets = [
+        target
+        for scheme in config.config_groups.values()
+        if isinstance(scheme, QuantizationScheme)
+        for target in scheme.targets
+    ]
+    for what, patterns in (("target", targets), ("ignore", config.ignore or [])):
+        for pattern in patterns:
+            try:
+                re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+            except re.error as error:
+                raise SchemeError(
+                    f"{what} pattern {pattern!r} is no regular expression: {error}"
+                ) from None
 
 
 def _as_config(scheme: object) -> QuantizationConfig:

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
+from loguru import logger
 
 from calipers.calibration.batches import Progress, run_batches
-from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.calls import CallCounter
 from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.masks import BatchMask, find_mask
 from calipers.calibration.missing import find_missing, missing_data_error
 from calipers.calibration.observed import ObservedModule
-from calipers.calibration.report import CalibrationReport
+from calipers.calibration.plan import Plan
+from calipers.calibration.report import CalibrationReport, quantized_share
+from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
+from calipers.observers.masks import token_mask
+from calipers.observers.updates import UpdateState
 
 __all__ = ["Calibration", "OnMissing", "check_on_missing"]
 
 OnMissing = Literal["error", "skip", "fallback"]
+#: A smaller share of quantized weights is warned of.
+_LITTLE = 0.5
 
 
 def check_on_missing(on_missing: str) -> None:
@@ -42,13 +49,12 @@ class Calibration:
 
     While attached the model runs in full precision, with nothing added but the submodules
     `weight_observer`, `input_observer` and `output_observer` and the hooks that feed them. As a
-    context manager it detaches at the end of the block.
+    context manager it detaches at the end of the block. Threads may share it: `run` and `freeze`
+    wait for each other.
 
     Args:
         model: The model.
-        config: The resolved config; kept, so it must be the calibration's own.
-        observed: The modules to observe, in the model's order; they are attached here.
-        choice: How their observers were chosen.
+        plan: What to quantize and how; its observers are attached here.
 
     Attributes:
         model: The model.
@@ -59,17 +65,17 @@ class Calibration:
     def __init__(
         self,
         model: torch.nn.Module,
-        config: QuantizationConfig,
-        observed: Sequence[ObservedModule],
-        choice: ObserverChoice,
+        plan: Plan,
     ) -> None:
         self.model = model
-        self.observed = list(observed)
+        self.observed = list(plan.observed)
         self.batches = 0
-        self._config = config
-        self._choice = choice
+        self._plan = plan
+        self._update = UpdateState()
+        self._tokens_given = self._tokens_counted = 0
         self._seconds = 0.0
         self._state: Literal["attached", "frozen", "detached"] = "attached"
+        self._calls = CallCounter(model, [each.name for each in self.observed])
         try:
             for each in self.observed:
                 each.attach()
@@ -77,26 +83,43 @@ class Calibration:
             self.detach()
             raise
 
-    def run(self, batches: Iterable[Any], progress: Progress | None = None) -> None:
+    def run(
+        self,
+        batches: Iterable[Any],
+        progress: Progress | None = None,
+        *,
+        use_attention_mask: bool = True,
+    ) -> None:
         """Run batches through the model, so that the observers see its tensors.
 
         May be called several times; statistics go on growing. The model runs in eval mode without
-        gradients, and every module's training flag is restored. An exception raised by the model
-        goes on, with the statistics of the batches before it kept.
+        gradients, and every module's training flag is restored. An exception goes on; a batch
+        counts wholly or not at all, so that all statistics are then those of the batches before.
 
         Args:
             batches: Each one a mapping (called as `model(**batch)`), a tensor (`model(batch)`),
                 or a tuple or list (`model(*batch)`). Tensors are moved to the model's device.
             progress: Called as `progress("batches", done, total)`; `total` is None where
                 `batches` has no length.
+            use_attention_mask: Leave padding out: where a batch is a mapping whose
+                "attention_mask" has the shape (batch, tokens) of its tokens, a token with 0 there
+                enters no statistic of a module that sees values of shape (batch, tokens, ...) or
+                (batch * tokens, ...). Modules that see others (routed experts, with the tokens
+                that they are sent) count all; the report names them.
 
         Raises:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
                 of a type that cannot be run.
         """
-        self._expect_attached("run batches")
-        with self._clock():
-            run_batches(self.model, batches, self._count_batch, progress)
+        with self._update.lock:
+            self._expect_attached("run batches")
+
+            def whole(batch: object) -> AbstractContextManager[None]:
+                masked = find_mask(batch, self.model) if use_attention_mask else BatchMask()
+                return self._whole_batch(masked)
+
+            with self._clock():
+                run_batches(self.model, batches, self._count_batch, progress, whole)
 
     def freeze(
         self, on_missing: OnMissing = "error", progress: Progress | None = None
@@ -126,19 +149,41 @@ class Calibration:
             Exception: Whatever else went wrong. No module is quantized then and the statistics
                 are kept, so that freeze may be called again.
         """
+        with self._update.lock:
+            return self._freeze(on_missing, progress)
+
+    def _freeze(self, on_missing: OnMissing, progress: Progress | None) -> CalibrationReport:
         self._expect_attached("freeze")
         check_on_missing(on_missing)
         with self._clock():
-            kept, substitutes = self._settle_missing(on_missing)
-            rows = freeze_modules(
-                self.model, self._config, kept, self._choice, substitutes, progress
-            )
+            never_called = self._calls.never_called
+            called = [each for each in self.observed if each.name not in never_called]
+            kept, substitutes = self._settle_missing(called, on_missing)
+            rows = freeze_modules(kept, self._plan.choice, substitutes, progress)
+        self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
         self._state = "frozen"
         wanted = {each.name for each in kept}
-        skipped = [each.name for each in self.observed if each.name not in wanted]
-        return CalibrationReport(rows, skipped, self._seconds, self.batches)
+        reasons: dict[str, Reason] = {
+            each.name: "never called" if each.name in never_called else "no data"
+            for each in self.observed
+            if each.name not in wanted
+        }
+        left_alone = self._left_alone(reasons)
+        share = quantized_share(rows, self.model, left_alone)
+        _tell(left_alone, share)
+        return CalibrationReport(
+            modules=rows,
+            skipped=[name for name, reason in reasons.items() if reason == "no data"],
+            left_alone=left_alone,
+            quantized_share=share,
+            seconds=self._seconds,
+            batches=self.batches,
+            tokens_given=self._tokens_given,
+            tokens_counted=self._tokens_counted,
+            unmasked=[each.name for each in kept if each.unmasked],
+        )
 
     def detach(self) -> None:
         """Remove every observer and hook; may be called at any time and again.
@@ -146,6 +191,7 @@ class Calibration:
         Where the model was not frozen it is exactly as before `attach`; where it was, its
         quantization stays and nothing else.
         """
+        self._calls.remove()
         for each in self.observed:
             each.detach()
         self._state = "detached"
@@ -161,23 +207,52 @@ class Calibration:
     ) -> None:
         self.detach()
 
-    def _settle_missing(self, on_missing: OnMissing) -> tuple[list[ObservedModule], Substitutes]:
-        missing = find_missing(self.observed)
+    def _settle_missing(
+        self, observed: list[ObservedModule], on_missing: OnMissing
+    ) -> tuple[list[ObservedModule], Substitutes]:
+        missing = find_missing(observed)
         if not missing:
-            return self.observed, {}
+            return observed, {}
         if on_missing == "skip":
             lacking = {each.observed.name for each in missing}
-            return [each for each in self.observed if each.name not in lacking], {}
+            return [each for each in observed if each.name not in lacking], {}
         if on_missing == "error":
             raise missing_data_error(missing, self.batches, tried_fallback=False)
-        substitutes, left = find_substitutes(self.observed, missing)
+        substitutes, left = find_substitutes(observed, missing)
         if left:
             raise missing_data_error(left, self.batches, tried_fallback=True)
-        return self.observed, substitutes
+        return observed, substitutes
+
+    def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
+        """Those of the plan and those found while running, in the model's order."""
+        records = {each.name: each for each in self._plan.resolution.left_alone}
+        for each in self.observed:
+            if each.name in reasons:
+                records[each.name] = leave_alone(each.name, each.module, reasons[each.name])
+        order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
+        return sorted(records.values(), key=lambda each: order[each.name])
 
     def _expect_attached(self, what: str) -> None:
         if self._state != "attached":
             raise CalipersError(f"cannot {what}: the calibration is already {self._state}")
+
+    @contextmanager
+    def _whole_batch(self, masked: BatchMask) -> Iterator[None]:
+        """Let a batch count at the end of the block, or, where that raises, not at all."""
+        fed = [each for each in self.observed if each.wants_data]
+        try:
+            for each in fed:
+                each.begin_batch()
+            with token_mask(masked.mask):
+                yield
+            for each in fed:
+                each.end_batch()
+        except BaseException:
+            for each in fed:
+                each.undo_batch()
+            raise
+        self._tokens_given += masked.given
+        self._tokens_counted += masked.counted
 
     def _count_batch(self) -> None:
         self.batches += 1
@@ -189,3 +264,20 @@ class Calibration:
             yield
         finally:
             self._seconds += time.perf_counter() - start
+
+
+def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
+    never_called = [each.name for each in left_alone if each.reason == "never called"]
+    if never_called:
+        logger.warning(
+            "{} layers were left alone, since the model reads their weights without calling them "
+            "({}, ...): a quantized forward would not run",
+            len(never_called),
+            never_called[0],
+        )
+    if share < _LITTLE:
+        logger.warning(
+            "only {:.0%} of the model's projection weights are quantized: see the report's "
+            "left_alone for what was not, and why",
+            share,
+        )

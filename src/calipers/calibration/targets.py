@@ -1,14 +1,56 @@
-"""`match_targets_to_schemes`: which scheme compressed-tensors would give each module."""
+"""`resolve_modules`: which scheme each module gets, and which are left alone and why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-import torch
+from compressed_tensors import InternalModule
+from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-from compressed_tensors.utils import match_named_modules, match_targets
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import match_targets
+from torch import nn
 
-__all__ = ["Target", "is_quantizable", "match_targets_to_schemes", "schemes_by_target"]
+from calipers.calibration.architectures import (
+    find_bypassed,
+    find_output_heads,
+    find_routers,
+    has_fused_experts,
+    is_projection,
+    projection_weights,
+)
+
+__all__ = [
+    "LeftAlone",
+    "Reason",
+    "Resolution",
+    "Target",
+    "find_ignored",
+    "is_quantizable",
+    "leave_alone",
+    "resolve_modules",
+    "schemes_by_target",
+]
+
+Reason = Literal[
+    "ignored by you",
+    "output head",
+    "router",
+    "never called",
+    "not a Linear",
+    "fused experts",
+    "not targeted",
+    "its scheme leaves weights alone",
+    "no data",
+    "shape",
+    "cannot be loaded back",
+    "quantized before",
+]
 
 
 @dataclass(frozen=True)
@@ -16,7 +58,7 @@ class Target:
     """A quantizable module, its name in the model, and the scheme that the config gives it."""
 
     name: str
-    module: torch.nn.Module
+    module: nn.Module
     scheme: QuantizationScheme
 
     @property
@@ -30,9 +72,68 @@ class Target:
         return {base_name: args for base_name, args in found.items() if args is not None}
 
 
-def is_quantizable(module: torch.nn.Module) -> bool:
-    """Whether compressed-tensors can quantize this type of module."""
-    return isinstance(module, (torch.nn.Linear, torch.nn.Embedding))
+@dataclass(frozen=True)
+class LeftAlone:
+    """A module with projection weights that stays as it is.
+
+    Attributes:
+        name: The module's name in the model.
+        kind: Name of its class.
+        reason: Why.
+        weights: Values of its projection weights.
+    """
+
+    name: str
+    kind: str
+    reason: Reason
+    weights: int
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What a config means for a model.
+
+    Attributes:
+        targets: The modules to quantize with their schemes, in the model's order.
+        left_alone: All others that hold projection weights.
+        kept: Names of modules that no target reaches: ignored, heads, routers, never called.
+        unused: Ignore patterns that match no module.
+    """
+
+    targets: list[Target]
+    left_alone: list[LeftAlone]
+    kept: dict[str, Reason] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+    def without(self, reasons: Mapping[str, Reason]) -> Resolution:
+        """The same, with these targets left alone, each for its reason."""
+        moved = [
+            leave_alone(each.name, each.module, reasons[each.name])
+            for each in self.targets
+            if each.name in reasons
+        ]
+        return replace(
+            self,
+            targets=[each for each in self.targets if each.name not in reasons],
+            left_alone=[*self.left_alone, *moved],
+        )
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether compressed-tensors can quantize this module: a Linear or an Embedding.
+
+    A subclass counts where its forward takes one argument, since the quantized forward passes one.
+    """
+    if not isinstance(module, (nn.Linear, nn.Embedding)):
+        return False
+    if type(module).forward in (nn.Linear.forward, nn.Embedding.forward):
+        return True
+    needed = [
+        parameter
+        for parameter in list(inspect.signature(type(module).forward).parameters.values())[1:]
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    return len(needed) == 1
 
 
 def schemes_by_target(config: QuantizationConfig) -> dict[str, QuantizationScheme]:
@@ -49,22 +150,110 @@ def schemes_by_target(config: QuantizationConfig) -> dict[str, QuantizationSchem
     }
 
 
-def match_targets_to_schemes(model: torch.nn.Module, config: QuantizationConfig) -> list[Target]:
-    """Quantizable modules that the config gives something to quantize, in the model's order.
+def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
+    """Decide for every module of a model which scheme it gets, or why it gets none.
 
     The scheme is chosen as `apply_quantization_config` chooses it: exact names before patterns
-    before class names. Modules of other types and schemes that quantize nothing are left out.
+    before class names. Left alone are modules that the config ignores, by themselves or by a
+    container around them; output heads, routers and layers that are never called, unless a target
+    is the exact name of one; and what is no Linear or Embedding.
 
     Args:
-        model: Any model; nothing in it is changed.
+        model: Any model, offloaded or not; nothing in it is changed.
         config: A resolved config.
     """
     schemes = schemes_by_target(config)
-    found = []
-    for name, module in match_named_modules(model, schemes, config.ignore):
-        if not is_quantizable(module):
-            continue
-        target = Target(name, module, schemes[match_targets(name, module, schemes)[0]])
-        if target.args:
-            found.append(target)
-    return found
+    targets, left_alone = [], []
+    with disable_onloading():
+        ignored, unused = find_ignored(model, config.ignore or [])
+        kept = _find_kept(model, ignored, exact=set(schemes))
+        for name, module in model.named_modules():
+            if isinstance(module, InternalModule):
+                continue
+            matched = match_targets(name, module, schemes)
+            scheme = schemes[matched[0]] if matched and name not in kept else None
+            if scheme is not None and is_quantizable(module):
+                target = Target(name, module, scheme)
+                if target.args:
+                    targets.append(target)
+                if scheme.weights is not None:
+                    continue
+            if is_projection(module):
+                reason = kept.get(name) or _reason(module, scheme)
+                left_alone.append(leave_alone(name, module, reason))
+    return Resolution(targets, left_alone, kept, unused)
+
+
+def leave_alone(name: str, module: nn.Module, reason: Reason) -> LeftAlone:
+    """The record of a module that stays as it is."""
+    if is_module_quantized(module):
+        reason = "quantized before"
+    return LeftAlone(name, type(module).__name__, reason, projection_weights(module))
+
+
+def _reason(module: nn.Module, scheme: QuantizationScheme | None) -> Reason:
+    if not is_quantizable(module):
+        return "fused experts" if has_fused_experts(module) else "not a Linear"
+    return "not targeted" if scheme is None else "its scheme leaves weights alone"
+
+
+def _find_kept(model: nn.Module, ignored: Iterable[str], exact: set[str]) -> dict[str, Reason]:
+    """Modules that are left alone whatever pattern matches them; exact targets but for ignored."""
+    kept: dict[str, Reason] = dict.fromkeys(find_bypassed(model) - exact, "never called")
+    kept.update(dict.fromkeys(find_routers(model) - exact, "router"))
+    kept.update(dict.fromkeys(find_output_heads(model) - exact, "output head"))
+    kept.update(dict.fromkeys(ignored, "ignored by you"))
+    return kept
+
+
+def find_ignored(model: nn.Module, patterns: Iterable[str]) -> tuple[set[str], list[str]]:
+    """Names of the modules that ignore patterns mean, and the patterns that mean none.
+
+    A pattern means the modules that compressed-tensors matches it to (exact name, class name of
+    the module or of a base, "re:" regex from the start of the name), and where it matches a
+    container but no Linear, Embedding or other matrix within, all that the container holds.
+    """
+    modules = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not isinstance(module, InternalModule)
+    ]
+    by_class: dict[str, list[str]] = defaultdict(list)
+    for name, module in modules:
+        for kind in type(module).__mro__:
+            if issubclass(kind, nn.Module):
+                by_class[kind.__name__].append(name)
+    names = {name for name, _ in modules}
+    inside: dict[str, list[str]] = defaultdict(list)
+    for name, module in modules:
+        if name and (isinstance(module, nn.Embedding) or is_projection(module)):
+            for container in _containers(name):
+                inside[container].append(name)
+    ignored: set[str] = set()
+    unused = []
+    for pattern in patterns:
+        hit = set(_match(pattern, names, by_class))
+        for container in hit & inside.keys():
+            if hit.isdisjoint(inside[container]):
+                hit.update(inside[container])
+        ignored |= hit
+        if not hit:
+            unused.append(pattern)
+    return ignored, unused
+
+
+def _containers(name: str) -> Iterator[str]:
+    """Names of all modules around one, the model's own, "", included."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _match(pattern: str, names: set[str], by_class: dict[str, list[str]]) -> Iterator[str]:
+    if pattern.startswith("re:"):
+        regex = re.compile(pattern.removeprefix("re:"))
+        yield from (name for name in names if regex.match(name))
+        return
+    if pattern in names:
+        yield pattern
+    yield from by_class.get(pattern, ())

@@ -8,17 +8,18 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.base import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationStatus
 from loguru import logger
 from torch import nn
 
 from calipers._quiet import no_progress_bars
+from calipers.checkpoint.saved_config import saved_config
 from calipers.checkpoint.tensors import (
     broken_ties,
     checkpoint_bytes,
@@ -175,11 +176,7 @@ def refuse_taken(path: Path, *, force: bool) -> None:
 
 def _write(model: nn.Module, folder: Path) -> None:
     save_pretrained: Any = model.save_pretrained
-    with _formats_restored(model):
-        compressor = ModelCompressor.from_pretrained_model(model)
-        config = deepcopy(compressor.quantization_config)
-    if config is not None:
-        config.quantization_status = QuantizationStatus.COMPRESSED
+    config = saved_config(model)
     tensors = checkpoint_tensors(model)
     changes: dict[str, Any] = {}
     if broken_ties(model):
@@ -195,7 +192,8 @@ def _write(model: nn.Module, folder: Path) -> None:
     with _as_before_saving(model), no_progress_bars():
         save_pretrained(folder, state_dict=tensors)
     ModelCompressor(
-        quantization_config=config, transform_config=compressor.transform_config
+        quantization_config=config,
+        transform_config=getattr(model, TRANSFORM_CONFIG_NAME, None),
     ).update_config(str(folder))
     if changes:
         _change_config(folder / "config.json", changes)
@@ -222,20 +220,6 @@ def _move_into_place(staging: Path, place: Path) -> None:
         aside.rename(place)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _formats_restored(model: nn.Module) -> Iterator[None]:
-    """Puts back the `format` of each scheme, which inferring the format of a model fills in."""
-    schemes: list[Any] = [
-        module.quantization_scheme for module in quantized_modules(model).values()
-    ]
-    formats = [scheme.format for scheme in schemes]
-    try:
-        yield
-    finally:
-        for scheme, fmt in zip(schemes, formats, strict=True):
-            scheme.format = fmt
 
 
 @contextmanager

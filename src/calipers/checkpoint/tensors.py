@@ -22,6 +22,7 @@ __all__ = [
     "checkpoint_bytes",
     "checkpoint_tensors",
     "loading_dtype",
+    "module_format",
     "quantized_modules",
 ]
 
@@ -221,9 +222,19 @@ def _compress(
 
 
 def _compressor(scheme: QuantizationScheme, kind: type[nn.Module]) -> type[BaseCompressor]:
-    name = CompressionFormat(scheme.format or infer_module_format(kind, scheme)).value
+    name = module_format(kind, scheme).value
     compressor: type[BaseCompressor] = BaseCompressor.get_value_from_registry(name)
     return compressor
+
+
+def module_format(kind: type[nn.Module], scheme: QuantizationScheme) -> CompressionFormat:
+    """The compression format of a module: its scheme's, else the one that fits the scheme.
+
+    compressed-tensors finds a format for Linear and Embedding themselves alone. A subclass is
+    stored and loaded as they are, once its format is named.
+    """
+    plain = next((base for base in (nn.Linear, nn.Embedding) if issubclass(kind, base)), kind)
+    return CompressionFormat(scheme.format or infer_module_format(plain, scheme))
 
 
 def _declared_ties(model: nn.Module) -> dict[str, str]:

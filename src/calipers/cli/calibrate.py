@@ -15,12 +15,13 @@ from rich.filesize import decimal
 from calipers.calibration import (
     Calibration,
     CalibrationReport,
+    LeftAlone,
     ModuleReport,
     resolve_config,
 )
-from calipers.calibration.attach import plan_observers
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.plan import plan_observers, without_never_called
 from calipers.calibration.session import check_on_missing
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.save import refuse_taken
@@ -73,13 +74,17 @@ def calibrate(
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Module name, class name or re:REGEX to leave alone; "
-            "may be repeated. Default: lm_head.",
+            help="Module name, class name or re:REGEX to leave alone, with all it contains; "
+            "may be repeated. Output heads and routers are left alone in any case.",
         ),
     ] = None,
     on_missing: Annotated[
         str,
         typer.Option(help="Modules that see no data: error, skip (leave unquantized) or fallback."),
+    ] = "error",
+    on_unfit: Annotated[
+        str,
+        typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
     ] = "error",
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
@@ -120,14 +125,20 @@ def calibrate(
             refuse_taken(out, force=force)
         check_on_missing(on_missing)
         options = parse_options(option or [])
-        patterns = ("lm_head",) if ignore is None else tuple(ignore)
+        patterns = tuple(ignore or ())
         resolve_config(scheme, patterns)
         path = MODEL_PATH if model is None else model
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
-        config, observed = plan_observers(loaded, scheme, choice, patterns)
+        plan = plan_observers(
+            loaded,
+            scheme,
+            choice,
+            patterns,
+            on_unfit,  # type: ignore[arg-type]  # checked there
+        )
         length = min(sequence_length, max_positions(loaded) or sequence_length)
         if data is not None or eval_file is not None or out is not None:
             tokenizer = load_tokenizer(path)
@@ -136,13 +147,14 @@ def calibrate(
             texts = read_batches(data, tokenizer, sequence_length=length, samples=samples)
             batches = [{"input_ids": ids, "use_cache": False} for ids in texts]
         else:
-            refuse_without_data(observed)
+            refuse_without_data(plan.observed)
+            plan = without_never_called(loaded, plan)
         judged = None
         if eval_file is not None:
             judged = read_batches(eval_file, tokenizer, sequence_length=length)
         size_before = model_bytes(loaded)
         before = None if judged is None else perplexity(loaded, judged, progress)
-        with Calibration(loaded, config, observed, choice) as calibration:
+        with Calibration(loaded, plan) as calibration:
             if batches is not None:
                 calibration.run(batches, progress)
             report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
@@ -191,8 +203,8 @@ def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
         ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
         ("peak memory", decimal(result["peak_memory_bytes"])),
     ]
-    if report.skipped:
-        lines.append(("left unquantized", ", ".join(report.skipped)))
+    lines.append(("quantized", f"{report.quantized_share:.1%} of the projection weights"))
+    lines += [("left unquantized", text) for text in summarize_left_alone(report.left_alone)]
     lines.append(("checkpoint", result["out"] or "not written (no --out)"))
     print_lines(lines)
 
@@ -201,7 +213,7 @@ def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
     """One row for all modules whose names differ by numbers alone and that were treated alike."""
     kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
     for row in modules:
-        name = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.name)
+        name = _numberless(row.name)
         observer = row.weight_observer
         if observer is not None and row.objective is not None:
             observer = f"{observer} ({row.objective})"
@@ -226,6 +238,21 @@ def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def summarize_left_alone(left_alone: list[LeftAlone]) -> list[str]:
+    """One line for all modules whose names differ by numbers alone and that share a reason."""
+    kinds: dict[tuple[str, str], int] = defaultdict(int)
+    for each in left_alone:
+        kinds[_numberless(each.name), each.reason] += 1
+    return [
+        f"{name}{f' ({count})' if count > 1 else ''}: {reason}"
+        for (name, reason), count in kinds.items()
+    ]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
@@ -12,14 +12,23 @@ from typing import Any, ClassVar
 import torch
 from compressed_tensors import InternalModule
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_DATA
 from compressed_tensors.registry import RegistryMixin
 from loguru import logger
 from torch import Tensor
 
 from calipers.errors import UnknownObserverError
+from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
+from calipers.observers.state_checks import (
+    Problem,
+    check_dtype,
+    check_entries,
+    check_range,
+    check_scales,
+)
 from calipers.observers.statistics import COUNT, LAST, TOKENS, Statistic
+from calipers.observers.updates import UpdateState, whole_update
 from calipers.ranges import (
     Arrangement,
     GroupedView,
@@ -29,6 +38,8 @@ from calipers.ranges import (
     range_of_qparams,
 )
 from calipers.ranges.casting import cast_range
+from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 __all__ = ["Observation", "Observer"]
 
@@ -37,6 +48,10 @@ QParams = tuple[Tensor | None, Tensor | None]
 
 _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
 _TOKEN = QuantizationStrategy.TOKEN
+#: Largest value times its global scale: the largest local scale in float8 times the largest code.
+_GLOBAL_TOP = FP8_E4M3_DATA.max * FP4_E2M1_DATA.max
+#: What else than statistics an update changes.
+_DERIVED = ("_scale", "_zero_point", "_stale", "_warned", "_left_out")
 #: In the first form of construction no base name is given: these strategies tell by themselves
 #: that the value is no weight.
 _LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
@@ -68,6 +83,10 @@ class Observer(InternalModule, RegistryMixin):
 
     Observing and deriving are two acts: `observe` updates statistics, `get_qparams` derives scales
     from them at any time and any number of times; `forward` does one after the other.
+
+    An update is done wholly or not at all: where a value is refused, statistics are what they were.
+    Threads may share an observer: a lock of its own is held over each update. Statistics are
+    replaced, never changed in place, and autocast has no influence.
 
     An observer of one's own overrides one of
 
@@ -166,7 +185,11 @@ class Observer(InternalModule, RegistryMixin):
         kind = "value" if module is None else type(module).__name__
         #: What warnings and errors call the observed value.
         self.name: str = f"{kind}.{self.base_name}"
+        self._update = UpdateState()
         self._warned = False
+        #: Values left out that no warning has told of yet: how many, of how many, what of, and why.
+        self._left_out: tuple[int, int, str, str] | None = None
+        self._before_batch: dict[str, Any] | None = None
         self.reset()
 
     def _build_options(self) -> ObserverOptions:
@@ -232,7 +255,8 @@ class Observer(InternalModule, RegistryMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle: all but the reference to the module."""
-        return {**self.__dict__, "_module_ref": None}
+        with self._update.lock:
+            return {**self.__dict__, "_module_ref": None, "_before_batch": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
         """A copy that refers to the copy of the module, where that is copied too."""
@@ -246,22 +270,27 @@ class Observer(InternalModule, RegistryMixin):
 
     # -- observing ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def forward(self, observed: Tensor, g_idx: Tensor | None = None) -> QParams:
+    @whole_update
+    def forward(
+        self, observed: Tensor, g_idx: Tensor | None = None, mask: Tensor | None = None
+    ) -> QParams:
         """Observe a value and derive qparams: `observe`, then `get_qparams`; counts tokens.
 
         Args:
             observed: The value.
             g_idx: Group of each column, shape (cols,); None takes the module's.
+            mask: Which tokens of an activation count; see `observe`.
 
         Returns:
             Scale and zero point; see `get_qparams`.
         """
-        self.record_observed_tokens(observed)
-        return self.get_qparams(observed, g_idx)
+        self.record_observed_tokens(observed, mask)
+        return self.get_qparams(observed, g_idx, mask)
 
-    @torch.no_grad()
-    def observe(self, observed: Tensor, g_idx: Tensor | None = None) -> None:
+    @whole_update
+    def observe(
+        self, observed: Tensor, g_idx: Tensor | None = None, mask: Tensor | None = None
+    ) -> None:
         """Update the statistics by a value; no scale is computed.
 
         Args:
@@ -269,12 +298,16 @@ class Observer(InternalModule, RegistryMixin):
                 as float32; NaN and Inf are left out, counted and warned about once. An empty
                 tensor changes nothing.
             g_idx: Group of each column, shape (cols,); None takes the module's.
+            mask: Which tokens of an activation count, shape (batch, tokens) or (tokens,), 1 where
+                one counts; None counts all. Others enter no statistic; under strategy "token" they
+                get the scale of zeros. A value without a token that counts changes nothing.
 
         Raises:
-            ValueError: A shape that the strategy cannot take, a `g_idx` that does not fit, a meta
-                tensor, or nothing but NaN and Inf.
+            ValueError: A shape that the strategy cannot take, a `g_idx` or a mask that does not
+                fit, a mask for a weight, a meta tensor, or nothing but NaN and Inf. Nothing is
+                changed then.
         """
-        value = self._as_value(observed)
+        value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return
         if g_idx is None:
@@ -288,10 +321,10 @@ class Observer(InternalModule, RegistryMixin):
         )
         self._take_in(observation, arrangement)
 
-    @torch.no_grad()
-    def observe_global(self, observed: Tensor) -> None:
+    @whole_update
+    def observe_global(self, observed: Tensor, mask: Tensor | None = None) -> None:
         """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
-        value = self._as_value(observed)
+        value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return
         layout = self._name_of_layout()
@@ -300,18 +333,24 @@ class Observer(InternalModule, RegistryMixin):
         low, high = self.measure_global(observation)
         self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
 
-    def observe_input(self, inputs: Tensor) -> None:
+    def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch of the inputs of the module whose weight is observed.
 
         Observers with `needs_data` implement it; `attach` and integrations call it.
 
         Args:
             inputs: Shape (..., cols).
+            mask: Which tokens count; see `observe`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not look at inputs")
 
-    def record_observed_tokens(self, observed: Tensor) -> None:
+    @whole_update
+    def record_observed_tokens(self, observed: Tensor, mask: Tensor | None = None) -> None:
         """Count tokens: those of a 2-D `(tokens, features)` tensor; other ranks are not counted.
+
+        Args:
+            observed: The value.
+            mask: Which of its tokens count; None counts all.
 
         Raises:
             ValueError: `observed` is no tensor.
@@ -326,7 +365,8 @@ class Observer(InternalModule, RegistryMixin):
             )
             return
         if observed.numel():
-            self._num_observed_tokens = (self._num_observed_tokens or 0) + observed.shape[0]
+            counted = observed if mask is None else select_tokens(observed.detach(), mask)
+            self._num_observed_tokens = (self._num_observed_tokens or 0) + counted.shape[0]
 
     def measure(self, observation: Observation) -> list[Range]:
         """Minimum and maximum for each view of a value, of its `qparam_shape`: this value alone.
@@ -341,6 +381,7 @@ class Observer(InternalModule, RegistryMixin):
             return self.get_global_min_max(observation.views[0].canonical())
         return observation.extremes[0]
 
+    @whole_update
     def get_min_max(self, observed: Tensor) -> Range:
         """Minimum and maximum of values in the canonical layout.
 
@@ -359,6 +400,7 @@ class Observer(InternalModule, RegistryMixin):
         self._take_in(observation, Arrangement(views[0].qparam_shape, views))
         return self._range(self.range_names)
 
+    @whole_update
     def get_global_min_max(self, observed: Tensor) -> Range:
         """Minimum and maximum of a whole value, `(num_observations, 1, group_size)`, shape (1,)."""
         observation = self._look_at_canonical(observed)
@@ -367,13 +409,19 @@ class Observer(InternalModule, RegistryMixin):
 
     # -- deriving ----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def get_qparams(self, observed: Tensor | None = None, g_idx: Tensor | None = None) -> QParams:
+    @whole_update
+    def get_qparams(
+        self,
+        observed: Tensor | None = None,
+        g_idx: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> QParams:
         """Scale and zero point.
 
         Args:
             observed: A value to observe first; None derives from what was observed so far.
             g_idx: Group of each column of `observed`.
+            mask: Which tokens of `observed` count.
 
         Returns:
             `scale` in the dtype of the observed values (float32 for integers; what
@@ -387,7 +435,7 @@ class Observer(InternalModule, RegistryMixin):
         if observed is not None:
             if self.args.strategy == _TENSOR_GROUP:
                 self._need_global_scale()
-            self.observe(observed, g_idx)
+            self.observe(observed, g_idx, mask)
         if self._stale:
             if not self._first_form:
                 self._derive()
@@ -395,6 +443,7 @@ class Observer(InternalModule, RegistryMixin):
             self.post_calculate_qparams()
         return self._scale, self._zero_point
 
+    @whole_update
     def calculate_qparams(
         self,
         observed: Tensor,
@@ -452,26 +501,28 @@ class Observer(InternalModule, RegistryMixin):
     def post_calculate_qparams(self) -> None:
         """Hook, called once after each recalculation of the qparams."""
 
-    @torch.no_grad()
-    def get_global_scale(self, observed: Tensor | None = None) -> Tensor | None:
+    @whole_update
+    def get_global_scale(
+        self, observed: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | None:
         """Global scale for NVFP4, float32, shape (1,).
 
         Args:
             observed: A value to observe first; None derives from what was observed so far.
+            mask: Which tokens of `observed` count.
 
         Returns:
             The factor that brings the largest local scale to the top of float8 (448 * 6 / amax);
             local scales are stored multiplied by it. None while nothing was observed.
         """
         if observed is not None:
-            self.observe_global(observed)
+            self.observe_global(observed, mask)
         if not self.has_global_statistics:
             return None
         assert self._observed_dtype is not None
         low, high = self._range(self.global_range_names)
         dtype = self._observed_dtype.dtype
-        scale: Tensor = generate_gparam(cast_range(low, dtype), cast_range(high, dtype))
-        return scale
+        return global_scale_of_range(cast_range(low, dtype), cast_range(high, dtype))
 
     def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
         """How well a value would be quantized with other global scales (NVFP4).
@@ -486,6 +537,7 @@ class Observer(InternalModule, RegistryMixin):
         """
         return None
 
+    @whole_update
     def get_range(self) -> Range | None:
         """The minimum and maximum that the qparams follow from, of their shape.
 
@@ -522,10 +574,23 @@ class Observer(InternalModule, RegistryMixin):
         return getattr(self, self.global_range_names[0]) is not None
 
     @property
+    def has_global_values(self) -> bool:
+        """Whether the global scale says something about values: not where all of them are zero.
+
+        It is a stand-in then, as for values so small that no float32 brings them up to float8.
+        """
+        if not self.has_global_statistics:
+            return False
+        low, high = self._range(self.global_range_names)
+        largest = torch.maximum(-low.float(), high.float()).amax()
+        return bool((largest > 0) & (_GLOBAL_TOP / largest).isfinite())
+
+    @property
     def has_data(self) -> bool:
         """Whether an observer that wants to see inputs (`needs_data`) has seen any; else True."""
         return True
 
+    @whole_update
     def reset(self) -> None:
         """Forget the qparams and every statistic."""
         self._scale = None
@@ -534,20 +599,27 @@ class Observer(InternalModule, RegistryMixin):
         for name, statistic in self.statistics.items():
             setattr(self, name, statistic.initial)
 
+    @whole_update
     def state(self) -> dict[str, Tensor]:
         """All statistics as a flat dict of tensors, ready for safetensors; none of the qparams."""
         state = {}
         for name, statistic in self.statistics.items():
             value = getattr(self, name)
             if value is not None:
-                state[name.lstrip("_")] = torch.tensor(value) if statistic.integer else value
+                if statistic.integer:
+                    value = torch.tensor(value, dtype=torch.int64, device="cpu")
+                state[name.lstrip("_")] = value
         return state
 
+    @whole_update
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over statistics that `state` returned, in place of those held.
 
+        The whole state is checked first: where an entry is wrong, what was held is kept.
+
         Raises:
-            ValueError: A name that this observer does not have.
+            ValueError: Lists the entries that are wrong: unknown or missing ones, another shape or
+                dtype, NaN, a scale that is not positive, a negative count.
         """
         names = {name.lstrip("_"): name for name in self.statistics}
         for key in state:
@@ -556,11 +628,37 @@ class Observer(InternalModule, RegistryMixin):
                     f"{self.name}: state has unknown entry {key!r}; "
                     f"{type(self).__name__} has {', '.join(names)}"
                 )
+        problems = list(check_entries(self, state)) or list(self.check_state(state))
+        if problems:
+            told = "; ".join(f"{key} {what}" for key, what in problems)
+            raise ValueError(f"{self.name}: state cannot be loaded: {told}")
         self.reset()
         for key, value in state.items():
             integer = self.statistics[names[key]].integer
             setattr(self, names[key], int(value) if integer else value.clone())
         self._stale = self.has_statistics
+
+    def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        """What is wrong with a state, entry by entry; `load_state` asks before it takes it over.
+
+        A subclass with statistics of its own adds what it expects of them.
+
+        Args:
+            state: Its entries are known tensors of the right kind, without NaN; no count is
+                missing or negative.
+
+        Yields:
+            Name of an entry, and what is wrong with it.
+        """
+        yield from check_dtype(state)
+        yield from self._check_local(state)
+        yield from check_range(self, state, self.global_range_names, "num_global_batches")
+
+    def _check_local(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        if self._first_form:
+            yield from check_scales(self, state, ("_scale", "_zero_point"))
+        else:
+            yield from check_range(self, state, self.range_names, "num_batches")
 
     def merge(self, other: Observer) -> None:
         """Take in what another observer of the same kind has seen, as if it had come afterwards.
@@ -578,9 +676,16 @@ class Observer(InternalModule, RegistryMixin):
                 f"{self.name}: cannot merge {type(other).__name__}({other.extra_repr()}) into "
                 f"{type(self).__name__}({self.extra_repr()}): class and args must be the same"
             )
+        # One lock after the other: two observers may be merged into each other by two threads.
+        with other._update.lock:
+            theirs = {name: getattr(other, name) for name in self.statistics}
+        self._merge_statistics(theirs)
+
+    @whole_update
+    def _merge_statistics(self, others: Mapping[str, Any]) -> None:
         merged = {}
         for name, statistic in self.statistics.items():
-            mine, theirs = getattr(self, name), getattr(other, name)
+            mine, theirs = getattr(self, name), others[name]
             if mine is None or theirs is None:
                 merged[name] = theirs if mine is None else mine
                 continue
@@ -594,11 +699,46 @@ class Observer(InternalModule, RegistryMixin):
                         f"{self.name}: cannot merge {name} of shape {tuple(theirs.shape)} into "
                         f"shape {tuple(mine.shape)}"
                     )
-            counts = getattr(self, statistic.count), getattr(other, statistic.count)
+            counts = getattr(self, statistic.count), others[statistic.count]
             merged[name] = statistic.merge(mine, theirs, *counts)
         for name, value in merged.items():
             setattr(self, name, value)
         self._stale = self.has_statistics
+
+    # -- whole batches -----------------------------------------------------------------------
+
+    def begin_batch(self) -> None:
+        """Start a batch of a model: `undo_batch` brings back what is held now.
+
+        Nothing is copied: statistics are replaced by updates, so it is enough to hold the old ones.
+        """
+        with self._update.lock:
+            self._before_batch = self._held()
+
+    def end_batch(self) -> None:
+        """Keep what came since `begin_batch`."""
+        with self._update.lock:
+            self._before_batch = None
+
+    def undo_batch(self) -> None:
+        """Forget what came since `begin_batch`."""
+        with self._update.lock:
+            self.__dict__.update(self._before_batch or {})
+            self._before_batch = None
+
+    def _held(self) -> dict[str, Any]:
+        """Statistics, qparams and what goes with them, by reference."""
+        own = self.__dict__
+        return {name: own[name] for name in (*self.statistics, *_DERIVED) if name in own}
+
+    def _after_update(self) -> None:
+        """Warn of values that an update left out: once, and not before it is done."""
+        if self._left_out is not None:
+            count, total, what, why = self._left_out
+            self._left_out = None
+            if not self._warned:
+                self._warned = True
+                logger.warning("{}: left out {} {} of {} values", what, count, why, total)
 
     def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
         """Update the local statistics by a value: its range, unless a subclass keeps more."""
@@ -625,7 +765,7 @@ class Observer(InternalModule, RegistryMixin):
         self.__dict__.update(
             grown,
             **{count: getattr(self, count) + 1},
-            _observed_dtype=torch.empty(0, dtype=dtype),
+            _observed_dtype=torch.empty(0, dtype=dtype, device="cpu"),
             _stale=self._stale or names == self.range_names,
         )
 
@@ -666,6 +806,21 @@ class Observer(InternalModule, RegistryMixin):
         # Integers, booleans, and float8, which has no arithmetic.
         return value if value.dtype in _FLOATS else value.float()
 
+    def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The tokens of an activation that count; under strategy "token" zeros for the others."""
+        if mask is None:
+            return value
+        layout = self._name_of_layout()
+        tensor = self.args.strategy == QuantizationStrategy.TENSOR
+        try:
+            if layout == "weight" and not (tensor and self._layout_name is None):
+                raise ValueError("mask: tells which tokens count, and a weight has none")
+            if self.args.strategy == _TOKEN:
+                return blank_tokens(value, mask)
+            return select_tokens(value, mask, heads=layout in ATTENTION_NAMES)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+
     def _look_at(
         self,
         value: Tensor,
@@ -690,18 +845,16 @@ class Observer(InternalModule, RegistryMixin):
             value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
         )
 
-    def _count_nonfinite(self, value: Tensor) -> None:
+    def _count_nonfinite(self, value: Tensor, what: str | None = None) -> None:
+        """Count NaN and Inf in a value, which is called `what`: the observer's name by default."""
+        what = what or self.name
         count = value.numel() - int(value.isfinite().sum())
         if count == 0:
             return
         if count == value.numel():
-            raise ValueError(f"{self.name}: all {count} observed values are NaN or Inf")
+            raise ValueError(f"{what}: all {count} observed values are NaN or Inf")
         self.num_nonfinite += count
-        if not self._warned:
-            self._warned = True
-            logger.warning(
-                "{}: left out {} NaN or Inf of {} values", self.name, count, value.numel()
-            )
+        self._left_out = (count, value.numel(), what, "NaN or Inf")
 
     def _need_global_scale(self) -> Tensor:
         scale = self.global_scale
@@ -722,10 +875,9 @@ class Observer(InternalModule, RegistryMixin):
         global_scale = None
         if self.args.strategy == _TENSOR_GROUP:
             global_scale = self._need_global_scale().to(low.device)
-        scale, zero_point = calculate_qparams(
-            cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale=global_scale
+        return qparams_of_range(
+            cast_range(low, dtype), cast_range(high, dtype), self.args, global_scale
         )
-        return scale, zero_point
 
     def _observe_first_form(self, value: Tensor, g_idx: Tensor | None) -> None:
         """Scale and zero point by the subclass' `calculate_qparams`, view by view."""
@@ -751,7 +903,7 @@ class Observer(InternalModule, RegistryMixin):
                 for i, view in enumerate(arrangement.views)
             ]
         self._scale, self._zero_point = arrangement.assemble(list(parts))
-        self._observed_dtype = torch.empty(0, dtype=value.dtype)
+        self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True
 

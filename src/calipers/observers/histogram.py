@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import ClassVar, Literal, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.options import ObserverOptions
+from calipers.observers.state_checks import Problem, check_sum, count_in
 from calipers.observers.statistics import MAX, MIN, SUM, Statistic
 from calipers.ranges import (
     Arrangement,
@@ -20,6 +22,7 @@ from calipers.ranges import (
     percentile_range,
     search_histogram_range,
 )
+from calipers.ranges.histogram import NUM_PATTERNS
 
 __all__ = ["HistogramObserver"]
 
@@ -98,6 +101,21 @@ class HistogramObserver(Observer):
             assert theirs is not None
             self._need_same_patterns(theirs.dtype)
         super().merge(other)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        """As `Observer.check_state`; counts must fit the range and the dtype of the values."""
+        yield from super().check_state(state)
+        low, dtype = state.get(self.range_names[0]), state.get("observed_dtype")
+        shape = None if low is None else (*low.shape, NUM_PATTERNS)
+        seen = count_in(state, "num_batches") > 0
+        with_offsets = dtype is not None and Histogram.dtype_for(dtype.dtype) == torch.float32
+        for name, needed in (("counts", seen), ("offsets", seen and with_offsets)):
+            yield from check_sum(state, name, shape, needed=needed)
+            value = state.get(name)
+            if value is not None and value.dtype != torch.int64:
+                yield name, f"must be int64, got {value.dtype}"
+        if seen and not with_offsets and "offsets" in state:
+            yield "offsets", "belongs to float32 values alone"
 
     def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
         dtype = observation.value.dtype

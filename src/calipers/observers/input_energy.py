@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from calipers.observers.base import Observer
+from calipers.observers.masks import current_mask, select_tokens
+from calipers.observers.state_checks import Problem, check_sum, count_in
 from calipers.observers.statistics import COUNT, SUM, Statistic
+from calipers.observers.updates import whole_update
+from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["InputEnergyObserver", "first_tensor"]
+
+#: Column sums of x^2 of a batch that float32 holds with room for products of other columns: beyond
+#: them the batch is summed in float64.
+_USUAL = (1e-30, 1e20)
+#: An input of so many times the median size is left out: in float32 the sums of the other columns
+#: would vanish beside it.
+_FREAK = 2.0**40
+#: Largest input whose products float64 can sum over any number of tokens and columns.
+_LARGEST = 1e140
 
 
 def first_tensor(values: Iterable[object]) -> Tensor | None:
@@ -24,7 +37,8 @@ class InputEnergyObserver(Observer):
 
     `attach(module)` sets a forward hook and `detach(module)` removes it. Each batch is summed in
     float32 and the sums are added in float64, so that the order of batches and merges does not
-    show.
+    show. A batch whose squares are too large or too small for float32 is summed in float64. A value
+    of 2^40 times the median size of its batch is left out and counted, like NaN and Inf.
     """
 
     needs_data = True
@@ -56,37 +70,51 @@ class InputEnergyObserver(Observer):
             del hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-    @torch.no_grad()
+    @undisturbed()
     def _see_input(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         inputs = first_tensor((*args, *kwargs.values()))
-        if inputs is not None and inputs.numel():
-            self.observe_input(inputs)
+        if inputs is None or not inputs.numel():
+            return
+        mask = current_mask()
+        if mask is not None and mask.fits(inputs.shape):
+            inputs = mask.select(inputs.detach())
+        self.observe_input(inputs)
 
-    @torch.no_grad()
-    def observe_input(self, inputs: Tensor) -> None:
+    @whole_update
+    def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of the module's inputs to E[x^2].
 
         Args:
             inputs: Shape (..., cols). Values that are NaN or Inf are left out and counted.
+            mask: Which tokens count, shape (batch, tokens) or (tokens,), 1 where one counts; None
+                counts all.
 
         Raises:
-            ValueError: Another number of columns than before.
+            ValueError: Another number of columns than before, or a mask that does not fit. Nothing
+                is changed then.
         """
         value = self._as_value(inputs)
-        tokens = value.reshape(-1, value.shape[-1])
-        square_sum = tokens.float().square().sum(0)
-        if not bool(square_sum.isfinite().all()):
-            self._count_nonfinite(value)
-            tokens = torch.where(tokens.isfinite(), tokens, 0)
-            square_sum = tokens.double().square().sum(0)
+        if mask is not None:
+            try:
+                value = select_tokens(value, mask)
+            except ValueError as error:
+                raise ValueError(f"{self._input_name}: {error}") from None
+        if value.numel() == 0:
+            return
         past = self.input_square_sum
-        if past is not None and past.shape != square_sum.shape:
+        if past is not None and past.shape != value.shape[-1:]:
             raise ValueError(
-                f"{self.name}: inputs had {past.numel()} columns so far, "
+                f"{self._input_name}: had {past.numel()} columns so far, "
                 f"got shape {tuple(inputs.shape)}"
             )
+        tokens = value.reshape(-1, value.shape[-1])
+        square_sum = tokens.float().square().sum(0)
+        largest = square_sum.amax()
+        if not bool((largest > _USUAL[0]) & (largest < _USUAL[1])):  # NaN is neither
+            tokens = self._without_freaks(tokens)
+            square_sum = tokens.square().sum(0)
         square_sum = square_sum.double()
         if past is not None:
             square_sum += past.to(square_sum.device)
@@ -94,8 +122,45 @@ class InputEnergyObserver(Observer):
         self.input_square_sum = square_sum
         self.num_input_tokens += tokens.shape[0]
 
+    def _without_freaks(self, tokens: Tensor) -> Tensor:
+        """Tokens in float64, with zeros in place of values that cannot be summed."""
+        self._count_nonfinite(tokens, self._input_name)
+        sizes = tokens.double().abs()
+        finite = sizes.isfinite()
+        filled = sizes[finite & (sizes > 0)]
+        if filled.numel() == 0:
+            return torch.where(finite, tokens.double(), 0)
+        limit = (filled.median() * _FREAK).clamp(max=_LARGEST)
+        freaks = int((finite & (sizes > limit)).sum())
+        if freaks:
+            self.num_nonfinite += freaks
+            kind = "values of 2^40 times the median, or above 1e140,"
+            self._left_out = (freaks, sizes.numel(), self._input_name, kind)
+        return torch.where(sizes <= limit, tokens.double(), 0)
+
+    @property
+    def _input_name(self) -> str:
+        """What warnings and errors call the inputs of the module."""
+        suffix = f".{self.base_name}"
+        module = self.name.removesuffix(suffix)
+        return "inputs" if module == self.name else f"inputs of {module}"
+
     def _add_products(self, tokens: Tensor) -> None:
-        """Take in what else a subclass keeps of tokens, shape (tokens, cols), all finite."""
+        """Take in what else a subclass keeps of tokens, shape (tokens, cols), all finite.
+
+        They are float64 where float32 could not hold the products.
+        """
+
+    def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        """As `Observer.check_state`; the sums must be of as many columns as the weight has."""
+        yield from super().check_state(state)
+        seen = count_in(state, "num_input_tokens") > 0
+        found = state.get("input_square_sum")
+        shape = None if found is None else (found.numel(),)
+        cols = getattr(self.module, "in_features", None)
+        if self.base_name == "weight" and isinstance(cols, int):
+            shape = (cols,)
+        yield from check_sum(state, "input_square_sum", shape, needed=seen)
 
     def _input_problem(self, shape: torch.Size) -> str | None:
         """Why what was seen gives no weights for a value of this shape, if so."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic, moving_mean
+from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["MovingAverageObserverBase", "MovingAverageOptions"]
 
@@ -62,7 +62,7 @@ class MovingAverageObserverBase(Observer):
         """Range of this whole batch, by `get_current_global_min_max`."""
         return self.get_current_global_min_max(observation.views[0].canonical())
 
-    @torch.no_grad()
+    @undisturbed()
     def get_current_min_max(self, observed: Tensor) -> Range:
         """Range of this batch alone.
 
@@ -76,7 +76,7 @@ class MovingAverageObserverBase(Observer):
             raise NotImplementedError(f"{type(self).__name__} must override get_current_min_max")
         return self.measure(self._look_at_canonical(observed))[0]
 
-    @torch.no_grad()
+    @undisturbed()
     def get_current_global_min_max(self, observed: Tensor) -> Range:
         """Range of this whole batch alone.
 

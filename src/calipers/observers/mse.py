@@ -11,6 +11,7 @@ from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.moving_base import MovingAverageObserverBase, MovingAverageOptions
 from calipers.observers.options import ObserverOptions
 from calipers.ranges import GroupedView, ShrinkGrid, search_grid_ranges
+from calipers.ranges.casting import expand_range
 
 __all__ = [
     "GridOptions",
@@ -73,7 +74,7 @@ class GridSearchObserver(Observer):
     def measure_global(self, observation: Observation) -> Range:
         """Extremes of the whole value times `expand`, so that expanded local scales still fit."""
         low, high = observation.extremes[0]
-        return low.float() * self.grid.expand, high.float() * self.grid.expand
+        return expand_range(low, self.grid.expand), expand_range(high, self.grid.expand)
 
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """Weight of each value's error, arranged as the values; None weighs all alike."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -16,7 +16,9 @@ from calipers.errors import CalipersError, MissingDataError
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.input_energy import InputEnergyObserver
 from calipers.observers.options import ObserverOptions
+from calipers.observers.state_checks import Problem, check_scales, check_sum, count_in
 from calipers.observers.statistics import LAST, SUM, Statistic
+from calipers.observers.updates import whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian
@@ -87,6 +89,8 @@ class OptimalObserver(InputEnergyObserver):
     found_zero_point: Tensor | None
     #: "hessian": sum of x x' in blocks, (column groups, blocks, size * (size + 1) / 2), float64.
     input_products: Tensor | None
+    #: "hessian": sums of a batch that is not done.
+    _waiting_sums: dict[str, Tensor]
     #: "hessian": the sketch of `calipers.ranges.sketch`, (cols, rank + 1), float64.
     input_sketch: Tensor | None
 
@@ -97,6 +101,7 @@ class OptimalObserver(InputEnergyObserver):
         module: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
+        self.__dict__["_waiting_sums"] = {}  # nn.Module is not ready for attributes yet
         super().__init__(base_name, args, module, **kwargs)
         self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
         if self.signed and not (self.args.symmetric and self.args.type == "int"):
@@ -143,6 +148,7 @@ class OptimalObserver(InputEnergyObserver):
         limit = torch.finfo(torch.float32).max
         return tuple((2 * t.float()).clamp(-limit, limit) for t in (low, high))  # type: ignore[return-value]
 
+    @whole_update
     def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
         """Squared errors with the best local scales, weighted as for "imatrix" unless by "mse"."""
         rows = self._as_value(observed)
@@ -228,15 +234,60 @@ class OptimalObserver(InputEnergyObserver):
         if self.objective != "hessian":
             return
         columns = column_groups(self.args, tokens.shape[-1], self._module_g_idx())
-        tokens = tokens.float()
+        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
         sums = {
-            "input_products": columns.triangles(tokens).double(),
-            "input_sketch": sketch(tokens, rank_for(columns.size)).double(),
+            "input_products": columns.triangles(tokens),
+            "input_sketch": sketch(tokens, rank_for(columns.size)),
         }
-        for name, value in sums.items():
-            past = getattr(self, name)
-            setattr(self, name, value if past is None else past.to(value.device) + value)
+        if self._before_batch is None:
+            self._add_sums(sums)
+        else:
+            waiting = self._waiting_sums
+            self._waiting_sums = {name: _sum(waiting.get(name), sums[name]) for name in sums}
 
+    def _add_sums(self, sums: Mapping[str, Tensor]) -> None:
+        for name, value in sums.items():
+            setattr(self, name, _sum(getattr(self, name), value).double())
+
+    # Until the batch of a model is done its products wait here, in float32: the old sums, which
+    # would have to be kept otherwise, take twice as much memory.
+
+    def begin_batch(self) -> None:
+        """As `Observer.begin_batch`."""
+        with self._update.lock:
+            super().begin_batch()
+            self._waiting_sums = {}
+
+    def end_batch(self) -> None:
+        """As `Observer.end_batch`; adds the products of the batch to those held."""
+        with self._update.lock:
+            super().end_batch()
+            self._add_sums(self._waiting_sums)
+            self._waiting_sums = {}
+
+    def _held(self) -> dict[str, Any]:
+        return {**super()._held(), "_waiting_sums": self._waiting_sums}
+
+    def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        """As `Observer.check_state`; for "hessian" sums must be those of the inputs' columns."""
+        yield from super().check_state(state)
+        found = state.get("input_square_sum")
+        seen = self.objective == "hessian" and count_in(state, "num_input_tokens") > 0
+        if found is None or not seen:
+            return
+        columns = column_groups(self.args, found.numel(), self._module_g_idx())
+        triangle = columns.size * (columns.size + 1) // 2
+        shapes = {
+            "input_products": (len(columns.index), columns.blocks, triangle),
+            "input_sketch": (found.numel(), rank_for(columns.size) + 1),
+        }
+        for name, shape in shapes.items():
+            yield from check_sum(state, name, shape, needed=True, negative=True)
+
+    def _check_local(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        yield from check_scales(self, state, self.range_names, signed=self.signed)
+
+    @whole_update
     def get_min_max(self, observed: Tensor) -> Range:
         """The range that gives the optimal scale back, each of `qparam_shape`; float32.
 
@@ -248,6 +299,7 @@ class OptimalObserver(InputEnergyObserver):
         low, high = self._as_range()
         return low.float(), high.float()
 
+    @whole_update
     def get_range(self) -> Range | None:
         """The range that gives the qparams back, float64; None while nothing was observed.
 
@@ -283,3 +335,8 @@ class OptimalObserver(InputEnergyObserver):
             high = torch.stack([pair[1].float().amax() for pair in observation.extremes]).amax()
             scale = generate_gparam(2 * low, 2 * high)
         return scale.to(observation.value.device)
+
+
+def _sum(past: Tensor | None, current: Tensor) -> Tensor:
+    """The sum in float64; `current` itself where there is no other."""
+    return current if past is None else past.to(current.device).double() + current

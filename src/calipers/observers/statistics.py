@@ -48,11 +48,16 @@ def moving_mean(count: str) -> Statistic:
     return Statistic(
         # torch.lerp lacks some dtypes, and constant 1 must give exactly the current value.
         grow=lambda past, x, c: _where_both(past * (1 - c) + x * c, past, x),
-        merge=lambda a, b, m, n: _where_both((a * m + b * n) / (m + n), a, b),
+        merge=lambda a, b, m, n: _where_both(_weighted(a, b, m, n), a, b),
         count=count,
         float32=True,
         exact=False,
     )
+
+
+def _weighted(a: Tensor, b: Tensor, m: int, n: int) -> Tensor:
+    """(a m + b n) / (m + n), whose sum may overflow where neither side does."""
+    return (a.double() * (m / (m + n)) + b.double() * (n / (m + n))).to(a.dtype)
 
 
 def _where_both(average: Tensor, a: Tensor, b: Tensor) -> Tensor:

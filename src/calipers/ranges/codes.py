@@ -88,11 +88,11 @@ def _search_down(
     """
     sums = Sums(scheme.rounding, "bounded residual", tile)
     inverse = 1 / table[covering].clamp(min=torch.finfo(torch.float32).tiny)
-    steps = torch.arange(tile - 1, -1, -1, device=table.device).unsqueeze(1)
+    steps = torch.arange(tile - 1, -1, -1, dtype=torch.int64, device=table.device).unsqueeze(1)
     lowest = (covering + above - tile + 1).clamp(min=0)
     best = covering.clone()
     best_error = torch.full_like(inverse, torch.inf)
-    active = torch.arange(covering.numel(), device=table.device)
+    active = torch.arange(covering.numel(), dtype=torch.int64, device=table.device)
     while True:
         codes = (lowest + steps).clamp(max=table.numel() - 1)
         found = batch.sum(sums, Candidates(inverse, table[codes] * inverse))
@@ -114,14 +114,14 @@ def _search_down(
 @functools.lru_cache(maxsize=1)
 def _float8_codes() -> Tensor:
     """The positive values of float8_e4m3fn, ascending, float32."""
-    codes = torch.arange(1, 127, dtype=torch.uint8)
+    codes = torch.arange(1, 127, dtype=torch.uint8, device="cpu")
     return codes.view(torch.float8_e4m3fn).float()
 
 
 @functools.lru_cache(maxsize=8)
 def _powers_of_two(dtype: torch.dtype) -> Tensor:
     """The scales of MX, 2**-127 to 2**127, as far as `dtype` has them as normal numbers."""
-    powers = torch.exp2(torch.arange(-127, 128, dtype=torch.float64))
+    powers = torch.exp2(torch.arange(-127, 128, dtype=torch.float64, device="cpu"))
     limits = torch.finfo(dtype)
     least = max(limits.smallest_normal, torch.finfo(torch.float32).smallest_normal)
     return powers[(powers >= least) & (powers <= limits.max)].float()

@@ -44,7 +44,8 @@ class ColumnGroups:
     def triangles(self, tokens: Tensor) -> Tensor:
         """Sum of x x' over tokens (tokens, cols), without what is there twice.
 
-        Shape (groups, blocks, size * (size + 1) / 2), float32: the upper triangle by rows.
+        Shape (groups, blocks, size * (size + 1) / 2), in the dtype of the tokens: the upper
+        triangle by rows.
         """
         x = self.by_block(tokens)
         row, column = torch.triu_indices(self.size, self.size, device=tokens.device)
@@ -61,7 +62,9 @@ class ColumnGroups:
         """Whether the groups of a view are made of these columns."""
         index = self.index[which.cpu() if isinstance(which, Tensor) else which]
         if view.columns is None:
-            first = index[:, 0].unsqueeze(1) + torch.arange(view.shape[-1])
+            first = index[:, 0].unsqueeze(1) + torch.arange(
+                view.shape[-1], dtype=torch.int64, device="cpu"
+            )
             own = index[:, : view.shape[-1]]
             return own.shape == first.shape and bool((own == first).all())
         columns = view.columns.cpu()
@@ -85,11 +88,11 @@ def column_groups(args: QuantizationArgs, cols: int, g_idx: Tensor | None) -> Co
         width = min(cols, args.block_structure[1])
     elif args.group_size is not None and args.group_size > 0:
         width = min(cols, args.group_size)
-    index = torch.full((ceil(cols / width), width), -1)
-    index.view(-1)[:cols] = torch.arange(cols)
+    index = torch.full((ceil(cols / width), width), -1, dtype=torch.int64, device="cpu")
+    index.view(-1)[:cols] = torch.arange(cols, dtype=torch.int64, device="cpu")
     grouped = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
     if grouped and g_idx is not None:
-        row = torch.empty(1, cols, device=g_idx.device)
+        row = torch.empty(1, cols, dtype=torch.float32, device=g_idx.device)
         for view in arrange(row, "weight", args, g_idx).views:
             if view.columns is None:
                 break

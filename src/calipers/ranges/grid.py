@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,16 +10,18 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.ranges import grid_eager, grid_inductor, grid_native
+from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.shrink import ShrinkGrid
+from calipers.ranges.units import in_float32_range
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_grid_ranges"]
 
 
 def search_grid_ranges(
-    views: list[GroupedView] | tuple[GroupedView, ...],
-    extremes: list[tuple[Tensor, Tensor]],
+    views: Sequence[GroupedView],
+    extremes: Sequence[tuple[Tensor, Tensor]],
     args: QuantizationArgs,
     grid: ShrinkGrid,
     *,
@@ -46,31 +48,50 @@ def search_grid_ranges(
             `calipers.ranges.engines`.
 
     Returns:
-        For each view minimum and maximum, float32, of its `qparam_shape`. A group whose errors are
+        For each view minimum and maximum, of its `qparam_shape`; float32, float64 where float32
+        cannot hold them. A group whose errors are
         not finite keeps the first step.
     """
     if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
     weights = [None] * len(views) if importance is None else importance
     weighted = [] if importance is None else importance
-    expanded = [(low.float() * grid.expand, high.float() * grid.expand) for low, high in extremes]
+    factor = 1.0
+    dtype = extremes[0][0].dtype
+    # Scales that are rounded are absolute, and symmetric ones do not overflow.
+    if args.scale_dtype is None and (dtype == torch.float64 or not args.symmetric):
+        views, extremes, factor = in_float32_range(views, extremes)
+    expanded = [
+        (expand_range(low, grid.expand), expand_range(high, grid.expand)) for low, high in extremes
+    ]
+
+    def restored(found: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        if factor == 1:
+            return found
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return [
+            tuple(cast_range(end.double() * factor, wide) for end in pair)  # type: ignore[misc]
+            for pair in found
+        ]
+
     values = sum(view.values.numel() for view in views)
     chosen = choose_engine(views[0].values.device, engine, values)
-    search = _compiled_search(chosen, args, [view.values.dtype for view in (*views, *weighted)])
+    dtypes = [view.values.dtype for view in (*views, *weighted)]
+    search = _compiled_search(chosen, args, grid.norm, dtypes)
     if search is not None:
         arguments = (views, expanded, args, grid, weights, global_scale)
         found = attempt(chosen, lambda: search(*arguments))
         if found is not None:
-            return cast("list[tuple[Tensor, Tensor]]", found)
-    return grid_eager.search(views, expanded, args, grid, weights, global_scale)
+            return restored(cast("list[tuple[Tensor, Tensor]]", found))
+    return restored(grid_eager.search(views, expanded, args, grid, weights, global_scale))
 
 
 def _compiled_search(
-    engine: Engine, args: QuantizationArgs, dtypes: list[torch.dtype]
+    engine: Engine, args: QuantizationArgs, norm: float, dtypes: list[torch.dtype]
 ) -> Callable[..., Any] | None:
     """The search by an engine; None where it is left to the reference."""
     if engine == "native":
-        return grid_native.search if grid_native.supports(args, *dtypes) else None
+        return grid_native.search if grid_native.supports(args, norm, *dtypes) else None
     if engine == "inductor":
         return grid_inductor.search if grid_inductor.supports(args) else None
     if engine == "triton":
@@ -79,5 +100,5 @@ def _compiled_search(
         except ImportError as error:  # an installation of Triton that does not work
             give_up_engine("triton", error)
             return None
-        return grid_triton.search if grid_triton.supports(args) else None
+        return grid_triton.search if grid_triton.supports(args, norm, dtypes[0]) else None
     return None

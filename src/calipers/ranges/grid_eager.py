@@ -11,10 +11,12 @@ from compressed_tensors.quantization import (
     QuantizationType,
     fake_quantize,
 )
-from compressed_tensors.quantization.utils import calculate_qparams, calculate_range
 from torch import Tensor
 
+from calipers.ranges.casting import cast_range
+from calipers.ranges.qparams import code_range, judged_range_dtype, qparams_of_range
 from calipers.ranges.shrink import ShrinkGrid
+from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search", "search_few"]
@@ -41,7 +43,7 @@ def search(
         num_steps: Number of candidates, if not all.
     """
     searches = [
-        _Search(view, low, high, weights, args, grid.norm, global_scale)
+        _Search(view, low, high, weights, args, grid, global_scale)
         for view, (low, high), weights in zip(views, extremes, importance, strict=True)
     ]
     without_gain = 0
@@ -79,16 +81,15 @@ def search_few(
         values = one.values.expand(num_steps, *one.values.shape)
         return GroupedView(values, (2,), finite_only=one.finite_only)
 
-    shrinks = [grid.shrink(step) for step in range(num_steps)]
-    factors = torch.tensor(shrinks, device=extremes[0].device).unsqueeze(1)
+    factors = grid.factors(num_steps, extremes[0].device).unsqueeze(1)
     low, high = (end * factors for end in extremes)
     weights = None if importance is None else at_each_step(importance)
-    every = _Search(at_each_step(view), low, high, weights, args, grid.norm, global_scale)
-    scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
-    error = every.error(scale, zero_point)
+    every = _Search(at_each_step(view), low, high, weights, args, grid, global_scale)
+    every.unit = error_units(*extremes, args, grid.expand).expand(num_steps, -1)
+    error = every.error(*every.qparams(low, high))
     error = torch.where(error < torch.inf, error, torch.inf)  # NaN is never smaller
     # torch's argmin does not promise the first of equals.
-    steps = torch.arange(num_steps, device=error.device).unsqueeze(1)
+    steps = torch.arange(num_steps, dtype=torch.int64, device=error.device).unsqueeze(1)
     first = torch.where(error == error.amin(0), steps, num_steps).amin(0, keepdim=True)
     return low.gather(0, first)[0], high.gather(0, first)[0]
 
@@ -103,15 +104,17 @@ class _Search:
         max_vals: Tensor,
         importance: GroupedView | None,
         args: QuantizationArgs,
-        norm: float,
+        grid: ShrinkGrid,
         global_scale: Tensor | None,
     ) -> None:
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals, max_vals
-        self.args, self.norm, self.global_scale = args, norm, global_scale
+        self.args, self.norm, self.global_scale = args, grid.norm, global_scale
+        self.dtype = judged_range_dtype(args, view.values.dtype)
+        self.unit = error_units(min_vals, max_vals, args, grid.expand)
         # The strategy under which a scale of any shape is taken as it is.
         self.token_args = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
-        self.code_range = [float(limit) for limit in calculate_range(args, min_vals.device)]
+        self.code_range = code_range(args)
         self._buffer: Tensor | None = None
         self.best_min, self.best_max = min_vals.clone(), max_vals.clone()
         self.best_error = torch.full_like(min_vals, torch.inf)
@@ -119,17 +122,23 @@ class _Search:
     def try_step(self, shrink: float) -> bool:
         """Try one candidate; returns whether any group became better."""
         low, high = self.min_vals * shrink, self.max_vals * shrink
-        scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
-        error = self.error(scale, zero_point)
+        error = self.error(*self.qparams(low, high))
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)
         self.best_min = torch.where(better, low, self.best_min)
         self.best_max = torch.where(better, high, self.best_max)
         return bool(better.any())
 
+    def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale, float32, and zero point of a candidate range, as they will be stored."""
+        low, high = cast_range(low, self.dtype), cast_range(high, self.dtype)
+        scale, zero_point = qparams_of_range(low, high, self.args, self.global_scale)
+        return cast_range(scale, torch.float32), zero_point
+
     def error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Sum over each group of weight * |fake_quantize(x) - x|**norm, float32."""
+        """Sum over each group of weight * |fake_quantize(x) - x|**norm, float32, in its unit."""
         view = self.view
+        scale = scale * self.unit
         error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)
         weights = None if self.importance is None else self.importance.pieces()
         for where, piece in view.pieces():
@@ -138,6 +147,7 @@ class _Search:
                 # A zero is quantized to zero: what is left out adds no error.
                 values = torch.where(values.isfinite(), values, 0)
             behind = (...,) + (None,) * (values.dim() - len(where))
+            values = values * self.unit[where][behind]
             rounded = self._fake_quantize(values, scale[where][behind], zero_point[where][behind])
             loss = _power(rounded.sub_(values), self.norm)
             if weights is not None:
@@ -155,7 +165,7 @@ class _Search:
         if self.global_scale is not None:
             scale = scale / self.global_scale
         if self._buffer is None or self._buffer.numel() < values.numel():
-            self._buffer = torch.empty(values.numel(), device=values.device)
+            self._buffer = values.new_empty(values.numel())
         codes = self._buffer[: values.numel()].view(values.shape)
         torch.div(values, scale, out=codes)
         if not self.args.symmetric:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from calipers.ranges.casting import cast_range
 from calipers.ranges.close_calls import decide_close_calls
 from calipers.ranges.compiling import compile_quietly
 from calipers.ranges.group_pieces import (
@@ -28,8 +28,10 @@ from calipers.ranges.group_pieces import (
     mark_dynamic,
     number_of_runs,
 )
+from calipers.ranges.qparams import judged_range_dtype, qparams_of_range
 from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
 from calipers.ranges.shrink import ShrinkGrid, last_step
+from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search", "supports"]
@@ -99,13 +101,14 @@ class _Search:
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals, max_vals
         self.args, self.grid, self.global_scale = args, grid, global_scale
+        self.unit = error_units(min_vals, max_vals, args, grid.expand)
         self.best_step = torch.zeros_like(min_vals, dtype=torch.long)
         self.close = torch.zeros_like(min_vals, dtype=torch.bool)
         self._errors = _compiled_errors(Rounding.of(args), grid.norm)
 
     def try_steps(self, steps: int) -> Tensor:
         """Search the first steps; which of them made any group better, shape (steps,)."""
-        gains = torch.zeros(steps, dtype=torch.bool)
+        gains = torch.zeros(steps, dtype=torch.bool, device="cpu")
         walk = group_pieces(self.view, self.importance, PIECE)
         if group_size(self.view) > PIECE:  # parts of groups
             everything = tuple(slice(None) for _ in self.view.qparam_shape)
@@ -123,16 +126,18 @@ class _Search:
     def _scales(self, where: tuple[slice, ...], steps: range) -> tuple[Tensor, Tensor]:
         """Scales, the global one divided out, and zero points, each (steps, groups), float32."""
         low, high = self.min_vals[where].reshape(1, -1), self.max_vals[where].reshape(1, -1)
-        factors = self._factors(steps).unsqueeze(1)
-        scale, zero_point = calculate_qparams(
-            low * factors, high * factors, self.args, global_scale=self.global_scale
+        factors = self.grid.factors(steps.stop)[steps.start :].unsqueeze(1)
+        dtype = judged_range_dtype(self.args, self.view.values.dtype)
+        scale, zero_point = qparams_of_range(
+            cast_range(low * factors, dtype),
+            cast_range(high * factors, dtype),
+            self.args,
+            self.global_scale,
         )
+        scale = cast_range(scale, torch.float32)
         if self.global_scale is not None:
             scale = scale / self.global_scale
-        return scale, zero_point.float()
-
-    def _factors(self, steps: range) -> Tensor:
-        return torch.tensor([self.grid.shrink(step) for step in steps])
+        return scale * self.unit[where].reshape(1, -1), zero_point.float()
 
     def _sum_errors(self, piece: GroupPiece, steps: int) -> tuple[Tensor, Tensor]:
         """Errors of a piece's groups at each step, and their scales, both (steps, groups)."""
@@ -148,7 +153,8 @@ class _Search:
         return torch.cat(errors), torch.cat(scales)
 
     def _sum_tile(self, piece: GroupPiece, scale: Tensor, zero_point: Tensor) -> Tensor:
-        values, weight = piece.values, piece.weight
+        values = piece.values * self.unit[piece.where].reshape(-1, 1)
+        weight = piece.weight
         groups, runs = len(values), number_of_runs(values.shape[1])
         if runs > 1:
             scale, zero_point = (t.repeat_interleave(runs, dim=1) for t in (scale, zero_point))
@@ -175,7 +181,7 @@ class _Search:
 
     def result(self, steps: int) -> Range:
         """The range of the best of the first steps in each group."""
-        factors = self._factors(range(steps))[self.best_step]
+        factors = self.grid.factors(steps)[self.best_step]
         low, high = self.min_vals * factors, self.max_vals * factors
         if bool(self.close.any()):
             decide_close_calls(

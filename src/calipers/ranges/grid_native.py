@@ -13,23 +13,37 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.ranges import grid_eager
 from calipers.ranges.close_calls import decide_close_calls
+from calipers.ranges.native import call
 from calipers.ranges.native.build import library
-from calipers.ranges.native.call import (
-    NativeBox,
-    NativeFormat,
-    address,
-    number_of_parts,
-    supports,
-)
+from calipers.ranges.native.call import NativeBox, NativeFormat, address, number_of_parts
 from calipers.ranges.shrink import ShrinkGrid, last_step
+from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
 
 __all__ = ["Evaluated", "search", "supports"]
 
+#: Highest norm: above it errors that vanish in float32 are not those that vanish in the reference.
+HIGHEST_NORM = 8
+#: Of so few values the reference searches in no time.
+FEW = 2**18
+#: Groups of so few values may be made of one value and its likes, whose rounding adds up.
+SHORT_GROUP = 64
+
 Range = tuple[Tensor, Tensor]
+
+
+def supports(args: QuantizationArgs, norm: float, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels can do a search; float16 rounds powers of two in ways of its own."""
+    if not 1 <= norm <= HIGHEST_NORM or (
+        torch.float16 in dtypes and should_generate_mx_scales(args)
+    ):
+        return False
+    return call.supports(args, *dtypes)
 
 
 class _GridSearch(ctypes.Structure):
@@ -40,6 +54,7 @@ class _GridSearch(ctypes.Structure):
         ("format", NativeFormat),
         ("low", ctypes.c_void_p),
         ("high", ctypes.c_void_p),
+        ("units", ctypes.c_void_p),
         ("factors", ctypes.c_void_p),
         ("steps", ctypes.c_int64),
         ("norm", ctypes.c_float),
@@ -47,6 +62,7 @@ class _GridSearch(ctypes.Structure):
         ("clip_steps", ctypes.c_float),
         ("squares_first", ctypes.c_int64),
         ("doubt", ctypes.c_float),
+        ("noise", ctypes.c_float),
         ("known_errors", ctypes.c_void_p),
         ("errors", ctypes.c_void_p),
         ("best_low", ctypes.c_void_p),
@@ -98,6 +114,10 @@ def search(
     steps = grid.num_steps
     gains = torch.stack([each.try_steps(steps) for each in searches]).any(0).tolist()
     last = last_step(gains, grid.patience)
+    values = sum(view.values.numel() for view in views)
+    if last < steps - 1 and values <= FEW and any(bool(s.doubtful.any()) for s in searches):
+        # Gains that rounding makes count for the patience too.
+        return grid_eager.search(views, extremes, args, grid, importance, global_scale)
     if any(gains[last + 1 :]):  # by steps that the search would not have come to
         steps = last + 1
         for each in searches:
@@ -121,23 +141,26 @@ class _Search:
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals.contiguous(), max_vals.contiguous()
         self.args, self.grid, self.global_scale = args, grid, global_scale
+        self.unit = error_units(self.min_vals, self.max_vals, args, grid.expand)
         self.box = NativeBox.of(view, importance)
         self.low, self.high = torch.empty_like(self.min_vals), torch.empty_like(self.max_vals)
-        self.doubtful = torch.empty(view.qparam_shape, dtype=torch.bool)
+        self.doubtful = torch.empty(view.qparam_shape, dtype=torch.bool, device="cpu")
         self._errors: Tensor | None = None
 
     def try_steps(self, steps: int) -> Tensor:
         """Search the first steps; which of them made any group better, shape (steps,)."""
-        factors = torch.tensor([self.grid.shrink(step) for step in range(steps)])
+        factors = self.grid.factors(steps)
         errors = None
         if self.box.runs > 1 and self._errors is None:
-            errors = torch.empty(self.box.groups, self.box.runs, steps, dtype=torch.float64)
+            shape = (self.box.groups, self.box.runs, steps)
+            errors = torch.empty(shape, dtype=torch.float64, device="cpu")
         known = None if self._errors is None else self._errors[:, :steps].contiguous()
         task = _GridSearch(
             self.box,
-            NativeFormat.of(self.args, self.global_scale),
+            NativeFormat.of(self.args, self.global_scale, self.view.values.dtype),
             address(self.min_vals),
             address(self.max_vals),
+            address(self.unit),
             address(factors),
             steps,
             self.grid.norm,
@@ -145,6 +168,7 @@ class _Search:
             _clip_steps(self.args) if self.importance is None else 0,
             _squares_first(self.args, self.grid),
             _doubt(self.grid.norm),
+            _noise(self.box.size),
             address(known),
             address(errors),
             address(self.low),
@@ -154,7 +178,7 @@ class _Search:
         if known is not None:
             task.box.runs = 1
         parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
-        gains = torch.zeros(parts, steps, dtype=torch.bool)
+        gains = torch.zeros(parts, steps, dtype=torch.bool, device="cpu")
         reports = (_GridReport * parts)(*(_GridReport(address(row), 0) for row in gains))
         library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
@@ -190,6 +214,15 @@ def _doubt(norm: float) -> float:
         return 2e-6
     by_logarithm = abs(norm - 1 if norm < 2 else norm / 2 - 1)
     return 2 * (9e-6 * by_logarithm + 3e-6) + 2e-6
+
+
+def _noise(size: int) -> float:
+    """How far errors of single values are off by rounding, as a part of the largest value.
+
+    The reference rounds a dequantized value before it subtracts; where a value lies between two
+    codes it may take the other one.
+    """
+    return 2.0**-22 if size <= SHORT_GROUP else 2.0**-24
 
 
 def _clip_steps(args: QuantizationArgs) -> int:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
 
 from calipers.ranges import grid_triton_kernels as kernels
 from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
@@ -35,6 +35,8 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 MOST_GROUPS = 256
 #: Bits of a word in which it is noted which steps made a group better.
 WORD = 32
+#: Highest norm: above it powers of errors reach the ends of float32.
+HIGHEST_NORM = 8
 
 Range = tuple[Tensor, Tensor]
 
@@ -55,8 +57,13 @@ _SCALE_TYPES: dict[torch.dtype | None, tuple[str, float, float]] = {
 }
 
 
-def supports(args: QuantizationArgs) -> bool:
-    """Whether the kernels know how these arguments scale and round."""
+def supports(args: QuantizationArgs, norm: float = 2.0, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernels know how these arguments scale and round.
+
+    They make scales of float32 ranges, and take errors as they are: powers above 8 may vanish.
+    """
+    if norm > HIGHEST_NORM or judged_range_dtype(args, dtype) != torch.float32:
+        return False
     if args.scale_dtype not in _SCALE_TYPES:
         return False
     if args.type == QuantizationType.INT:
@@ -248,7 +255,7 @@ def power_of_two(number: int) -> int:
 
 def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None) -> dict[str, Any]:
     """The format, as the constants that the kernel is compiled for."""
-    lowest, highest = (float(limit) for limit in calculate_range(args, torch.device("cpu")))
+    lowest, highest = code_range(args)
     name, limit, eps = _SCALE_TYPES[args.scale_dtype]
     # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
     mantissa, smallest = (1, 127 << 23) if args.num_bits == 4 else (3, 121 << 23)

@@ -125,7 +125,7 @@ def _refine_view(
 
 def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -> None:
     """Go through the column groups of some rows; scales and zero points are changed in place."""
-    own, limits, total = [], [], torch.zeros(())
+    own, limits, total = [], [], found[0].new_zeros((), dtype=torch.float32)
     for i, each in enumerate(columns):
         start, its_plain = _column(found, i), _column(plain, i)
         error, share = each.judge(start)
@@ -260,12 +260,16 @@ class _Columns:
             table = all_scales(self.scheme, start.scale.device)
             # The start is one of them, but for the rounding of a division.
             index = torch.searchsorted(table, start.scale * (1 - 1e-3)).unsqueeze(1)
-            steps = torch.arange(-look.codes, look.codes + 1, device=index.device)
+            steps = torch.arange(
+                -look.codes, look.codes + 1, dtype=torch.int64, device=index.device
+            )
             return Scales(table[(index + steps).clamp(0, table.numel() - 1)])
         rounding, symmetric = self.scheme.rounding, bool(self.scheme.args.symmetric)
         reach = look.reach * 0.5 ** max(0, rounding.num_bits - 4 if rounding.integer else 0)
         count = 2 * (look.sides if symmetric else look.sides // 2) + 1
-        factors = 1 + reach * torch.linspace(-1, 1, count, device=start.scale.device)
+        factors = 1 + reach * torch.linspace(
+            -1, 1, count, dtype=torch.float32, device=start.scale.device
+        )
         if self.scheme.signed:
             factors = torch.cat([factors, -factors.flip(0)])
         scale = self.scheme.store(start.scale.unsqueeze(1) * factors)

@@ -56,8 +56,8 @@ def sum_coupled(
     factors = torch.nn.functional.pad(factors, (0, -rank % LANES, 0, -size % LANES)).contiguous()
     scales = candidates.scale.contiguous()
     zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
-    shares = torch.zeros(rows, count, rank + -rank % LANES)
-    found = torch.zeros(3, rows, count, dtype=torch.float64)
+    shares = torch.zeros(rows, count, rank + -rank % LANES, dtype=torch.float32, device="cpu")
+    found = torch.zeros(3, rows, count, dtype=torch.float64, device="cpu")
     task = _CoupledTask(
         NativeFormat.of(scheme.args, None),
         *(address(each) for each in by_column),

@@ -49,7 +49,8 @@ class Histogram:
 
         Of a 16-bit pattern it is the value itself. Of a float32 bin it is two values around the
         mean, as if the bin were filled evenly around it as far as it reaches: exact for values
-        that are bfloat16 numbers (small integers too), and a bin's mean is always exact.
+        that are bfloat16 numbers (small integers too) and for a value alone in its bin, and a bin's
+        mean is always exact.
 
         Returns:
             Values, float32, shape (1 or qparams, n); and weights, float64, shape (qparams, n). No
@@ -70,6 +71,7 @@ class Histogram:
         sums = self.offsets.flatten(0, -2).gather(-1, own.expand_as(weights)).double()
         mean = sums / weights.clamp(min=1)
         reach = torch.minimum(mean, NUM_PATTERNS - 1 - mean) * _TO_DEVIATION
+        reach = torch.where(weights == 1, 0, reach)  # a lone value keeps its own size
         edge = (own.to(torch.int32) << 16).view(torch.float32).double()
         last = ((own.to(torch.int32) << 16) | 0xFFFF).view(torch.float32).double()
         step = (last - edge) / (NUM_PATTERNS - 1)
@@ -98,7 +100,8 @@ def count_patterns(view: GroupedView) -> Histogram:
         bits = rows.view(torch.int16 if offsets is None else torch.int32).to(torch.int32)
         index = (bits if offsets is None else bits >> 16) & (NUM_PATTERNS - 1)
         if groups > 1:
-            index = index + torch.arange(groups, device=index.device).unsqueeze(-1) * NUM_PATTERNS
+            first = torch.arange(groups, dtype=torch.int64, device=index.device) * NUM_PATTERNS
+            index = index + first.unsqueeze(-1)
         index = index.flatten()
         _add_counts(target, index)
         if offsets is not None:

@@ -7,17 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
-from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from calipers.ranges.casting import cast_range
 from calipers.ranges.histogram import NUM_PATTERNS, Histogram
+from calipers.ranges.qparams import qparams_of_range
 from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
 
 __all__ = ["search_histogram_range"]
 
 #: Qparams whose points are laid side by side at once.
 _QPARAMS_AT_ONCE = 32
+#: How often the best scale is fitted to its own codes at the end.
+_PROJECTIONS = 2
 
 
 def search_histogram_range(
@@ -85,7 +87,10 @@ class _Objective:
             best = self._best(exponents, keep)
             near = best.unsqueeze(2) + offsets.to(best.device)
             exponents = near.flatten(1, 2)
-        low, high = self._ranges(self._best(exponents, 1))
+        best = self._best(exponents, 1)
+        for _ in range(_PROJECTIONS):
+            best = self._best(torch.cat([best, self._projected(best)], 1), 1)
+        low, high = self._ranges(best)
         found = self.energy > 0
         return (
             torch.where(found, low[:, 0], self.low),
@@ -108,6 +113,34 @@ class _Objective:
         order = order.gather(-1, repeated.to(torch.int8).sort(stable=True, dim=-1).indices)
         return exponents.gather(1, order[:, :keep].unsqueeze(-1).expand(-1, -1, 2))
 
+    def _projected(self, exponents: Tensor) -> Tensor:
+        """The same codes at the scale that suits them best (least squares).
+
+        Where a few huge values make up the error, all depends on how exactly they are met.
+        """
+        scale, zero_point = self._qparams(exponents)
+        rounded = self._fake_quantize(self.values.unsqueeze(1), scale, zero_point).double()
+        weights, values = self.weights.unsqueeze(1), self.values.double().unsqueeze(1)
+        part = (weights * values * rounded).sum(-1) / (weights * rounded.square()).sum(-1)
+        usable = part.isfinite() & (part > 0)
+        return exponents + torch.where(usable, part, 1).log2().unsqueeze(-1)
+
+    def _qparams(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = (cast_range(t, self.dtype) for t in self._ranges(exponents))
+        scale, zero_point = qparams_of_range(low, high, self.args, self.global_scale)
+        # In float32, else results would be rounded to the dtype of the scale.
+        return cast_range(scale, torch.float32), zero_point
+
+    def _fake_quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        rounded: Tensor = fake_quantize(
+            values,
+            scale.unsqueeze(-1),
+            zero_point.unsqueeze(-1),
+            self.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN}),
+            self.global_scale,
+        )
+        return rounded
+
     def _ranges(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum for exponents (qparams, candidates, 2)."""
         counted = self.low <= self.high  # else Inf and -Inf: nothing was counted
@@ -118,21 +151,12 @@ class _Objective:
 
     def _errors(self, exponents: Tensor) -> Tensor:
         """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""
-        low, high = (cast_range(t, self.dtype) for t in self._ranges(exponents))
-        scale, zero_point = calculate_qparams(low, high, self.args, global_scale=self.global_scale)
-        scale = scale.float()  # else results would be rounded to the dtype of the scale
-        token_args = self.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
-        errors = torch.empty(low.shape, dtype=torch.float64, device=low.device)
-        for rows, columns in self._pieces(low.shape):
+        scale, zero_point = self._qparams(exponents)
+        errors = torch.empty(scale.shape, dtype=torch.float64, device=scale.device)
+        for rows, columns in self._pieces(scale.shape):
             values = self.values if self.values.shape[0] == 1 else self.values[rows]
             values = values.unsqueeze(1)
-            rounded = fake_quantize(
-                values,
-                scale[rows, columns].unsqueeze(-1),
-                zero_point[rows, columns].unsqueeze(-1),
-                token_args,
-                self.global_scale,
-            )
+            rounded = self._fake_quantize(values, scale[rows, columns], zero_point[rows, columns])
             square = rounded.double().sub_(values).square_()
             errors[rows, columns] = (square @ self.weights[rows].unsqueeze(-1)).squeeze(-1)
         return errors
@@ -150,7 +174,8 @@ class _Objective:
 
 def _ladder(top: float = 1.0, bottom: float = -20.0, steps: int = 43) -> Tensor:
     """The same exponent for both ends, shape (steps, 2)."""
-    return torch.linspace(top, bottom, steps, dtype=torch.float64).unsqueeze(-1).expand(-1, 2)
+    ladder = torch.linspace(top, bottom, steps, dtype=torch.float64, device="cpu")
+    return ladder.unsqueeze(-1).expand(-1, 2)
 
 
 def _pairs(ladder: Tensor) -> Tensor:

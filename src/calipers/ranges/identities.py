@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import calculate_range, should_generate_mx_scales
+from compressed_tensors.quantization.utils import should_generate_mx_scales
 from torch import Tensor
+
+from calipers.ranges.qparams import code_range
 
 __all__ = ["range_of_qparams"]
 
@@ -58,11 +60,11 @@ def range_of_qparams(
     step = scale.double()
     if global_scale is not None:
         step = step / global_scale.double()
-    low, high = (limit.double() for limit in calculate_range(args, scale.device))
+    low, high = code_range(args)
     if args.symmetric:
         half = (high - low) / 2
         if should_generate_mx_scales(args):
-            half = torch.full_like(half, _POWER_OF_LARGEST[args.num_bits])
+            half = _POWER_OF_LARGEST[args.num_bits]
         return -half * step, half * step
     zero = torch.zeros_like(step) if zero_point is None else zero_point.double()
     return (low - zero) * step, (high - zero) * step

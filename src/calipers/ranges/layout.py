@@ -161,7 +161,7 @@ def _arrange_columns(value: Tensor, order: Tensor, sizes: list[int]) -> Arrangem
     for size in sorted(set(sizes), reverse=True):
         groups = [group for group, s in enumerate(sizes) if s == size]
         columns = torch.stack([order[starts[g] : starts[g] + size] for g in groups])
-        where = (..., torch.tensor(groups, device=value.device))
+        where = (..., torch.tensor(groups, dtype=torch.int64, device=value.device))
         views.append(GroupedView(value, (value.dim(),), where, columns.to(value.device)))
     return Arrangement((*value.shape[:-1], len(sizes)), tuple(views))
 

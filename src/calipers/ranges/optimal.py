@@ -8,10 +8,12 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.ranges.casting import cast_range
 from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.group_sums import GroupBatch, group_batches
 from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scheme
+from calipers.ranges.units import in_float32_range
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
@@ -49,6 +51,9 @@ def search_optimal_scales(
         the global scale divided out. In no group is the error greater than with the scale that
         compressed-tensors makes of minimum and maximum, which also serves groups of zeros.
     """
+    factor = 1.0
+    if args.scale_dtype is None:
+        views, extremes, factor = in_float32_range(views, extremes)
     scheme = Scheme(args, extremes[0][0].dtype, signed, global_scale)
     weights = [None] * len(views) if importance is None else importance
     device = views[0].values.device
@@ -56,10 +61,14 @@ def search_optimal_scales(
     chosen = choose_engine(device, engine, values)
 
     def search(engine: Engine) -> list[Pair]:
-        return [
+        found = [
             _search_view(view, low, high, weight, scheme, engine)
             for view, (low, high), weight in zip(views, extremes, weights, strict=True)
         ]
+        if factor == 1:
+            return found
+        wide = torch.float64 if scheme.dtype == torch.float64 else torch.float32
+        return [(cast_range(scale.double() * factor, wide), zero) for scale, zero in found]
 
     if chosen != "eager":
         found = attempt(chosen, lambda: search(chosen))

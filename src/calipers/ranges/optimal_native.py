@@ -123,7 +123,7 @@ class NativeBatch:
         inverse, ratios = candidates.inverse_base.contiguous(), candidates.ratio.contiguous()
         zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
         count, units = ratios.shape[0], self.box.groups * self.box.runs
-        found = torch.empty(3 * count + 1, units, dtype=torch.float64)
+        found = torch.empty(3 * count + 1, units, dtype=torch.float64, device="cpu")
         task = _SumTask(
             self.box,
             self.format,

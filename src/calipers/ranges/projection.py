@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
-from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from calipers.ranges.group_sums import Batch, Candidates, Sums
+from calipers.ranges.qparams import qparams_of_range
 from calipers.ranges.rounding import Rounding
 
 __all__ = [
@@ -126,7 +126,7 @@ def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
         high: Maximum of each group; -Inf for a group of nothing.
         scheme: What is searched for.
     """
-    scale, zero_point = calculate_qparams(low, high, scheme.args, global_scale=scheme.global_scale)
+    scale, zero_point = qparams_of_range(low, high, scheme.args, scheme.global_scale)
     scale = scale.float()
     # A float64 scale may be too small for float32.
     scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
@@ -233,7 +233,7 @@ def _candidates(rounding: Rounding, symmetric: bool, signed: bool) -> tuple[Tens
         sides = min(most, math.ceil((left_out + 1) / step))
         pairs += [(ratio, float(side * step)) for side in range(-sides, sides + 1)]
     pairs += [pairs[-1]] * (-len(pairs) % TILE)
-    found, offsets = torch.tensor(pairs).unbind(1)
+    found, offsets = torch.tensor(pairs, dtype=torch.float32, device="cpu").unbind(1)
     return found.contiguous(), offsets.contiguous()
 
 
@@ -247,7 +247,9 @@ def candidate_ratios(rounding: Rounding, signed: bool = False) -> Tensor:
     their negatives.
     """
     start, end, count = _window(rounding)
-    ratios = torch.logspace(math.log10(start), math.log10(end), count)
+    ratios = torch.logspace(
+        math.log10(start), math.log10(end), count, dtype=torch.float32, device="cpu"
+    )
     return torch.cat([ratios, -ratios]) if signed else ratios
 
 
@@ -277,7 +279,8 @@ def candidate_spread(rounding: Rounding) -> float:
 
 def fine_factors(rounding: Rounding) -> Tensor:
     """A tile of factors on the best candidate, as far as its neighbours to both sides."""
-    return 1 + candidate_spread(rounding) * torch.linspace(-1, 1, TILE)
+    steps = torch.linspace(-1, 1, TILE, dtype=torch.float32, device="cpu")
+    return 1 + candidate_spread(rounding) * steps
 
 
 def fine_rounds(scheme: Scheme) -> int:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils import calculate_range
 from torch import Tensor
+
+from calipers.ranges.qparams import code_range
 
 __all__ = ["Rounding", "power_of_square", "quantization_error", "round_to_codes"]
 
@@ -55,7 +56,7 @@ class Rounding:
     @classmethod
     def of(cls, args: QuantizationArgs) -> Rounding:
         """The format that quantization arguments name."""
-        low, high = (float(limit) for limit in calculate_range(args, torch.device("cpu")))
+        low, high = code_range(args)
         return cls(args.type == QuantizationType.INT, args.num_bits, low, high)
 
 

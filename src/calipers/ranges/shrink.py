@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 __all__ = ["ShrinkGrid", "last_step"]
 
 
@@ -37,6 +40,11 @@ class ShrinkGrid:
     def shrink(self, step: int) -> float:
         """Factor on the expanded range at `step`."""
         return 1 - step / self.grid
+
+    def factors(self, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """Factors on the expanded range of the first steps, float32, shape (num_steps,)."""
+        shrinks = [self.shrink(step) for step in range(num_steps)]
+        return torch.tensor(shrinks, dtype=torch.float32, device=device)
 
 
 def last_step(gains: Sequence[bool], patience: int) -> int:

@@ -30,8 +30,8 @@ def rank_for(size: int) -> int:
 
 
 def sketch(tokens: Tensor, rank: int) -> Tensor:
-    """X'[XP, 1] of tokens X (tokens, cols), shape (cols, rank + 1), float32."""
-    seen = tokens @ _directions(tokens.shape[1], rank).to(tokens.device)
+    """X'[XP, 1] of tokens X (tokens, cols), shape (cols, rank + 1), in the dtype of the tokens."""
+    seen = tokens @ _directions(tokens.shape[1], rank).to(tokens)
     return tokens.T @ torch.nn.functional.pad(seen, (0, 1), value=1.0)
 
 
@@ -74,5 +74,11 @@ def factor_of_sketch(sums: Tensor, num_tokens: int, square_sum: Tensor) -> Tenso
 @functools.lru_cache(maxsize=8)
 def _directions(cols: int, rank: int) -> Tensor:
     """Plus and minus ones, shape (cols, rank); the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (cols, rank), generator=generator).float() * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    return (
+        torch.randint(
+            0, 2, (cols, rank), generator=generator, dtype=torch.int64, device="cpu"
+        ).float()
+        * 2
+        - 1
+    )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +21,9 @@ from llmcompressor.observers import Observer as PeerObserver
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from calipers.errors import MissingDataError
 from calipers.integrations.llmcompressor.options import options_for
+from calipers.integrations.llmcompressor.session import current_loss_mask, name_of
 from calipers.observers import Observer
 from calipers.observers.input_energy import first_tensor
 
@@ -56,7 +60,8 @@ class Adapter(PeerObserver):
     def forward(self, observed: Tensor) -> Adapter:
         """Take in a value as it is, so that no layout is copied; a weight is measured once."""
         if observed.numel() and not (self.is_weight_obs and self.has_statistics):
-            self.inner.observe(observed)
+            with self._told_of_missing_tokens():
+                self.inner.observe(self._counted(observed))
             self._set_range()
             self.fusion_handler.get_fused_statistics()
         return self
@@ -69,6 +74,35 @@ class Adapter(PeerObserver):
         """
         self.inner.get_min_max(observed)
         self._set_range()
+
+    def _counted(self, observed: Tensor) -> Tensor:
+        """The tokens of an activation that count, where the recipe runs with `use_loss_mask`."""
+        mask = None if self.is_weight_obs else current_loss_mask()
+        if mask is None:
+            return observed
+        heads = self.base_name not in ("input", "output") and observed.dim() == 4
+        by_token = observed.transpose(1, 2) if heads else observed
+        if not mask.fits(by_token.shape):
+            return observed
+        chosen = mask.select(by_token)
+        return chosen.transpose(0, 1) if heads else chosen
+
+    @contextmanager
+    def _told_of_missing_tokens(self) -> Iterator[None]:
+        """Say where tokens were missing, and what llmcompressor offers against that."""
+        try:
+            yield
+        except ValueError:
+            if not self._wants_inputs or self.inner.has_data:
+                raise
+            module = None if self._module_ref is None else self._module_ref()
+            name = self.inner.name if module is None else name_of(module, search=True)
+            raise MissingDataError(
+                f"{name}: no token reached it, and {type(self.inner).__name__} measures its "
+                "weight by its inputs. Is it an expert of a mixture? Run oneshot with "
+                "moe_calibrate_all_experts=True (the default, for models whose experts "
+                "llmcompressor knows), give it more data, or put it on the recipe's ignore list"
+            ) from None
 
     def _set_range(self) -> None:
         found = self.inner.get_range()
@@ -96,7 +130,7 @@ class Adapter(PeerObserver):
         if not check_fused:
             taught = _statistics_of_inputs(self.inner) if self._wants_inputs else {}
             self.inner.reset()
-            self.inner.load_state(taught)
+            self.inner.load_state({**self.inner.state(), **taught})
 
     # -- inputs of the module ----------------------------------------------------------------
 
@@ -108,6 +142,7 @@ class Adapter(PeerObserver):
         """Collect the inputs of `module` where the observer of its weight needs them."""
         self.detach(module)
         self._module_ref = weakref.ref(module)
+        self.inner.name = f"{name_of(module)}.{self.base_name}"
         left_behind = _collecting.pop(module, None)
         if left_behind is not None:
             left_behind.remove()
@@ -127,8 +162,12 @@ class Adapter(PeerObserver):
 
     def _see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = first_tensor((*args, *kwargs.values()))
-        if inputs is not None and inputs.numel():
-            self.inner.observe_input(inputs)
+        if inputs is None or not inputs.numel():
+            return
+        mask = current_loss_mask()
+        if mask is not None and mask.fits(inputs.shape):
+            inputs = mask.select(inputs.detach())
+        self.inner.observe_input(inputs)
 
     # -- ranks -------------------------------------------------------------------------------
 
@@ -212,7 +251,9 @@ class IMatrixAdapter(Adapter):
         found = self.inner.input_square_sum
         module = None if self._module_ref is None else self._module_ref()
         if found is None and module is not None and self._collects is not None:
-            found = torch.zeros(module.in_features, device=module.weight.device)
+            found = torch.zeros(
+                module.in_features, dtype=torch.float32, device=module.weight.device
+            )
         return None if found is None else found.float()
 
     @_imatrix_sum.setter
@@ -224,7 +265,7 @@ class IMatrixAdapter(Adapter):
     def _imatrix_count(self) -> Tensor:
         self._need_unused()
         shown = self._imatrix_sum
-        device = None if shown is None else shown.device
+        device = torch.device("cpu") if shown is None else shown.device
         return torch.tensor(self.inner.num_input_tokens, dtype=torch.int64, device=device)
 
     @_imatrix_count.setter

@@ -7,11 +7,11 @@ from math import prod
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils import calculate_range
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.views import GroupedView
 
 __all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "number_of_parts", "supports"]
@@ -134,12 +134,18 @@ class NativeFormat(ctypes.Structure):
         ("scale_eps", ctypes.c_float),
         ("shift", ctypes.c_float),
         ("smallest", ctypes.c_int64),
+        ("range_type", ctypes.c_int64),
     )
 
     @classmethod
-    def of(cls, args: QuantizationArgs, global_scale: Tensor | None) -> NativeFormat:
-        """The format of arguments that the kernels support."""
-        lowest, highest = (float(limit) for limit in calculate_range(args, torch.device("cpu")))
+    def of(
+        cls,
+        args: QuantizationArgs,
+        global_scale: Tensor | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> NativeFormat:
+        """The format of arguments that the kernels support, for values of a dtype."""
+        lowest, highest = code_range(args)
         scale_type, limit = _ANY_SCALE, 0.0
         eps = torch.finfo(args.scale_dtype or torch.float32).eps if not _is_mx(args) else 0.0
         if args.scale_dtype == torch.float8_e4m3fn:
@@ -162,6 +168,7 @@ class NativeFormat(ctypes.Structure):
             eps,
             1.5 * 2**23 / 2**mantissa,
             smallest,
+            _TYPES[judged_range_dtype(args, dtype)],
         )
 
 

@@ -1,7 +1,7 @@
 // Number formats: how values round to codes, and how compressed-tensors makes scales of ranges.
 #pragma once
 
-#include "simd.h"
+#include "box.h"
 
 enum ScaleType : int64_t { ANY_SCALE, FLOAT8_SCALE, POWER_OF_TWO_SCALE };
 
@@ -19,6 +19,7 @@ struct Format {
   float scale_eps;    // what stands for a scale of zero
   float shift;        // float formats: 1.5 * 2**23 steps of the numbers from 1 to 2
   int64_t smallest;   // float formats: bits of the smallest normal number
+  int64_t range_type;  // of box.h: what ranges and their scales are rounded to, if symmetric
 };
 
 // To the nearest number of a small float format, ties to even. The bits of the exponent alone are
@@ -60,6 +61,18 @@ __attribute__((noinline)) static void shrink_range(const Vec* range, float facto
   shrunk[1] = range[1] * factor;
 }
 
+// Numbers >= 0 as a sixteen-bit dtype holds them, to the nearest, ties to even, and to its largest.
+static inline Vec in_range_type(const Format& format, Vec size) {
+  if (format.range_type == FLOAT16)
+    return float_code(smaller(splat(65504.0f), size), 12288.0f, 113 << 23);
+  if (format.range_type == BFLOAT16) {
+    const Vec most = from_bits(IVec{} + 0x7f7f0000);
+    IVec bits = bits_of(size > most ? most : size);
+    return from_bits((bits + 0x7fff + ((bits >> 16) & 1)) & int32_t(0xffff0000));
+  }
+  return size;
+}
+
 // compressed_tensors.quantization.utils.calculate_qparams, bit by bit: the scale as it is stored.
 static inline Vec stored_scale(const Format& format, Vec low, Vec high, Vec& zero) {
   Vec none{}, scale;
@@ -68,15 +81,15 @@ static inline Vec stored_scale(const Format& format, Vec low, Vec high, Vec& zer
   zero = none;
   if (format.symmetric) {
     Vec size = -low > high ? -low : high;
-    size = (low != low) ? low : size;
+    size = in_range_type(format, (low != low) ? low : size);
     if (format.scale_type == POWER_OF_TWO_SCALE) {
       IVec exponent = ((bits_of(size) + (1 << 21)) >> 23) & 255;
       IVec code = larger(exponent - int32_t(format.mx_offset), IVec{});
-      code = exponent == 255 ? exponent : code;
+      code = (bits_of(size) & 0x7f800000) == 0x7f800000 ? IVec{} + 255 : code;
       // Code 0 is 2**-127, half of the smallest normal number.
       scale = from_bits(code == 0 ? IVec{} + (1 << 22) : code << 23);
     } else {
-      scale = size / format.half_range;
+      scale = in_range_type(format, size / format.half_range);
     }
   } else {
     scale = (high - low) / (2 * format.half_range);

@@ -15,6 +15,7 @@ struct GridSearch {
   Format format;
   const float* low;  // expanded range of each group
   const float* high;
+  const float* units;  // of each group: what its values and scales are multiplied by
   const float* factors;  // of each step
   int64_t steps;
   float norm;
@@ -22,6 +23,7 @@ struct GridSearch {
   float clip_steps;  // scales that the whole range spans; 0: clipping bounds nothing
   int64_t squares_first;  // whether candidates are dismissed by their squared errors, norm > 2
   float doubt;       // part of the smallest error that leaves no doubt about the best step
+  float noise;       // error of a value by rounding, as a part of the largest value
   const double* known_errors;  // (groups, steps) where they are summed already, else null
   double* errors;              // (units, steps) to be filled where groups have several runs
   float* best_low;
@@ -94,6 +96,20 @@ static inline Vec power_bound(Vec exponent, float norm) {
   return power * (1 - 1e-4f - 1e-5f * norm);
 }
 
+// Errors up to which another candidate may be the best one, were they summed without rounding. The
+// norm of a group's errors is off by no more than that of what rounding adds to each of them.
+static inline Vec doubt_limit(const GridSearch& search, Vec error, Vec total_weight, Vec noise) {
+  const float norm = search.norm;
+  const Vec weight = larger(total_weight, splat(std::numeric_limits<float>::min()));
+  Vec mean = exp2_of(larger(log2_of(error / weight) / norm, splat(-126)));
+  mean = select(error > Vec{}, mean, Vec{});
+  const Vec little = error * (1 + search.doubt + 1.2f * norm * noise / mean);
+  Vec exponent = log2_of(mean + noise) * norm;
+  exponent = smaller(larger(exponent, splat(-126)), splat(126));
+  const Vec much = weight * exp2_of(exponent) * 1.02f + error * (1 + search.doubt);
+  return select(norm * noise < 0.1f * mean, little, select(noise > Vec{}, much, error));
+}
+
 // By the inequality of power means sum w |d|^p >= (sum w)^(1 - p/2) (sum w d^2)^(p/2), p > 2: whether
 // some of a tile's squared errors leave room for a smaller error than the best.
 static bool may_be_better(const Vec* squares, Vec total_weight, float norm, Vec best, IVec is_unit) {
@@ -111,7 +127,7 @@ static bool may_be_better(const Vec* squares, Vec total_weight, float norm, Vec 
 // have the same, for each lane those that differ from the one before.
 struct Steps {
   const GridSearch& search;
-  Vec range[2];
+  Vec range[2], unit;
   bool distinct;
   float* scales;  // distinct: as stored, a vector for each candidate
   float* numbers;  // distinct: of the first step of each
@@ -151,7 +167,8 @@ struct Steps {
     index = std::min(index, count - 1);
     Vec zero{};
     Vec scale = distinct ? load(scales + index * LANES) : stored(index, zero);
-    return candidate_of_stored(search.format, scale, zero);
+    Candidate found = candidate_of_stored(search.format, scale, zero);
+    return candidate_of(found.scale * unit, zero);
   }
 };
 
@@ -181,20 +198,24 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
   int64_t first = block * LANES, count = std::min<int64_t>(LANES, box.units() - first);
   Steps steps{search,
               {by_group(box, search.low, block), by_group(box, search.high, block)},
+              by_group(box, search.units, block),
               search.format.scale_type != ANY_SCALE && !sums_only && !search.known_errors,
               room.scales,
               room.numbers,
               search.steps};
   if (steps.distinct) steps.find_distinct();
-  Vec largest = larger(steps.range[1], -steps.range[0]);
+  Vec largest = larger(steps.range[1], -steps.range[0]) * steps.unit;
+  const Vec noise = largest * (search.noise / search.expand);
   IVec is_unit{};
   for (int lane = 0; lane < LANES; lane++) is_unit[lane] = lane < count ? -1 : 0;
   if (!search.known_errors) {
     load_block<false>(box, block, room.values);
+    for (int64_t i = 0; i < box.run_length; i++)
+      store(room.values + i * LANES, load(room.values + i * LANES) * steps.unit);
     if (box.weights) load_block<true>(box, block, room.weights);
   }
   Vec total_weight = splat(float(box.size));
-  if (search.squares_first && box.weights) {
+  if (!search.known_errors && box.weights) {
     total_weight = Vec{};
     for (int64_t i = 0; i < box.run_length; i++) total_weight += load(room.weights + i * LANES);
   }
@@ -213,7 +234,8 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
       bool pays = true;
       if (search.squares_first && step > 0 && !sums_only) {
         square(search, room.values, room.weights, candidates, errors);
-        pays = may_be_better(errors, total_weight, search.norm, best.error, is_unit);
+        pays = may_be_better(errors, total_weight, search.norm,
+                             doubt_limit(search, best.error, total_weight, noise), is_unit);
       }
       if (pays) {
         sum(search, room.values, room.weights, candidates, errors);
@@ -255,10 +277,12 @@ static void search_block(const GridSearch& search, int64_t block, SumErrors sum,
     }
     // While errors still fall the bound is far from them.
     if (sums_only || !search.clip_steps || falls || step + TILE >= steps.count) continue;
-    if (clips_too_much(search, largest, search.factors[step + TILE], best.error, is_unit)) break;
+    const Vec limit = doubt_limit(search, best.error, total_weight, noise);
+    if (clips_too_much(search, largest, search.factors[step + TILE], limit, is_unit)) break;
   }
   if (sums_only) return;
-  doubtful |= best.next <= best.error * (1 + search.doubt);
+  doubtful |= (best.next < infinity) &
+              (best.next <= doubt_limit(search, best.error, total_weight, noise));
   Vec found[2];
   for (int end = 0; end < 2; end++) found[end] = steps.range[end] * best.factor;
   for (int lane = 0; lane < count; lane++) {

@@ -1,0 +1,141 @@
+"""Scale and zero point of a range: compressed-tensors' own, and what stands in where they overflow.
+
+Every range of this package becomes a scale here, so that two faults of `calculate_qparams` are met
+in one place: it computes in the dtype of the range, in which `high - low` may overflow, and it
+reads a table of code limits that is built once, in the default dtype of that moment.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
+from compressed_tensors.quantization.utils import (
+    calculate_qparams,
+    calculate_range,
+    generate_gparam,
+    helpers,
+)
+from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from torch import Tensor
+
+__all__ = ["code_range", "global_scale_of_range", "judged_range_dtype", "qparams_of_range"]
+
+#: The largest E8M0 code that is a number.
+LARGEST_MX_SCALE = 2.0**127
+#: Integers of so many bits are exact in every floating dtype, half of it or all.
+EXACT_BITS = 8
+
+_table_lock = threading.Lock()
+
+
+def code_range(args: QuantizationArgs) -> tuple[float, float]:
+    """Smallest and largest code of a number format, whatever the default dtype is or was.
+
+    >>> code_range(QuantizationArgs(num_bits=4))
+    (-8.0, 7.0)
+    """
+    if args.type == QuantizationType.INT:
+        return -(2.0 ** (args.num_bits - 1)), 2.0 ** (args.num_bits - 1) - 1
+    low, high = calculate_range(args, torch.device("cpu"))
+    return float(low), float(high)
+
+
+def qparams_of_range(
+    low: Tensor, high: Tensor, args: QuantizationArgs, global_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a range, computed in its dtype.
+
+    Args:
+        low: Minimum of each group, in the dtype in which the scale is stored.
+        high: Maximum of each group, of the same shape and dtype.
+        args: Quantization arguments.
+        global_scale: TENSOR_GROUP only, shape (1,).
+
+    Returns:
+        Bit for bit what `calculate_qparams` gives, except where that overflows (`high - low` in
+        float16, say). There it is what float64 gives, or the largest scale that the dtype holds.
+    """
+    _mend_table(args, low.device)
+    scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+    lost = _overflowed(low, high, scale, args)
+    if lost is None or not bool(lost.any()):
+        return scale, zero_point
+    wide_scale, wide_zero_point = _in_float64(low, high, args, global_scale)
+    wide_scale = wide_scale.clamp(max=torch.finfo(scale.dtype).max).to(scale.dtype)
+    lost = lost.reshape(scale.shape)
+    return torch.where(lost, wide_scale, scale), torch.where(lost, wide_zero_point, zero_point)
+
+
+def global_scale_of_range(low: Tensor, high: Tensor) -> Tensor:
+    """Global scale for NVFP4, 448 * 6 / amax, float32, shape (1,).
+
+    compressed-tensors divides in the dtype of the range and takes 1.0 where that overflows, as in
+    float16 below an amax of 0.041: there float32 stands in.
+    """
+    if low.dtype == torch.float64:
+        limit = torch.finfo(torch.float32).max
+        low, high = low.clamp(-limit, limit), high.clamp(-limit, limit)
+    scale: Tensor = generate_gparam(low, high)
+    if low.dtype != torch.float16:
+        return scale
+    return torch.where(scale == 1, generate_gparam(low.float(), high.float()), scale)
+
+
+def judged_range_dtype(args: QuantizationArgs, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a search computes the scales of its candidates.
+
+    A scale that is rounded to few codes (MX, NVFP4, `scale_dtype`) may fall on another code once
+    its range is cast, so candidates are cast as the range found will be. Other scales are judged in
+    float32, as a plain evaluation of the grid does it.
+
+    Args:
+        args: Quantization arguments.
+        dtype: Dtype of the values, to which the range found is cast.
+    """
+    return torch.float32 if args.scale_dtype is None else dtype
+
+
+def _overflowed(low: Tensor, high: Tensor, scale: Tensor, args: QuantizationArgs) -> Tensor | None:
+    """Which ranges are too wide for their dtype; None where none can be."""
+    limit = torch.finfo(low.dtype).max
+    if args.type == QuantizationType.INT and 2.0**args.num_bits - 1 > limit:
+        return torch.ones_like(low, dtype=torch.bool)
+    if not args.symmetric:
+        return (high.clamp(min=0) - low.clamp(max=0)).isinf() & (low <= high)
+    # Rounding up to a power of two may pass the largest number.
+    return scale.isinf() if should_generate_mx_scales(args) else None
+
+
+def _in_float64(
+    low: Tensor, high: Tensor, args: QuantizationArgs, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    low, high = low.double(), high.double()
+    if should_generate_mx_scales(args):
+        scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+        return scale.clamp(max=LARGEST_MX_SCALE), zero_point
+    # A quarter of the range, whose width is a number in float64 too; powers of two are exact.
+    plain = args.model_copy(update={"scale_dtype": None})
+    scale, zero_point = calculate_qparams(low / 4, high / 4, plain)
+    scale = scale * 4
+    if args.scale_dtype is not None:
+        scale = round_to_quantized_type_dtype(scale, args.scale_dtype)
+    return scale, zero_point
+
+
+def _mend_table(args: QuantizationArgs, device: torch.device) -> None:
+    """Build compressed-tensors' limits anew where a default dtype of 16 bits rounded them."""
+    if args.type != QuantizationType.INT or args.num_bits <= EXACT_BITS:
+        return
+    if calculate_range(args, device)[1].dtype not in (torch.bfloat16, torch.float16):
+        return
+    with _table_lock:
+        default = torch.get_default_dtype()
+        helpers._calculate_range.cache_clear()
+        torch.set_default_dtype(torch.float32)
+        try:
+            calculate_range(args, device)
+        finally:
+            torch.set_default_dtype(default)

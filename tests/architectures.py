@@ -1,0 +1,180 @@
+"""Tiny random models of the architectures that the field brings, and inputs for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 128,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+
+
+def tiny(kind: str, config: str, **fields: Any) -> Any:
+    """A random model of the class and config class of these names."""
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**fields)
+    return getattr(transformers, kind)(made).eval()
+
+
+def whisper() -> Any:
+    return tiny(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        d_model=128,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        vocab_size=128,
+        num_mel_bins=8,
+        max_source_positions=8,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        decoder_start_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def bert() -> Any:
+    return tiny("BertForMaskedLM", "BertConfig", **SIZES)
+
+
+def modernbert() -> Any:
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    return tiny("ModernBertForMaskedLM", "ModernBertConfig", pad_token_id=0, **tokens, **SIZES)
+
+
+def t5() -> Any:
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+    return tiny(
+        "T5ForConditionalGeneration", "T5Config", vocab_size=128, decoder_start_token_id=0, **sizes
+    )
+
+
+def gpt2_classifier() -> Any:
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 128, "pad_token_id": 0}
+    return tiny("GPT2ForSequenceClassification", "GPT2Config", **sizes)
+
+
+def llama_classifier() -> Any:
+    return tiny("LlamaForSequenceClassification", "LlamaConfig", pad_token_id=0, **GROUPED)
+
+
+def falcon() -> Any:
+    return tiny("FalconForCausalLM", "FalconConfig", alibi=False, ffn_hidden_size=256, **SIZES)
+
+
+def mixtral() -> Any:
+    return tiny("MixtralForCausalLM", "MixtralConfig", num_local_experts=2, **GROUPED)
+
+
+def llama4() -> Any:
+    sizes = {**GROUPED, "intermediate_size_mlp": 256, "num_local_experts": 2, "head_dim": 32}
+    return tiny("Llama4ForCausalLM", "Llama4TextConfig", pad_token_id=0, **sizes)
+
+
+def qwen3_next() -> Any:
+    return tiny(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=128,
+        shared_expert_intermediate_size=128,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        layer_types=["linear_attention", "full_attention"],
+        **GROUPED,
+    )
+
+
+def jamba() -> Any:
+    return tiny(
+        "JambaForCausalLM",
+        "JambaConfig",
+        num_experts=2,
+        num_experts_per_tok=1,
+        use_mamba_kernels=False,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+        expert_layer_offset=1,
+        expert_layer_period=2,
+        mamba_dt_rank=16,
+        **GROUPED,
+    )
+
+
+def mamba() -> Any:
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "vocab_size": 128, "time_step_rank": 16}
+    return tiny("MambaForCausalLM", "MambaConfig", **sizes)
+
+
+def siglip() -> Any:
+    sizes = {**SIZES, "image_size": 32, "patch_size": 8}
+    del sizes["vocab_size"]
+    return tiny("SiglipVisionModel", "SiglipVisionConfig", **sizes)
+
+
+def qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    return tiny(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        text_config={**GROUPED, "rope_parameters": rope},
+        vision_config={"depth": 1, "embed_dim": 128, "hidden_size": 128, "num_heads": 4},
+        image_token_id=120,
+        video_token_id=121,
+        vision_start_token_id=122,
+        vision_end_token_id=123,
+    )
+
+
+def gemma3() -> Any:
+    return tiny(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        text_config={**GROUPED, "head_dim": 32},
+        vision_config={**SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=120,
+        boi_token_index=121,
+        eoi_token_index=122,
+    )
+
+
+def example_inputs(model: nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
+    """Inputs that the model takes: token ids, an image, or sound and token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 100, (2, 12), generator=generator)
+    kind = type(model).__name__
+    if kind.startswith("Whisper"):
+        sound = torch.randn(2, 8, 16, generator=generator)
+        return {"input_features": sound, "decoder_input_ids": ids}
+    if kind.startswith("Siglip"):
+        return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
+    if kind.startswith("T5"):
+        return {"input_ids": ids, "decoder_input_ids": ids}
+    return {"input_ids": ids}
+
+
+@torch.no_grad()
+def output_of(model: Any) -> torch.Tensor:
+    """Logits, or hidden states of a model without a head, for its example inputs."""
+    output = model(**example_inputs(model))
+    found: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found.float()

@@ -93,7 +93,8 @@ def _example_inputs(model: Any) -> dict[str, Any] | None:
         size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
         if isinstance(size, int) and isinstance(channels, int):
             dtype = next(model.parameters()).dtype
-            return {"pixel_values": torch.zeros(1, channels, size, size, dtype=dtype)}
+            shape = (1, channels, size, size)
+            return {"pixel_values": torch.zeros(shape, dtype=dtype, device="cpu")}
     inputs = getattr(model, "dummy_inputs", None)
     return dict(inputs) if isinstance(inputs, Mapping) else None
 

@@ -182,7 +182,7 @@ def _of_module(observer: Observer) -> tuple[int, ...] | None:
     if not isinstance(weight, Tensor):
         return None
     try:
-        value = torch.empty(weight.shape, device="meta")
+        value = torch.empty(weight.shape, dtype=torch.float32, device="meta")
         return tuple(arrange(value, "weight", observer.args, g_idx).qparam_shape)
     except (ValueError, NotImplementedError):
         return None

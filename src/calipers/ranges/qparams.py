@@ -21,7 +21,13 @@ from compressed_tensors.quantization.utils import (
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-__all__ = ["code_range", "global_scale_of_range", "judged_range_dtype", "qparams_of_range"]
+__all__ = [
+    "code_range",
+    "global_scale_of_range",
+    "judged_range_dtype",
+    "qparams_of_range",
+    "scale_dtype_problem",
+]
 
 #: The largest E8M0 code that is a number.
 LARGEST_MX_SCALE = 2.0**127
@@ -102,6 +108,22 @@ def judged_range_dtype(args: QuantizationArgs, dtype: torch.dtype) -> torch.dtyp
         dtype: Dtype of the values, to which the range found is cast.
     """
     return torch.float32 if args.scale_dtype is None else dtype
+
+
+def scale_dtype_problem(args: QuantizationArgs, dtype: torch.dtype) -> str | None:
+    """Why scales of values of a dtype cannot have `args.scale_dtype`; None where they can.
+
+    compressed-tensors clamps a scale of the values' dtype to the range of the other one.
+    """
+    wanted = args.scale_dtype
+    if wanted is None or not wanted.is_floating_point:
+        return None
+    if torch.finfo(wanted).max <= torch.finfo(dtype).max:
+        return None
+    return (
+        f"scale_dtype {wanted} has a wider range than {dtype}, in which compressed-tensors cannot "
+        "compute it"
+    )
 
 
 def _overflowed(low: Tensor, high: Tensor, scale: Tensor, args: QuantizationArgs) -> Tensor | None:

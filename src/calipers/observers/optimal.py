@@ -399,26 +399,21 @@ def _of_ordinary_size(
     if not sizes.numel():
         return views, extremes, 1.0
     least, most = (int(torch.frexp(size).exponent) for size in (sizes.min(), sizes.max()))
-    exponent = (
-        least
-        if least > _ORDINARY
-        else max(most, -_LEAST if factor == 1 else -_ORDINARY)
-        if most < -_ORDINARY
-        else 0
-    )
+    exponent = 0
+    if least > _ORDINARY:
+        exponent = least
+    elif most < -_ORDINARY:
+        exponent = max(most, -_LEAST if factor == 1 else -_ORDINARY)
     if exponent == 0 or most > 127:
         return views, extremes, 1.0
     more = 2.0**exponent
-    smaller = [(low.double() / more, high.double() / more) for low, high in extremes]
+
+    def divided(tensor: Tensor) -> Tensor:
+        return (tensor.double() / more).to(tensor.dtype)
+
     return (
-        [
-            replace(view, values=(view.values.double() / more).to(view.values.dtype))
-            for view in views
-        ],
-        [
-            (low.to(old[0].dtype), high.to(old[1].dtype))
-            for (low, high), old in zip(smaller, extremes, strict=True)
-        ],
+        [replace(view, values=divided(view.values)) for view in views],
+        [(divided(low), divided(high)) for low, high in extremes],
         more,
     )
 

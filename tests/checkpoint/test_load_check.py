@@ -191,6 +191,18 @@ class TestUnchecked:
             logger.remove(sink)
         assert any("could not be checked: OwnModel" in line for line in lines)
 
+    def test_where_the_twin_cannot_be_written(self, monkeypatch: Any) -> None:
+        def full(*args: Any, **kwargs: Any) -> None:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr("calipers.checkpoint.load_check.write_checkpoint", full)
+        model = quantized(llama(vocab_size=101), "W4A16")
+        check = find_load_problems(model)
+        assert check.unchecked is not None
+        assert "no space left" in check.unchecked
+        monkeypatch.undo()
+        assert find_load_problems(model) == LoadCheck()
+
     def test_a_loader_that_gives_other_values_is_found(self, monkeypatch: Any) -> None:
         model = llama(vocab_size=97)  # of no other test, whose result is remembered
         original = type(model).from_pretrained.__func__

@@ -94,7 +94,10 @@ def find_load_problems(
             tuple((name, each.model_dump_json()) for name, each in chosen.items()),
         )
         if key not in _KNOWN:
-            _KNOWN[key] = _try_kinds(twin, chosen, runs=not isinstance(plain, str))
+            try:
+                _KNOWN[key] = _try_kinds(twin, chosen, runs=not isinstance(plain, str))
+            except Exception as error:  # a full disk, say
+                return LoadCheck(unchecked=f"a small twin cannot be saved: {_first_line(error)}")
         found, whole = _KNOWN[key]
         if isinstance(plain, str) and not found:
             unrun = f"loads, but the twin cannot be run to compare its outputs: {plain}"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from compressed_tensors.quantization import fake_quantize as ct_fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
@@ -336,7 +337,24 @@ def histogram_bound(problem: Problem) -> Tensor:
         pairs = torch.cartesian_prod(ladder, ladder).T
     ends = zip(problem.range, pairs, strict=True)
     lows, highs = (end * factor.unsqueeze(-1) for end, factor in ends)
-    return problem.error(*problem.stored(lows, highs), 2).amin(0)
+    scale, zero = problem.stored(lows, highs)
+    return torch.where(overflows(problem, scale), torch.inf, problem.error(scale, zero, 2)).amin(0)
+
+
+def overflows(problem: Problem, scale: Tensor) -> Tensor:
+    """Whether compressed-tensors dequantizes the largest value to Inf (NVFP4)."""
+    if problem.global_scale is None:
+        return torch.zeros_like(scale, dtype=torch.bool)
+    largest = torch.maximum(-problem.range[0], problem.range[1]).float().expand_as(scale)
+    args = problem.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
+    found = ct_fake_quantize(
+        largest.unsqueeze(-1),
+        scale.float().unsqueeze(-1),
+        torch.zeros_like(largest).unsqueeze(-1),
+        args,
+        problem.global_scale,
+    )
+    return found.squeeze(-1).isinf()
 
 
 def output_error(

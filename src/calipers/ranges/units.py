@@ -77,7 +77,9 @@ def search_in_float32(
     if extremes[0][0].dtype == torch.float16:
         return search(views, extremes, 1.0)
     exponents = [_needed_exponents(low, high) for low, high in extremes]
-    every = torch.cat([each.reshape(-1) for each in exponents]).unique().tolist() or [0]
+    if not any(bool(each.any()) for each in exponents):
+        return search(views, extremes, 1.0)
+    every = torch.cat([each.reshape(-1) for each in exponents]).unique().tolist()
     if extremes[0][0].dtype != torch.float64:
         # One power serves all large ones.
         most = max(every)

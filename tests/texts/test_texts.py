@@ -25,7 +25,7 @@ SHARES = {
     "table": (0.04, 0.10),
     "other languages": (0.17, 0.27),
 }
-LANGUAGES = {"en", "ar", "de", "es", "fr", "ja", "ru", "zh"}
+LANGUAGES = {"en", "ar", "de", "es", "fr", "it", "ja", "ko", "ru", "zh"}
 
 
 def group(document: Document) -> str:

@@ -1,0 +1,81 @@
+"""The embedded texts: documents to calibrate with, and others to judge by.
+
+Both parts mix English prose, dialogue, source code, tables and prose of other languages. They share
+no work; what they were taken from stands in `data/README.md`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from calipers.errors import CalipersError
+
+__all__ = ["Document", "calibration_texts", "heldout_texts", "read_documents"]
+
+_DATA = Path(__file__).parent / "data"
+_PARTS = ("calibration", "heldout")
+
+
+class Document(NamedTuple):
+    """One embedded text and what it is.
+
+    Attributes:
+        kind: "prose", "dialogue", "code" or "table".
+        language: A code such as "en" or "ja"; for code and tables their notation, such as "python"
+            or "csv".
+        source: The work it was taken from, as listed in the README beside the data; "written" for a
+            text that was written for this project.
+        text: The text itself, 0.5 to 14 KB, half of the documents above 5 KB.
+    """
+
+    kind: str
+    language: str
+    source: str
+    text: str
+
+
+def calibration_texts() -> list[str]:
+    """Texts to calibrate a language model with.
+
+    Returns:
+        One string per document. The kinds alternate, so that the first documents, however many, are
+        a mixture like the whole.
+    """
+    return [document.text for document in read_documents("calibration")]
+
+
+def heldout_texts() -> list[str]:
+    """Texts to measure a language model with, of other works than the calibration texts.
+
+    Returns:
+        One string per document, in a mixed order like that of `calibration_texts`.
+    """
+    return [document.text for document in read_documents("heldout")]
+
+
+def read_documents(part: Literal["calibration", "heldout"]) -> list[Document]:
+    """Read the documents of one part with their labels.
+
+    Nothing is read before this is called, and nothing is kept afterwards.
+
+    Args:
+        part: "calibration" or "heldout".
+
+    Returns:
+        The documents in a fixed order, in which the kinds alternate.
+
+    Raises:
+        CalipersError: Another part.
+
+    Example:
+        >>> documents = read_documents("heldout")
+        >>> sorted({document.kind for document in documents})
+        ['code', 'dialogue', 'prose', 'table']
+    """
+    if part not in _PARTS:
+        raise CalipersError(f"part: expected 'calibration' or 'heldout', got {part!r}")
+    with gzip.open(_DATA / f"{part}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [Document(**json.loads(line)) for line in lines]

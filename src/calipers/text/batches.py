@@ -76,7 +76,7 @@ def read_batches(
 
 def _check(path: object, tokenizer: Any, sequence_length: int, samples: int | None) -> None:
     if tokenizer is None:
-        raise CalipersError("text needs a tokenizer, got None: pass tokenizer=")
+        raise CalipersError("text needs the model's tokenizer, got None: pass tokenizer=")
     if sequence_length < 2:
         raise CalipersError(f"sequence length: expected at least 2, got {sequence_length}")
     if samples is not None and samples < 1:

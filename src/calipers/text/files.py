@@ -11,11 +11,14 @@ from typing import Any
 from calipers.errors import CalipersError
 from calipers.text.datasets import open_saved, saved_split
 from calipers.text.extra import import_extra
-from calipers.text.samples import Sample, text_columns
+from calipers.text.samples import Sample, is_sample, text_columns
 
 __all__ = ["decode", "open_samples"]
 
+#: Rows that are read at once.
 _ROWS = 64
+#: What pyarrow's own errors derive from.
+_ARROW_ERRORS = (ValueError, OSError, NotImplementedError)
 #: Longest field of a .csv file; the module's own limit of 128 KiB is short for a text.
 _FIELD = 2**30
 
@@ -89,9 +92,13 @@ def _read_json(path: Path) -> Iterator[Sample]:
     try:
         value = json.loads(decode(path.read_bytes(), path))
     except json.JSONDecodeError as error:
-        hint = "; is it one object a line? Then call it .jsonl" * error.msg.startswith("Extra data")
-        raise CalipersError(f"{path}, line {error.lineno}: not JSON: {error}{hint}") from None
-    entries = value.get("data") if isinstance(value, dict) else value
+        if error.msg == "Extra data":  # one object a line under this name, as `datasets` writes it
+            yield from _read_jsonl(path)
+            return
+        raise CalipersError(f"{path}, line {error.lineno}: not JSON: {error}") from None
+    entries = value.get("data", value) if isinstance(value, dict) else value
+    if is_sample(entries):
+        entries = [entries]
     if not isinstance(entries, list):
         raise CalipersError(
             f"{path}: expected a list of samples, or an object with such a list under 'data'"
@@ -137,15 +144,22 @@ def _read_parquet(path: Path) -> Iterator[Sample]:
     parquet = import_extra("pyarrow.parquet", "a .parquet file")
     try:
         file = parquet.ParquetFile(path)
-    except ValueError as error:  # ArrowInvalid
+    except _ARROW_ERRORS as error:
         raise CalipersError(f"{path}: not a parquet file: {error}") from None
     with file:
         columns = text_columns(file.schema_arrow.names, str(path))
         number = 0
-        for rows in file.iter_batches(batch_size=_ROWS, columns=columns):
+        for rows in _tables(file, columns, path):
             for row in rows.to_pylist():
                 number += 1
                 yield Sample(row, f"{path}, row {number}")
+
+
+def _tables(file: Any, columns: list[str], path: Path) -> Iterator[Any]:
+    try:
+        yield from file.iter_batches(batch_size=_ROWS, columns=columns)
+    except _ARROW_ERRORS as error:
+        raise CalipersError(f"{path}: cannot be read: {error}") from None
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Sample]]] = {

@@ -54,7 +54,11 @@ def batches_for_model(
 
 def max_positions(model: Any) -> int | None:
     """Most tokens of a sequence that the model takes, where its config says so."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)  # of a model that sees or hears as well
+    if callable(of_text):
+        config = of_text()
+    limit = getattr(config, "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 

@@ -135,6 +135,11 @@ def test_layers_that_are_never_called_are_found(make, calls):
     assert model.calls == calls
 
 
+def test_an_example_that_fails_says_nothing_of_what_is_called():
+    report = calibrate(FailsOnExample(), "W8A8", "memoryless_minmax")
+    assert [each.name for each in report.modules] == ["plain", "read", "last"]
+
+
 def test_no_batches_at_all():
     report = calibrate(ReadsItsWeight(), "W8A8", "memoryless_minmax", [])
     assert [each.name for each in report.modules] == ["plain", "read"]

@@ -82,6 +82,16 @@ def calibrate(
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
             model.
         ValueError: An unknown observer, an unknown or invalid option.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from calipers.demo import MODEL_PATH
+        >>> model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+        >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        >>> texts = ["Once upon a time there was a cat.", "It sat on a mat and slept."]
+        >>> report = calibrate(model, "FP8", "memoryless_minmax", texts, tokenizer=tokenizer)
+        >>> report.batches
+        2
     """
     expect_model(model, "calipers.calibrate(model, ...)")
     check_on_missing(on_missing)

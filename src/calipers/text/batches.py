@@ -58,6 +58,14 @@ def read_batches(
         CalipersError: No such file, another kind of file, bytes that are not UTF-8, a line or row
             that is no sample, too little text, or a package missing that the file needs
             (`pip install 'calipers[data]'`).
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from calipers.demo import MODEL_PATH
+        >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        >>> batches = read_batches(["Once upon a time", "A cat sat"], tokenizer, sequence_length=3)
+        >>> [tuple(ids.shape) for ids in batches]
+        [(1, 3), (1, 3)]
     """
     if isinstance(path, str):
         path = Path(path)

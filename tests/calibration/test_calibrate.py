@@ -63,7 +63,7 @@ def test_data_that_is_needed_is_asked_for_before_any_work():
         "  input activations are quantized statically (StaticMinMaxObserver must see them): "
         f"7 modules, {first}, ...",
         "Pass data= (--data FILE): batches, as mappings of arguments (input_ids=...), tensors, or "
-        "tuples of arguments.",
+        "tuples of arguments; or text, as strings or a file, with tokenizer=.",
     ]
     assert picture(model) == before
 

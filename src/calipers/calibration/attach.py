@@ -11,6 +11,7 @@ import torch
 from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.given import expect_model
 from calipers.calibration.plan import plan_observers
 from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration
@@ -57,9 +58,11 @@ def attach(
 
     Raises:
         SchemeError: An unknown scheme, or one that modules cannot take; lists all of them.
-        CalipersError: Observers are attached already, or an observer is unknown.
+        CalipersError: Observers are attached already, an observer is unknown, or a path came in
+            place of the model.
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
+    expect_model(model, "calipers.attach(model, ...)")
     choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
     inner = unwrap(model)
     with ExitStack() as wrappers:

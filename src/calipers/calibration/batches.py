@@ -12,7 +12,7 @@ from compressed_tensors.offload.utils import send_tensors
 
 from calipers.errors import CalipersError
 
-__all__ = ["Progress", "eval_mode", "run_batches"]
+__all__ = ["Progress", "eval_mode", "expect_batches", "run_batches", "uncompiled"]
 
 # stage, done, total (None where it is not known)
 Progress: TypeAlias = Callable[[str, int, "int | None"], object]
@@ -40,16 +40,10 @@ def run_batches(
     Raises:
         CalipersError: `batches` is itself one batch or text, or a batch is of another type.
     """
-    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)) or not isinstance(
-        batches, Iterable
-    ):
-        raise CalipersError(
-            f"batches must be an iterable of batches, got {type(batches).__name__}; "
-            "put a single batch into a list"
-        )
+    expect_batches(batches)
     total = len(batches) if isinstance(batches, Sized) else None
     device = get_execution_device(model, torch.device("cpu"))
-    with eval_mode(model), torch.no_grad(), _uncompiled(model):
+    with eval_mode(model), torch.no_grad(), uncompiled(model):
         if progress is not None:
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
@@ -60,7 +54,22 @@ def run_batches(
                 progress("batches", done, total)
 
 
-def _uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
+def expect_batches(batches: object) -> None:
+    """Refuse one batch, or text, in place of an iterable of batches.
+
+    Raises:
+        CalipersError: Says what came.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping, str, bytes)) or not isinstance(
+        batches, Iterable
+    ):
+        raise CalipersError(
+            f"batches must be an iterable of batches, got {type(batches).__name__}; "
+            "put a single batch into a list"
+        )
+
+
+def uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
     """Runs what `Module.compile` compiled as it is written: observers must see each value."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")

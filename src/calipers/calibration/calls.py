@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from loguru import logger
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from calipers.calibration.batches import eval_mode
+from calipers.calibration.batches import eval_mode, uncompiled
 from calipers.calibration.example_inputs import example_inputs
 
 __all__ = ["CallCounter", "find_never_called"]
@@ -51,6 +52,37 @@ class CallCounter:
             if name and not self._calls[name] and self._calls[_parent(name)]
         }
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Let the calls inside of the block count, or, where it raises, none of them."""
+        before = self._calls.copy()
+        try:
+            yield
+        except BaseException:
+            self._calls.clear()
+            self._calls.update(before)
+            raise
+
+    def run_example(self, model: nn.Module) -> bool:
+        """Count the calls that the model's own example input makes.
+
+        Run is a model whose weights lie in memory, and for which `example_inputs` are known.
+
+        Returns:
+            Whether it ran; where it did not, or failed, nothing is counted.
+        """
+        inputs = example_inputs(model)
+        if inputs is None or any(isinstance(m._parameters, OffloadCache) for m in model.modules()):
+            return False
+        device = get_execution_device(model, torch.device("cpu"))
+        try:
+            with self.whole(), eval_mode(model), torch.no_grad(), uncompiled(model):
+                model(**send_tensors(inputs, device=device))
+        except Exception as error:
+            logger.debug("could not probe which layers run: {}: {}", type(error).__name__, error)
+            return False
+        return True
+
     def remove(self) -> None:
         """Take the hooks off; what was counted stays."""
         while self._handles:
@@ -68,20 +100,10 @@ class _Count:
 
 
 def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Modules that the model's own example input passes by; none where it cannot be run.
-
-    Run is a model whose weights lie in memory, and for which `example_inputs` are known.
-    """
-    inputs = example_inputs(model)
-    if inputs is None or any(isinstance(m._parameters, OffloadCache) for m in model.modules()):
-        return set()
+    """Modules that the model's own example input passes by; none where it cannot be run."""
     counter = CallCounter(model, names)
     try:
-        with eval_mode(model), torch.no_grad():
-            model(**send_tensors(inputs, device=get_execution_device(model, torch.device("cpu"))))
-    except Exception as error:
-        logger.debug("could not probe which layers run: {}: {}", type(error).__name__, error)
-        return set()
+        counter.run_example(model)
     finally:
         counter.remove()
     return counter.never_called

@@ -56,7 +56,7 @@ class CalibrationReport:
             weights of Linear, Conv1D, convolutions and fused experts; embeddings, norms and output
             heads do not count. 1.0 where the model holds none.
         seconds: Wall-clock time spent in running batches and freezing.
-        batches: Batches that the model took.
+        batches: Batches that the model took; 0 where no observer needed data.
         tokens_given: Tokens of the batches whose attention mask was used.
         tokens_counted: Those of them that counted: all but padding.
         unmasked: Names of modules whose values are not arranged by token in such a batch (routed

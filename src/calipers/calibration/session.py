@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -11,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from loguru import logger
 
-from calipers.calibration.batches import Progress, run_batches
+from calipers.calibration.batches import Progress, expect_batches, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
@@ -61,7 +62,7 @@ class Calibration:
     Attributes:
         model: The model.
         observed: The observed modules with their observers.
-        batches: Batches that the model took so far.
+        batches: Batches that the model took so far; none where no observer needs data.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Calibration:
         self._update = UpdateState()
         self._tokens_given = self._tokens_counted = 0
         self._seconds = 0.0
+        self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
         self._calls = CallCounter(model, [each.name for each in self.observed])
         try:
@@ -99,6 +101,10 @@ class Calibration:
         May be called several times; statistics go on growing. The model runs in eval mode without
         gradients, and every module's training flag is restored. An exception goes on; a batch
         counts wholly or not at all, so that all statistics are then those of the batches before.
+
+        Where no observer needs data nothing is run, and no batch counts: weights alone whose
+        observer looks at nothing else, or dynamic activations. Which layers the model calls is then
+        found with its own example input or, where there is none, with the first batch.
 
         Args:
             batches: Each one a mapping (called as `model(**batch)`), a tensor (`model(batch)`),
@@ -123,7 +129,21 @@ class Calibration:
                 return self._whole_batch(masked)
 
             with self._clock():
-                run_batches(self.model, batches, self._count_batch, progress, whole)
+                if any(each.wants_data for each in self.observed):
+                    run_batches(self.model, batches, self._count_batch, progress, whole)
+                else:
+                    self._skip_data(batches)
+
+    def _skip_data(self, batches: Iterable[Any]) -> None:
+        """No pass over the data, but for what finds layers that are never called."""
+        expect_batches(batches)
+        if self._skipped:
+            return
+        self._skipped = True
+        logger.info("the data was not run: no observer of this calibration needs any")
+        if self.observed and not self._calls.run_example(self.model):
+            first = itertools.islice(batches, 1)
+            run_batches(self.model, first, lambda: None, within=lambda _: self._calls.whole())
 
     def freeze(
         self, on_missing: OnMissing = "error", progress: Progress | None = None
@@ -249,7 +269,7 @@ class Calibration:
         try:
             for each in fed:
                 each.begin_batch()
-            with token_mask(masked.mask):
+            with self._calls.whole(), token_mask(masked.mask):
                 yield
             for each in fed:
                 each.end_batch()

@@ -1,0 +1,143 @@
+"""`read_batches`: token batches from files, datasets and Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from calipers.errors import CalipersError
+from calipers.text.datasets import is_dataset, iterate_dataset
+from calipers.text.files import decode, open_samples
+from calipers.text.samples import Sample, encode_sample, encode_text
+
+__all__ = ["read_batches"]
+
+
+def read_batches(
+    path: str | Path | Iterable[Any],
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    samples: int | None = None,
+    batch_size: int = 8,
+) -> list[Tensor]:
+    """Read text into batches of token ids.
+
+    A `.txt` file is one stream of tokens, cut into sequences of `sequence_length`; where fewer
+    samples are wanted than it holds, they are spread evenly over it.
+
+    All else holds samples: a `.jsonl` file one in each line, a `.json` file a list of them (or
+    `{"data": [...]}`), a `.csv` or `.parquet` file one in each row, and so does a folder that
+    `datasets` saved by `save_to_disk` (its split "train", or its only one; "folder:test" is the
+    split "test"). In Python: a list or any iterable of samples, or a dataset of `datasets`. The
+    first `samples` of them are taken, and no more are read. Each is cut to `sequence_length` and
+    is a batch of its own. Those that are empty, or shorter than two tokens, are left out, and a
+    warning says how many.
+
+    A sample is a string or has fields: "text"; or "messages", for the tokenizer's
+    chat template; or a pair such as "prompt" and "response" ("prompt" and "completion",
+    "instruction" with "input" and "output", "question" and "answer"), which goes through the chat
+    template where there is one and is joined by a line break where there is none.
+
+    Args:
+        path: The file, UTF-8, the folder, or the samples themselves.
+        tokenizer: A transformers tokenizer.
+        sequence_length: Most tokens of a sequence, at least 2.
+        samples: Most sequences; None takes all.
+        batch_size: Sequences of a batch, for `.txt` files.
+
+    Returns:
+        Tensors of token ids, int64, shape (batch, tokens).
+
+    Raises:
+        CalipersError: No such file, another kind of file, bytes that are not UTF-8, a line or row
+            that is no sample, too little text, or a package missing that the file needs
+            (`pip install 'calipers[data]'`).
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from calipers.demo import MODEL_PATH
+        >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        >>> batches = read_batches(["Once upon a time", "A cat sat"], tokenizer, sequence_length=3)
+        >>> [tuple(ids.shape) for ids in batches]
+        [(1, 3), (1, 3)]
+    """
+    if isinstance(path, str):
+        path = Path(path)
+    _check(path, tokenizer, sequence_length, samples)
+    if isinstance(path, Path) and path.suffix.lower() == ".txt" and path.is_file():
+        ids = _read_stream(path, tokenizer)
+        batches = _cut_stream(ids, sequence_length, samples, batch_size)
+        name = str(path)
+    else:
+        name, found = _open(path)
+        batches = _encode(found, name, tokenizer, sequence_length, samples)
+    if not batches:
+        raise CalipersError(f"{name}: holds no sequence of at least two tokens")
+    return batches
+
+
+def _check(path: object, tokenizer: Any, sequence_length: int, samples: int | None) -> None:
+    if tokenizer is None:
+        raise CalipersError("text needs the model's tokenizer, got None: pass tokenizer=")
+    if sequence_length < 2:
+        raise CalipersError(f"sequence length: expected at least 2, got {sequence_length}")
+    if samples is not None and samples < 1:
+        raise CalipersError(f"samples: expected at least 1, got {samples}")
+    one = isinstance(path, (bytes, Tensor)) or (isinstance(path, Mapping) and not is_dataset(path))
+    if one or not isinstance(path, (Path, Iterable)):
+        raise CalipersError(
+            "data: expected a path, a list of strings or of objects, or a dataset, "
+            f"got {type(path).__name__}"
+        )
+
+
+def _open(path: Path | Iterable[Any]) -> tuple[str, Iterator[Sample]]:
+    if isinstance(path, Path):
+        return str(path), open_samples(path)
+    if is_dataset(path):
+        return "dataset", iterate_dataset(path, "dataset")
+    return "data", (Sample(value, f"data[{place}]") for place, value in enumerate(path))
+
+
+def _encode(
+    found: Iterator[Sample], name: str, tokenizer: Any, length: int, samples: int | None
+) -> list[Tensor]:
+    batches: list[Tensor] = []
+    left_out = 0
+    for sample in found:
+        ids = encode_sample(sample, tokenizer)
+        if ids.numel() < 2:
+            left_out += 1
+            continue
+        batches.append(ids[None, :length])
+        if len(batches) == samples:
+            break
+    if left_out:
+        logger.warning(
+            "{}: left out {} of {} samples: empty, or shorter than two tokens",
+            name,
+            left_out,
+            left_out + len(batches),
+        )
+    return batches
+
+
+def _read_stream(path: Path, tokenizer: Any) -> Tensor:
+    text = decode(path.read_bytes(), path)
+    return encode_text(text.replace("\r\n", "\n").replace("\r", "\n"), tokenizer)
+
+
+def _cut_stream(ids: Tensor, length: int, samples: int | None, batch_size: int) -> list[Tensor]:
+    if ids.numel() < length:
+        return [ids[None]] if ids.numel() > 1 else []
+    sequences = ids[: ids.numel() // length * length].view(-1, length)
+    if samples is not None and samples < len(sequences):
+        picked = torch.linspace(0, len(sequences) - 1, samples).round().long()
+        sequences = sequences[picked]
+    return list(sequences.split(batch_size))

@@ -1,0 +1,82 @@
+"""`batches_for_model`: data as `Calibration.run` takes it, whether it is text or batches."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calipers.text.batches import read_batches
+from calipers.text.datasets import dataset_columns, is_dataset
+from calipers.text.samples import is_sample
+
+__all__ = ["batches_for_model", "max_positions"]
+
+
+def batches_for_model(
+    data: Any,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    *,
+    samples: int = 128,
+    sequence_length: int = 512,
+) -> Iterable[Any]:
+    """Turn text into batches for a model; batches come back as they are.
+
+    Args:
+        data: Text, as `read_batches` takes it; or anything else.
+        model: The model; sequences get no longer than the positions that its config names.
+        tokenizer: Its tokenizer; may be None where `data` is no text.
+        samples: Most sequences of text.
+        sequence_length: Most tokens of a sequence of text.
+
+    Returns:
+        Mappings of the model's arguments, or `data`.
+
+    Raises:
+        CalipersError: As `read_batches`; text without a tokenizer.
+    """
+    text, data = _find_text(data)
+    if not text:
+        return data  # type: ignore[no-any-return]
+    length = min(sequence_length, max_positions(model) or sequence_length)
+    found = read_batches(data, tokenizer, sequence_length=length, samples=samples)
+    # Nobody reads the keys and values that a language model would keep.
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if caches else {}
+    return [{"input_ids": ids, **options} for ids in found]
+
+
+def max_positions(model: Any) -> int | None:
+    """Most tokens of a sequence that the model takes, where its config says so."""
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)  # of a model that sees or hears as well
+    if callable(of_text):
+        config = of_text()
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def _find_text(data: Any) -> tuple[bool, Any]:
+    """Whether data is text, and the data; an iterator's first value is looked at and put back."""
+    if isinstance(data, (str, Path)):
+        return True, data
+    if is_dataset(data):
+        return "input_ids" not in dataset_columns(data), data
+    if isinstance(data, Iterator):
+        first = list(itertools.islice(data, 1))
+        return _starts_with_text(first), itertools.chain(first, data)
+    if not isinstance(data, Tensor) and callable(getattr(data, "tolist", None)):
+        values = data.tolist()  # a column of pandas, an array
+        if isinstance(values, list) and _starts_with_text(values):
+            return True, values
+    return isinstance(data, (list, tuple)) and _starts_with_text(data), data
+
+
+def _starts_with_text(values: Any) -> bool:
+    return len(values) > 0 and is_sample(values[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,18 @@ from calipers.observers import Observer
 from calipers.text import read_batches
 from calipers.verdict import output_verdict, verdict
 
-__all__ = ["Run", "RunResult", "compare", "execute", "print_comparison", "run_json"]
+__all__ = [
+    "Run",
+    "RunResult",
+    "compare",
+    "comparison_json",
+    "execute",
+    "judge_schemes",
+    "plan_runs",
+    "print_comparison",
+]
+
+_OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
 
 _Progress = Callable[[str, int, int | None], object]
 
@@ -164,21 +176,9 @@ def compare(
         verdicts = judge_schemes(results, patterns)
     name = "demo" if model is None else str(model)
     if json:
-        print_json(
-            {
-                "model": name,
-                "sequences": sum(len(each) for each in judged),
-                "tokens": sum(each.numel() for each in judged),
-                "unquantized": {"bytes": size, "perplexity": _perplexity_json(before)},
-                "runs": [run_json(each) for each in results],
-                "verdicts": verdicts,
-            }
-        )
+        print_json(comparison_json(name, judged, before, size, results, verdicts))
     else:
         print_comparison(f"{name}, quantized and judged", before, size, results, verdicts)
-
-
-_OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
 
 
 @dataclass(frozen=True)
@@ -310,8 +310,7 @@ def judge_schemes(results: Sequence[RunResult], ignore: Sequence[str] = ()) -> d
     best: dict[str, RunResult] = {}
     for each in results:
         kept = best.get(each.run.scheme)
-        # A NaN is smaller than nothing, so that a broken run never stays the best one.
-        if kept is None or not _figure(kept) <= _figure(each):
+        if kept is None or _figure(each) < _figure(kept):
             best[each.run.scheme] = each
     found = {}
     for name, each in best.items():
@@ -332,12 +331,32 @@ def judge_schemes(results: Sequence[RunResult], ignore: Sequence[str] = ()) -> d
 
 
 def _figure(result: RunResult) -> float:
+    """What a run is ranked by; a broken one comes last."""
     change = result.change
-    return change.value if isinstance(change, OutputError) else change.relative
+    figure = change.value if isinstance(change, OutputError) else change.relative
+    return math.inf if math.isnan(figure) else figure
 
 
-def run_json(result: RunResult) -> dict[str, Any]:
-    """A run and its result for JSON."""
+def comparison_json(
+    model: str,
+    judged: Sequence[Tensor],
+    before: Measured,
+    size: int,
+    results: Sequence[RunResult],
+    verdicts: dict[str, str],
+) -> dict[str, Any]:
+    """A comparison for JSON."""
+    return {
+        "model": model,
+        "sequences": sum(len(each) for each in judged),
+        "tokens": sum(each.numel() for each in judged),
+        "unquantized": {"bytes": size, "perplexity": _perplexity_json(before)},
+        "runs": [_run_json(each) for each in results],
+        "verdicts": verdicts,
+    }
+
+
+def _run_json(result: RunResult) -> dict[str, Any]:
     change = result.change
     return {
         "scheme": result.run.scheme,

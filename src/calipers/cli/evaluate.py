@@ -181,9 +181,9 @@ def print_evaluation(text: str, rows: list[dict[str, Any]]) -> None:
     """Print the table of an evaluation, and under it what went wrong."""
     outputs = any(isinstance(row.get("change"), OutputError) for row in rows)
     heading = "output error" if outputs else "change"
-    columns = ("model", "loads", "size", "perplexity", heading)
+    columns = ["model", "loads", "size", "perplexity", heading]
     judged = [row for row in rows if "tokens" in row]
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row in rows:
         perplexity: Perplexity | None = row.get("perplexity")
         change = row.get("change")
@@ -199,6 +199,8 @@ def print_evaluation(text: str, rows: list[dict[str, Any]]) -> None:
                 change_text(change) if change else "-",
             )
         )
+    if not any("change" in row for row in rows):
+        columns, cells = columns[:-1], [row[:-1] for row in cells]
     print_records(f"Judged by {text}", columns, cells, right=columns[2:])
     lines = [("sequences", f"{row['sequences']}, {row['tokens']:,} tokens") for row in judged[:1]]
     lines += [("note", f"{row['path']}: {row['note']}") for row in rows if row.get("note")]

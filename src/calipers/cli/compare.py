@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.filesize import decimal
 from torch import Tensor
@@ -264,6 +265,7 @@ def execute(
     ignore: Sequence[str] = (),
     on_unfit: str = "error",
     activation_observer: str | None = None,
+    stored: torch.dtype | None = None,
 ) -> RunResult:
     """Quantize a model in place and judge it.
 
@@ -277,6 +279,8 @@ def execute(
         ignore: Modules left alone, as for `calibrate`.
         on_unfit: As for `calibrate`.
         activation_observer: As for `calibrate`.
+        stored: Dtype that a checkpoint would have, which its size is told for; None for that of the
+            model.
     """
     more = {"use_cache": False} if writes_text(model) else {}
     started = time.perf_counter()
@@ -294,6 +298,8 @@ def execute(
     errors = [each.weight_error for each in report.modules if each.weight_error is not None]
     objectives = {each.objective for each in report.modules}
     after = measure(model, judged, progress)
+    if stored is not None:
+        model.to(stored)  # after all that is measured
     return RunResult(
         run,
         sum(errors) / len(errors) if errors else None,

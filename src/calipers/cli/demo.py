@@ -38,15 +38,18 @@ def demo(
     """
     with plain_errors(), show_progress() as progress:
         model = load_model(MODEL_PATH, device="cpu", dtype="auto")
+        stored, size = model.dtype, model_bytes(model)
+        model = model.float()  # most CPUs are several times slower in bfloat16
         tokenizer = load_tokenizer(MODEL_PATH)
         data = read_batches(CALIBRATION_TEXT, tokenizer, sequence_length=256, samples=64)
         judged = read_batches(HELDOUT_TEXT, tokenizer, sequence_length=256, batch_size=16)
-        before, size = measure(model, judged, progress), model_bytes(model)
+        before = measure(model, judged, progress)
         runs = plan_runs(_SCHEMES, _OBSERVERS, [])
         results = []
         for done, run in enumerate(runs):
             progress("runs", done, len(runs))
-            results.append(execute(copy.deepcopy(model), run, data, judged, before, progress))
+            quantized = copy.deepcopy(model)
+            results.append(execute(quantized, run, data, judged, before, progress, stored=stored))
         verdicts = judge_schemes(results)
     if json:
         print_json(comparison_json("demo", judged, before, size, results, verdicts))

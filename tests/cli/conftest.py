@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from typer.testing import CliRunner, Result
 
 from calipers.cli import app
@@ -58,6 +64,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         )
     model.save_pretrained(path)
+    train_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BERT without a head and its tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "bert"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=320,
+            hidden_size=128,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+        BertModel(config).save_pretrained(path)
     train_tokenizer().save_pretrained(path)
     return path
 

@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import pytest
 
 from cli.conftest import Calipers, succeeded
 
 SCHEMES = ("W4A16", "NVFP4", "FP8")
-OBSERVERS = ("memoryless_minmax", "imatrix_mse")
+OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal objective=hessian")
 
 
-def check(result: dict[str, Any], observers: tuple[str, ...]) -> None:
-    assert result.keys() == {"perplexity", "bytes", "runs"}
-    # An untrained model of 1024 tokens has a perplexity of about 1024.
-    assert 1 < result["perplexity"] < 100
-    runs = result["runs"]
-    assert [(run["scheme"], run["observer"]) for run in runs] == [
-        (scheme, observer) for scheme in SCHEMES for observer in observers
-    ]
-    for run in runs:
-        assert 0 < run["weight_error"] < 0.2
-        assert 1 < run["perplexity"] < 1.5 * result["perplexity"]
-        assert run["bytes"] < result["bytes"]
-        assert run["seconds"] > 0
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few sequences alone: all of them under all schemes take a minute."""
+    from calipers.cli import demo
+
+    def read(*args: object, **kwargs: object) -> object:
+        return demo_read(*args, **{**kwargs, "samples": 2})  # type: ignore[arg-type]
+
+    demo_read = demo.read_batches
+    monkeypatch.setattr(demo, "read_batches", read)
 
 
-@pytest.mark.slow
-def test_demo_as_json(calipers: Calipers) -> None:
-    check(succeeded(calipers("demo", "--json")), OBSERVERS)
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("short")
 def test_demo_as_table(calipers: Calipers) -> None:
     result = calipers("demo")
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.stdout
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert [line[0] for line in lines[2:]] == [
-        "unquantized",
-        *(scheme for scheme in SCHEMES for _ in OBSERVERS),
-    ]
+    lines = result.stdout.splitlines()
+    runs = list(itertools.product(SCHEMES, OBSERVERS))
+    assert lines[2].split()[0] == "unquantized"
+    for line, (scheme, observer) in zip(lines[3:], runs, strict=False):
+        assert line.split()[0] == scheme
+        assert f" {observer}  " in line
+    assert [line.split()[0] for line in lines[3 + len(runs) :]] == list(SCHEMES)
+
+
+@pytest.mark.slow
+def test_demo_as_json(calipers: Calipers) -> None:
+    result = succeeded(calipers("demo", "--json"))
+    assert result["model"] == "demo"
+    before = result["unquantized"]
+    # An untrained model of 1024 tokens has a perplexity of about 1024.
+    assert 1 < before["perplexity"]["value"] < 100
+    runs = {
+        (
+            run["scheme"],
+            " ".join([run["observer"], *(f"{k}={v}" for k, v in run["options"].items())]),
+        ): run
+        for run in result["runs"]
+    }
+    assert list(runs) == list(itertools.product(SCHEMES, OBSERVERS))
+    for run in runs.values():
+        assert 0 < run["weight_error"] < 0.2
+        assert 1 < run["perplexity"]["value"] < 1.5 * before["perplexity"]["value"]
+        assert run["bytes"] < before["bytes"]
+        assert run["seconds"] > 0
+    # What the page on observers shows: the hessian objective is the best for NVFP4.
+    nvfp4 = {observer: runs["NVFP4", observer]["change"]["value"] for observer in OBSERVERS}
+    assert min(nvfp4, key=nvfp4.__getitem__) == "optimal objective=hessian"
+    assert result["verdicts"].keys() == set(SCHEMES)

@@ -14,7 +14,7 @@ from calipers import cli
 from calipers.observers import Observer
 from cli.conftest import Calipers, succeeded
 
-COMMANDS = ("calibrate", "demo", "observers", "schemes", "doctor")
+COMMANDS = ("calibrate", "evaluate", "compare", "demo", "observers", "schemes", "doctor")
 
 
 def registered() -> dict[str, type[Observer]]:

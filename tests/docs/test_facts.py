@@ -65,7 +65,9 @@ def test_command_line_page_lists_the_commands() -> None:
     assert listed == list(commands())
 
 
-@pytest.mark.parametrize("command", ["calibrate", "demo", "observers", "schemes", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["calibrate", "evaluate", "compare", "demo", "observers", "schemes", "doctor"]
+)
 def test_command_line_page_lists_the_options(command: str) -> None:
     _, section = COMMAND_LINE.read_text("utf-8").split(f"\n## calipers {command}\n")
     section = section.split("\n## ")[0]

@@ -8,8 +8,10 @@ import typer
 
 from calipers import __version__
 from calipers.cli.calibrate import calibrate
+from calipers.cli.compare import compare
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
+from calipers.cli.evaluate import evaluate
 from calipers.cli.listings import observers, schemes
 
 __all__ = ["app"]
@@ -41,6 +43,8 @@ def _main(
 
 
 app.command()(calibrate)
+app.command()(evaluate)
+app.command()(compare)
 app.command()(demo)
 app.command()(observers)
 app.command()(schemes)

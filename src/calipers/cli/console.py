@@ -24,7 +24,14 @@ from rich.table import Table
 
 from calipers.calibration.batches import Progress as ProgressFunction
 
-__all__ = ["plain_errors", "print_json", "print_lines", "print_table", "show_progress"]
+__all__ = [
+    "plain_errors",
+    "print_json",
+    "print_lines",
+    "print_table",
+    "show_progress",
+    "terminal_width",
+]
 
 #: Wide enough for any table where there is no terminal to fit.
 _PIPE_WIDTH = 200
@@ -33,6 +40,12 @@ _PIPE_WIDTH = 200
 def _console(*, stderr: bool = False) -> Console:
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(stderr=stderr, highlight=False, width=None if terminal else _PIPE_WIDTH)
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that standard output goes to; None in a pipe or a file."""
+    console = _console()
+    return console.width if console.is_terminal else None
 
 
 def print_table(
@@ -89,8 +102,10 @@ def show_progress() -> Iterator[ProgressFunction]:
     tasks: dict[str, TaskID] = {}
 
     def advance(stage: str, done: int, total: int | None) -> None:
-        if stage not in tasks or done < bars.tasks[tasks[stage]].completed:
+        if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
+        elif done < bars.tasks[tasks[stage]].completed:
+            bars.reset(tasks[stage], total=total)  # begun again: no second bar of that name
         bars.update(tasks[stage], completed=done, total=total)
 
     with bars:

@@ -1,36 +1,35 @@
-"""`calipers demo`: the embedded model under three schemes, two observers each."""
+"""`calipers demo`: the embedded model under three schemes, four observers each."""
 
 from __future__ import annotations
 
 import copy
-import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
-from calipers.calibration import calibrate
-from calipers.checkpoint import compressed_size
-from calipers.cli.console import plain_errors, print_json, print_table, show_progress
+from calipers.cli.compare import (
+    comparison_json,
+    execute,
+    judge_schemes,
+    plan_runs,
+    print_comparison,
+)
+from calipers.cli.console import plain_errors, print_json, show_progress
+from calipers.cli.judging import measure
 from calipers.cli.models import load_model, load_tokenizer, model_bytes
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
-from calipers.evaluation import perplexity
 from calipers.text import read_batches
 
 __all__ = ["demo"]
 
-_SCHEMES = {
-    "W4A16": "int4 weights, groups of 128",
-    "NVFP4": "fp4 weights and inputs, groups of 16",
-    "FP8": "fp8 weights and static inputs",
-}
-_OBSERVERS = ("memoryless_minmax", "imatrix_mse")
+_SCHEMES = ("W4A16", "NVFP4", "FP8")
+_OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal:objective=hessian")
 
 
 def demo(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Calibrate the embedded model under three schemes with two observers each, and compare.
+    """Calibrate the embedded model under three schemes with four observers each, and compare.
 
     Examples:
       calipers demo
@@ -39,50 +38,20 @@ def demo(
     """
     with plain_errors(), show_progress() as progress:
         model = load_model(MODEL_PATH, device="cpu", dtype="auto")
+        stored, size = model.dtype, model_bytes(model)
+        model = model.float()  # most CPUs are several times slower in bfloat16
         tokenizer = load_tokenizer(MODEL_PATH)
         data = read_batches(CALIBRATION_TEXT, tokenizer, sequence_length=256, samples=64)
         judged = read_batches(HELDOUT_TEXT, tokenizer, sequence_length=256, batch_size=16)
-        base = perplexity(model, judged, progress)
-        rows: list[dict[str, Any]] = []
-        for scheme in _SCHEMES:
-            for observer in _OBSERVERS:
-                started = time.perf_counter()
-                quantized = copy.deepcopy(model)
-                report = calibrate(
-                    quantized, scheme, observer, [{"input_ids": ids} for ids in data]
-                )
-                errors = [m.weight_error for m in report.modules if m.weight_error is not None]
-                rows.append(
-                    {
-                        "scheme": scheme,
-                        "observer": observer,
-                        "weight_error": sum(errors) / len(errors),
-                        "perplexity": perplexity(quantized, judged, progress),
-                        "bytes": compressed_size(quantized),
-                        "seconds": time.perf_counter() - started,
-                    }
-                )
+        before = measure(model, judged, progress)
+        runs = plan_runs(_SCHEMES, _OBSERVERS, [])
+        results = []
+        for done, run in enumerate(runs):
+            progress("runs", done, len(runs))
+            quantized = copy.deepcopy(model)
+            results.append(execute(quantized, run, data, judged, before, progress, stored=stored))
+        verdicts = judge_schemes(results)
     if json:
-        print_json({"perplexity": base, "bytes": model_bytes(model), "runs": rows})
-        return
-    float_row = ("unquantized", "", "-", f"{base:.3f}", "-", decimal(model_bytes(model)), "-")
-    print_table(
-        "The demo model on held-out text",
-        ("scheme", "observer", "weight error", "perplexity", "change", "size", "seconds"),
-        [
-            float_row,
-            *(
-                (
-                    f"{row['scheme']} ({_SCHEMES[row['scheme']]})",
-                    row["observer"],
-                    f"{row['weight_error']:.4f}",
-                    f"{row['perplexity']:.3f}",
-                    f"{row['perplexity'] / base - 1:+.2%}",
-                    decimal(row["bytes"]),
-                    f"{row['seconds']:.1f}",
-                )
-                for row in rows
-            ),
-        ],
-        right=("weight error", "perplexity", "change", "size", "seconds"),
-    )
+        print_json(comparison_json("demo", judged, before, size, results, verdicts))
+    else:
+        print_comparison("The demo model on held-out text", before, size, results, verdicts)

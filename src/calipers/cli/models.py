@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,31 +18,69 @@ __all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
-    """Load a causal language model from a local directory; nothing is fetched.
+def load_model(
+    path: Path, *, device: str | None, dtype: str, refuse_incomplete: bool = False
+) -> Any:
+    """Load a model from a local directory; nothing is fetched.
 
     Args:
-        path: A transformers directory.
+        path: A transformers directory. What its config calls by the name of a bare encoder or
+            decoder (`BertModel`) is loaded as that, anything else as a causal language model.
         device: Where to put it; None takes a GPU if there is one.
         dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
+        refuse_incomplete: Whether weights that the checkpoint lacks, or has in other shapes, are
+            an error; transformers makes up random ones.
 
     Raises:
-        CalipersError: No such directory, no model in it, or an unknown device or dtype.
+        CalipersError: No such directory, no model in it, an unknown device or dtype, or weights
+            that are missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     if dtype not in _DTYPES:
         raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     place = _device(device)
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
+    kind: Any = AutoModel if _is_bare(path) else AutoModelForCausalLM
     with no_progress_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             local_files_only=True,
+            output_loading_info=True,
         )
+    if refuse_incomplete:
+        _refuse_incomplete(path, info)
     return model.to(place).eval()
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether the config names a model without a head, as those of sentence encoders do."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
+    )
+
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+    except (ValueError, AttributeError):
+        return False  # transformers says what is wrong with it
+    heads, bare = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), MODEL_MAPPING_NAMES.values()
+    return any(name in bare for name in names) and not any(name in heads for name in names)
+
+
+def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
+    # A pooler comes after the last hidden state: sentence encoders are often saved without it.
+    missing = [name for name in info["missing_keys"] if "pooler." not in name]
+    missing += [each[0] for each in info["mismatched_keys"]]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CalipersError(
+            f"{path}: lacks weights that the model needs, or has them in other shapes: "
+            f"{min(missing)}{more}"
+        )
 
 
 def _device(name: str | None) -> torch.device:

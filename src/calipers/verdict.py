@@ -1,0 +1,241 @@
+"""`verdict`: a result in words, what is usual for its scheme and what to try next."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
+
+__all__ = ["output_verdict", "verdict"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of scheme and what was measured under it.
+
+    Attributes:
+        name: In words.
+        perplexity: Relative changes of the perplexity: of the demo model at its best, of
+            SmolLM2-135M with `optimal`, of SmolLM2-135M with min/max.
+        outputs: Output errors of all-MiniLM-L6-v2: at its best, with `optimal`, with min/max.
+    """
+
+    name: str
+    perplexity: tuple[float, float, float]
+    outputs: tuple[float, float, float]
+
+
+#: docs/evaluating.md has these figures in a table, each with where it comes from.
+_KINDS = {
+    "w8a16": _Kind("8-bit weights", (0.0, 0.01, 0.02), (0.0, 0.01, 0.02)),
+    "w8a8": _Kind("8-bit weights and activations", (0.0, 0.01, 0.02), (0.0, 0.01, 0.02)),
+    "int4": _Kind("int4 weights in groups", (0.008, 0.16, 0.46), (0.0, 0.01, 0.02)),
+    "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88), (0.0, 0.01, 0.02)),
+    "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11), (0.0, 0.01, 0.02)),
+    "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28), (0.0, 0.01, 0.02)),
+    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.005, 0.086, 0.28), (0.0, 0.01, 0.02)),
+    "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 0.2, 0.3), (0.0, 0.01, 0.02)),
+}
+
+_Scheme: TypeAlias = QuantizationConfig | QuantizationScheme
+
+
+def verdict(
+    scheme: _Scheme,
+    change: float,
+    standard_error: float | None,
+    *,
+    objective: str | None = None,
+) -> str:
+    """One line on a change of the perplexity: how certain, how usual, what to try next.
+
+    What is usual was measured on two small models; a guide, no limit.
+
+    Args:
+        scheme: What the model was quantized under; of a config's groups the one with the fewest
+            bits counts.
+        change: Relative change of the perplexity, `Difference.relative`.
+        standard_error: Its paired standard error; None where it is not known.
+        objective: What the observer of weights minimised, as `ModuleReport.objective`.
+
+    Returns:
+        A sentence or two, without a line break.
+
+    Examples:
+        >>> from compressed_tensors.quantization import preset_name_to_scheme
+        >>> verdict(preset_name_to_scheme("W4A16", ["Linear"]), 0.001, 0.002)
+        'no difference that this text shows: +0.1% is within two standard errors (0.4%). \
+Nothing to mend; more text would show a smaller difference.'
+    """
+    scheme = _hardest(scheme)
+    if not math.isfinite(change):
+        return _broken("the perplexity is no number")
+    kind = _kind_of(scheme)
+    figure = f"{change:+.1%} perplexity"
+    if standard_error is not None and abs(change) <= 2 * standard_error:
+        low = kind is None or change + 2 * standard_error <= kind.perplexity[1]
+        shown = (
+            f"no difference that this text shows: {change:+.1%} is within two standard errors "
+            f"({2 * standard_error:.1%}). "
+        )
+        if low:
+            return shown + "Nothing to mend; more text would show a smaller difference."
+        return shown + "That is too little text to tell: judge by more sequences (--eval)."
+    if change < 0:
+        return (
+            f"{figure}: better than before, which rounding weights does not do by itself. Judge by "
+            "other text (--eval) before believing it."
+        )
+    return _in_words(figure, change, kind, scheme, objective)
+
+
+def output_verdict(
+    scheme: _Scheme,
+    error: float,
+    standard_error: float | None,
+    *,
+    objective: str | None = None,
+) -> str:
+    """One line on the output error of a model without a language head; see `verdict`.
+
+    Args:
+        scheme: As for `verdict`.
+        error: `OutputError.value`.
+        standard_error: `OutputError.standard_error`.
+        objective: As for `verdict`.
+    """
+    scheme = _hardest(scheme)
+    if not math.isfinite(error):
+        return _broken("the outputs are no numbers")
+    kind = _kind_of(scheme)
+    shown = f"{error:.3f}" + ("" if standard_error is None else f" ± {standard_error:.3f}")
+    return _in_words(f"output error {shown}", error, kind, scheme, objective, outputs=True)
+
+
+def _broken(why: str) -> str:
+    return (
+        f"broken: {why}. Look for NaN in the report's weight errors, and try a wider dtype "
+        "(--dtype float32)."
+    )
+
+
+def _in_words(
+    figure: str,
+    value: float,
+    kind: _Kind | None,
+    scheme: QuantizationScheme,
+    objective: str | None,
+    *,
+    outputs: bool = False,
+) -> str:
+    steps = _next_steps(scheme, objective)
+    if kind is None:
+        return f"{figure}; what is usual for this scheme was not measured. {_try(steps)}"
+    best, usual, worst = kind.outputs if outputs else kind.perplexity
+    shown = _plain if outputs else _percent
+    measured = f"{shown(best)} to {shown(usual)} measured on small models"
+    if value < best:
+        return f"{figure}: less than usual for {kind.name} ({measured}). Nothing to mend."
+    if value <= usual:
+        return f"{figure}: usual for {kind.name} ({measured}). {_try(steps[:2], 'Nearer still: ')}"
+    if value <= worst:
+        steps = [*steps[:2], "more calibration data", *_EIGHT_BITS[: _bits(scheme) < 8]]
+        return f"{figure}: more than usual for {kind.name} ({measured}). {_try(steps)}"
+    steps = ["calibration data of the kind that the model is used on", *steps[:2]]
+    return (
+        f"{figure}: far more than usual for {kind.name} ({measured}, {shown(worst)} with plain "
+        f"min/max). {_try([*steps, *_EIGHT_BITS[: _bits(scheme) < 8]])}"
+    )
+
+
+_EIGHT_BITS = ["8 bits for the modules with the largest weight errors"]
+
+
+def _try(steps: list[str], lead: str = "Try ") -> str:
+    if not steps:
+        return "Nothing to mend."
+    *others, last = steps
+    return lead + (f"{', '.join(others)} or {last}" if others else last) + "."
+
+
+def _next_steps(scheme: QuantizationScheme, objective: str | None) -> list[str]:
+    """What may bring a model nearer to what it was, the most promising first."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    found = []
+    if weights is not None and weights.num_bits <= 4:
+        if objective != "hessian":
+            found.append("the observer `optimal` with objective=hessian")
+        if weights.type == QuantizationType.INT:
+            if weights.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR):
+                found.append("groups of 128 weights or fewer")
+            elif (weights.group_size or 0) > 32:
+                found.append("smaller groups")
+        if inputs is not None and inputs.num_bits < 16:
+            found.append("activations of more bits")
+    elif inputs is not None and inputs.dynamic is False:
+        found.append("the activation observer `histogram`")
+        found.append("dynamic activations")
+    elif weights is not None and weights.strategy == QuantizationStrategy.TENSOR:
+        found.append("one scale for each channel")
+    return found
+
+
+def _hardest(scheme: _Scheme) -> QuantizationScheme:
+    if isinstance(scheme, QuantizationScheme):
+        return scheme
+    groups = [
+        each for each in scheme.config_groups.values() if isinstance(each, QuantizationScheme)
+    ]
+    return min(groups, key=_bits)
+
+
+def _bits(scheme: QuantizationScheme) -> int:
+    return 16 if scheme.weights is None else int(scheme.weights.num_bits)
+
+
+def _kind_of(scheme: QuantizationScheme) -> _Kind | None:
+    """The row of the table that a scheme belongs to; None where nothing like it was measured."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    if weights is None or scheme.output_activations is not None:
+        return None
+    bits = 16 if inputs is None else int(inputs.num_bits)
+    name = _weight_name(weights)
+    if bits < 16:
+        name = {
+            ("w8", 8): "w8a8",
+            ("nvfp4", 4): "nvfp4a4",
+            ("mxfp4", 4): "mxfp4a4",
+        }.get((name, bits), "")
+    elif name == "w8":
+        name = "w8a16"
+    return _KINDS.get(name)
+
+
+def _weight_name(weights: QuantizationArgs) -> str:
+    grouped = weights.strategy == QuantizationStrategy.GROUP and (weights.group_size or 0) <= 128
+    bits, integer = weights.num_bits, weights.type == QuantizationType.INT
+    if bits == 8:
+        return "w8"
+    if not integer and bits == 4:
+        return "nvfp4" if weights.strategy == QuantizationStrategy.TENSOR_GROUP else "mxfp4"
+    if integer and grouped and bits in (3, 4):
+        return f"int{bits}"
+    if integer and bits == 4 and weights.strategy == QuantizationStrategy.CHANNEL:
+        return "int4 channel"
+    return ""
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.1%}" if value < 0.1 else f"{value:+.0%}"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.3f}"

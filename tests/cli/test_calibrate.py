@@ -23,6 +23,7 @@ from cli.conftest import SENTENCES, Calipers, error_of, succeeded
 FIELDS = {
     "model",
     "scheme",
+    "group_size",
     "out",
     "perplexity_before",
     "perplexity_after",

@@ -34,6 +34,7 @@ def calibrate(
     on_unfit: OnUnfit = "error",
     progress: Progress | None = None,
     use_attention_mask: bool = True,
+    scheme_options: Mapping[str, Any] | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -58,6 +59,8 @@ def calibrate(
         progress: Called as `progress(stage, done, total)` for the stages "batches",
             "global scales", "weights" and "activations"; `total` is None where it is not known.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
+        scheme_options: Arguments of the scheme's weights that are to be others, as
+            `{"group_size": 64}`; see `resolve_config`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -75,7 +78,7 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit)
+        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
         if data is None:
             refuse_without_data(plan.observed)
             plan = without_never_called(model, plan)

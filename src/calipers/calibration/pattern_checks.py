@@ -12,6 +12,7 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from compressed_tensors.utils import is_match, is_narrow_match
 from loguru import logger
 
+from calipers.calibration.kinds import ModuleProblem
 from calipers.calibration.targets import (
     Resolution,
     is_quantizable,
@@ -26,8 +27,8 @@ _MAY_MATCH_NOTHING = frozenset({"lm_head"})
 
 def find_pattern_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
-) -> Iterator[str]:
-    """One line for each pattern that matches nothing, or a module that cannot be quantized.
+) -> Iterator[ModuleProblem | str]:
+    """A problem for each pattern that matches nothing, or a module that cannot be quantized.
 
     A regex may match containers, norms and activations beside the layers it is meant for: only
     matched modules that hold matrices of their own, and nothing quantizable inside, are told.
@@ -51,7 +52,7 @@ def find_pattern_problems(
             reason = _unfit_type(model, name, module, pattern, useful)
             if reason and name not in told:
                 told.add(name)
-                yield f"{name or type(module).__name__}: {reason}"
+                yield ModuleProblem(name or type(module).__name__, reason)
 
 
 def _only_left_alone(pattern: str, names: list[str], resolution: Resolution) -> str:

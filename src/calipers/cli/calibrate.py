@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,8 +20,12 @@ from calipers.calibration import (
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.group_sizes import suggest_group_size
+from calipers.calibration.kinds import kind_of, list_kinds
+from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import plan_observers, without_modules, without_never_called
 from calipers.calibration.session import check_on_missing
+from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover
@@ -37,6 +40,8 @@ from calipers.text import read_batches
 
 __all__ = ["calibrate"]
 
+_DEFAULT_SCHEME = "W4A16"
+
 
 def calibrate(
     model: Annotated[
@@ -44,8 +49,18 @@ def calibrate(
         typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="A preset (see `calipers schemes`) or a YAML file.")
-    ] = "W4A16",
+        str | None,
+        typer.Option(
+            help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
+            "size that divides the columns of all modules."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Columns of a group of weights. Default: the scheme's (W4A16: 128)."
+        ),
+    ] = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -142,17 +157,23 @@ def calibrate(
         check_on_missing(on_missing)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
-        resolve_config(scheme, patterns)
+        scheme_options = {} if group_size is None else {"group_size": group_size}
+        resolve_config(scheme or _DEFAULT_SCHEME, patterns, scheme_options)
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
+        size_note = None
+        if scheme is None and group_size is None and on_unfit == "error":
+            group_size, size_note = choose_group_size(loaded, patterns)
+            scheme_options = {} if group_size is None else {"group_size": group_size}
         plan = plan_observers(
             loaded,
-            scheme,
+            scheme or _DEFAULT_SCHEME,
             choice,
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
+            scheme_options,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -182,7 +203,8 @@ def calibrate(
             save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
         result = {
             "model": "demo" if model is None else str(model),
-            "scheme": scheme,
+            "scheme": scheme or _DEFAULT_SCHEME,
+            "group_size": group_size,
             "out": None if out is None else str(out),
             "perplexity_before": before,
             "perplexity_after": after,
@@ -195,10 +217,27 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report)
+        print_result(result, report, size_note)
 
 
-def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
+def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
+    """A group size for the default scheme, where its own does not fit all modules.
+
+    Returns:
+        The size, and what to say about it; None and None where the scheme's own fits, or none does.
+    """
+    targets = resolve_modules(model, resolve_config(_DEFAULT_SCHEME, patterns)).targets
+    unfit = [each.name for each in targets if any(find_shape_problems(each))]
+    size = suggest_group_size(targets) if unfit else None
+    if size is None:
+        return None, None
+    kinds = list_kinds(unfit)
+    return size, f"{size}, since 128 does not divide the columns of {kinds}"
+
+
+def print_result(
+    result: dict[str, Any], report: CalibrationReport, size_note: str | None = None
+) -> None:
     """Print the tables of a calibration."""
     print_table(
         f"{result['model']}, scheme {result['scheme']}",
@@ -207,6 +246,8 @@ def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
         right=("count", "bits", "tokens"),
     )
     lines = []
+    if result["group_size"] is not None:
+        lines.append(("group size", size_note or str(result["group_size"])))
     if result["perplexity_before"] is not None:
         change = result["perplexity_after"] / result["perplexity_before"] - 1
         lines.append(
@@ -232,7 +273,7 @@ def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
     """One row for all modules whose names differ by numbers alone and that were treated alike."""
     kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
     for row in modules:
-        name = _numberless(row.name)
+        name = kind_of(row.name)
         observer = row.weight_observer
         if observer is not None and row.objective is not None:
             observer = f"{observer} ({row.objective})"
@@ -263,15 +304,11 @@ def summarize_left_alone(left_alone: list[LeftAlone]) -> list[str]:
     """One line for all modules whose names differ by numbers alone and that share a reason."""
     kinds: dict[tuple[str, str], int] = defaultdict(int)
     for each in left_alone:
-        kinds[_numberless(each.name), each.reason] += 1
+        kinds[kind_of(each.name), each.reason] += 1
     return [
         f"{name}{f' ({count})' if count > 1 else ''}: {reason}"
         for (name, reason), count in kinds.items()
     ]
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:

@@ -569,3 +569,25 @@ def test_what_would_not_load_back_can_be_left_alone(
     assert reasons["backbone.layers.1.mixer.out_proj"] == "cannot be loaded back"
     loaded = MambaForCausalLM.from_pretrained(out)
     assert loaded(torch.arange(8).reshape(1, 8)).logits.isfinite().all()
+
+
+# -- the report ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "count"), [((), 5), (("--worst", 2), 2), (("--worst", 0), 0)])
+def test_the_worst_modules_are_named(
+    calipers: Calipers, llama: Path, options: tuple[object, ...], count: int
+) -> None:
+    rows = succeeded(calipers("calibrate", llama, "--json"))["calibration"]["modules"]
+    rows.sort(key=lambda row: row["weight_error"], reverse=True)
+    text = calipers("calibrate", llama, *options).stdout
+    _, heading, tail = text.partition("The largest weight errors")
+    assert bool(heading) == bool(count)
+    shown = [line.split() for line in tail.splitlines() if line.strip().startswith("model.layers")]
+    assert shown == [[row["name"], f"{row['weight_error']:.4f}"] for row in rows[:count]]
+
+
+def test_dynamic_activations_are_called_so(calipers: Calipers, llama: Path) -> None:
+    text = calipers("calibrate", llama, "--scheme", "FP8_DYNAMIC").stdout
+    row = next(line for line in text.splitlines() if "q_proj" in line)
+    assert row.split()[-2:] == ["dynamic", "0"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +13,15 @@ from rich.filesize import decimal
 from calipers.calibration import (
     Calibration,
     CalibrationReport,
-    LeftAlone,
-    ModuleReport,
     resolve_config,
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.group_sizes import suggest_group_size
-from calipers.calibration.kinds import kind_of, list_kinds
+from calipers.calibration.kinds import list_kinds
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import plan_observers, without_modules, without_never_called
+from calipers.calibration.report_text import summarize_left_alone, summarize_modules
 from calipers.calibration.session import check_on_missing
 from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save
@@ -127,6 +125,9 @@ def calibrate(
             "Default for the demo model: its held-out text.",
         ),
     ] = None,
+    worst: Annotated[
+        int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
+    ] = 5,
     device: Annotated[
         str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
     ] = None,
@@ -217,7 +218,7 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report, size_note)
+        print_result(result, report, worst, size_note)
 
 
 def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
@@ -236,15 +237,16 @@ def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None
 
 
 def print_result(
-    result: dict[str, Any], report: CalibrationReport, size_note: str | None = None
+    result: dict[str, Any], report: CalibrationReport, worst: int, size_note: str | None
 ) -> None:
     """Print the tables of a calibration."""
     print_table(
         f"{result['model']}, scheme {result['scheme']}",
         ("modules", "count", "observer", "bits", "relative weight error", "activations", "tokens"),
-        summarize_modules(report.modules),
+        module_rows(report),
         right=("count", "bits", "tokens"),
     )
+    print_worst(report, worst)
     lines = []
     if result["group_size"] is not None:
         lines.append(("group size", size_note or str(result["group_size"])))
@@ -269,46 +271,37 @@ def print_result(
     print_lines(lines)
 
 
-def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
+def print_worst(report: CalibrationReport, count: int) -> None:
+    """Print the modules of the largest weight errors, where there are more than these."""
+    found = report.worst(count)
+    if found and len(report.modules) > 1:
+        print_table(
+            "The largest weight errors",
+            ("module", "relative weight error"),
+            [(row.name, f"{row.weight_error:.4f}") for row in found],
+            right=("relative weight error",),
+        )
+
+
+def module_rows(report: CalibrationReport) -> list[tuple[str, ...]]:
     """One row for all modules whose names differ by numbers alone and that were treated alike."""
-    kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
-    for row in modules:
-        name = kind_of(row.name)
-        observer = row.weight_observer
-        if observer is not None and row.objective is not None:
-            observer = f"{observer} ({row.objective})"
-        key = (name, observer, row.weight_bits, row.activation_observer, row.fallback)
-        kinds[key].append(row)
     rows: list[tuple[str, ...]] = []
-    for (name, observer, bits, activation, fallback), members in kinds.items():
-        errors = [m.weight_error for m in members if m.weight_error is not None]
+    for kind in summarize_modules(report.modules):
         spread = "-"
-        if errors:
-            spread = f"{sum(errors) / len(errors):.4f} (at most {max(errors):.4f})"
-        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        if kind.mean_error is not None:
+            spread = f"{kind.mean_error:.4f} (at most {kind.max_error:.4f})"
         rows.append(
             (
-                name + note,
-                str(len(members)),
-                observer or "-",
-                "-" if bits is None else str(bits),
+                kind.name,
+                str(kind.count),
+                kind.observer or "-",
+                "-" if kind.bits is None else str(kind.bits),
                 spread,
-                activation or "-",
-                str(max(m.tokens for m in members)),
+                kind.activations or "-",
+                str(kind.tokens),
             )
         )
     return rows
-
-
-def summarize_left_alone(left_alone: list[LeftAlone]) -> list[str]:
-    """One line for all modules whose names differ by numbers alone and that share a reason."""
-    kinds: dict[tuple[str, str], int] = defaultdict(int)
-    for each in left_alone:
-        kinds[kind_of(each.name), each.reason] += 1
-    return [
-        f"{name}{f' ({count})' if count > 1 else ''}: {reason}"
-        for (name, reason), count in kinds.items()
-    ]
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import typer
@@ -28,6 +30,7 @@ __all__ = ["plain_errors", "print_json", "print_lines", "print_table", "show_pro
 
 #: Wide enough for any table where there is no terminal to fit.
 _PIPE_WIDTH = 200
+_SECONDS_BETWEEN_LINES = 30
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -75,15 +78,23 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[ProgressFunction]:
-    """Progress bars on standard error, where that is a terminal."""
+    """Progress on standard error: bars in a terminal, elsewhere a line now and then."""
     console = _console(stderr=True)
+    if console.is_terminal:
+        with _bars(console) as bars:
+            yield bars
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[ProgressFunction]:
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
-        disable=not console.is_terminal,
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
@@ -95,6 +106,22 @@ def show_progress() -> Iterator[ProgressFunction]:
 
     with bars:
         yield advance
+
+
+def _lines(console: Console) -> ProgressFunction:
+    """A log that is watched, or read afterwards, shall show that work goes on; not every step."""
+    started = told = monotonic()
+
+    def advance(stage: str, done: int, total: int | None) -> None:
+        nonlocal told
+        now = monotonic()
+        if now - told >= _SECONDS_BETWEEN_LINES:
+            told = now
+            of = "" if total is None else f" of {total}"
+            passed = timedelta(seconds=int(now - started))
+            console.print(f"{stage}: {done}{of} after {passed}", markup=False, soft_wrap=True)
+
+    return advance
 
 
 @contextmanager

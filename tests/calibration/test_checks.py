@@ -278,6 +278,18 @@ def test_the_default_ignore_may_match_nothing_but_no_other():
     assert check_scheme(Model(), resolve_config("W8A8"))
     lines = problems(Model(), resolve_config("W8A8", ignore=("lm_head", "lm_heads")))
     assert lines == ["ignore pattern 'lm_heads' matches no module"]
+    lines = problems(tiny_llama(), resolve_config("W8A8", ignore=("lm_heads", "LlamaMPL", "re:z")))
+    assert lines == [
+        "ignore pattern 'lm_heads' matches no module. Did you mean 'lm_head'?",
+        "ignore pattern 'LlamaMPL' matches no module. Did you mean 'LlamaMLP'?",
+        "ignore pattern 're:z' matches no module",
+    ]
+
+
+def test_a_target_that_matches_nothing_may_mean_another():
+    assert problems(Model(), config_of(["Linaer"], weights=args())) == [
+        "target 'Linaer' matches no module. Did you mean 'Linear'?"
+    ]
 
 
 def test_targets_that_match_only_ignored_modules():

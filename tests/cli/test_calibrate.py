@@ -384,6 +384,8 @@ def test_a_model_put_aside_by_a_killed_save_is_put_back(
         (("--scheme", "FP8"), "needs data"),
         (("--observer", "imatrix_mse"), "needs data"),
         (("--observer", "mean"), "unknown observer 'mean'"),
+        (("--observer", "optimall"), "unknown observer 'optimall'. Did you mean 'optimal'?"),
+        (("--observer", "Imatrix-MES"), "Did you mean 'imatrix_mse'?"),
         (("--activation-observer", "mean", "--scheme", "FP8"), "unknown observer 'mean'"),
         (
             ("--observer", "memoryless_mse", "--option", "normm=2"),
@@ -450,6 +452,17 @@ def test_a_folder_without_a_model(calipers: Calipers, tmp_path: Path) -> None:
         f"error: {tmp_path}: expected a local transformers directory with a config.json"
     )
     assert error_of(calipers("calibrate", tmp_path / "none")).startswith("error: ")
+
+
+def test_a_model_of_the_hub_is_downloaded_first(
+    calipers: Calipers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(calipers("calibrate", "HuggingFaceTB/SmolLM2-135M"))
+    assert "`hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M`" in message
+    assert "snapshot_download('HuggingFaceTB/SmolLM2-135M')" in message
+    for path in ("./SmolLM2-135M", "SmolLM2-135M", "a/b/c", "/a/b"):
+        assert "hf download" not in error_of(calipers("calibrate", path))
 
 
 def test_messages_without_a_chat_template(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, isnan
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compressed_tensors.offload import disable_onloading
 from torch import nn
 
+from calipers._words import did_you_mean
 from calipers.calibration.architectures import projection_weights
 from calipers.calibration.report_text import report_html, report_text
 from calipers.calibration.targets import LeftAlone
@@ -109,8 +109,8 @@ class CalibrationReport:
         for each in self.left_alone:
             if each.name == name:
                 return f": it was left alone ({each.reason})"
-        near = difflib.get_close_matches(str(name), [row.name for row in self.modules], n=1)
-        return f". Did you mean {near[0]!r}?" if near else ""
+        near = did_you_mean(name, [row.name for row in self.modules])
+        return f".{near}" if near else ""
 
     def worst(self, n: int = 5) -> list[ModuleReport]:
         """The modules of the largest relative weight errors, the largest first.

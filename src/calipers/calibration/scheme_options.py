@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from compressed_tensors.quantization import (
 )
 from pydantic import ValidationError
 
+from calipers._words import did_you_mean
 from calipers.calibration.group_sizes import has_free_group_size
 from calipers.errors import SchemeError
 
@@ -60,10 +60,8 @@ def _check_names(options: object) -> None:
     known = list(QuantizationArgs.model_fields)
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise SchemeError(
-                f"scheme_options: unknown argument {name!r}.{hint} "
+                f"scheme_options: unknown argument {name!r}.{did_you_mean(name, known)} "
                 f"Arguments of weights: {', '.join(known)}."
             )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -17,6 +16,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
+from calipers._words import did_you_mean
 from calipers.calibration.scheme_file import read_scheme_file
 from calipers.calibration.scheme_options import apply_scheme_options
 from calipers.errors import SchemeError
@@ -110,8 +110,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def _unknown_preset(name: str) -> str:
-    close = difflib.get_close_matches(name.upper().replace("-", "_"), PRESET_SCHEMES, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name.upper().replace("-", "_"), PRESET_SCHEMES)
     return f"unknown scheme {name!r}.{hint} Presets: {', '.join(PRESET_SCHEMES)}."
 
 

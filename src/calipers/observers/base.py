@@ -18,6 +18,7 @@ from loguru import logger
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
@@ -219,8 +220,9 @@ class Observer(InternalModule, RegistryMixin):
         except KeyError:
             names = (*cls.registered_names(), *cls.registered_aliases())
             known = sorted(n.replace("-", "_") for n in names)
+            near = did_you_mean(str(name).lower().replace("-", "_"), known)
             raise UnknownObserverError(
-                f"unknown observer {name!r}; registered: {', '.join(known)}"
+                f"unknown observer {name!r}.{near} Registered: {', '.join(known)}."
             ) from None
         return found
 

@@ -31,6 +31,7 @@ from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
+from calipers.cli.plugins import Plugins, load_plugins
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.evaluation import perplexity
@@ -76,6 +77,7 @@ def calibrate(
             help="Observer of static activations. Default: the scheme's, else static_minmax."
         ),
     ] = None,
+    plugin: Plugins = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -146,6 +148,8 @@ def calibrate(
       calipers calibrate ./Llama-3-8B --scheme FP8 --data text.txt --samples 256 --json
 
       calipers calibrate --observer memoryless_mse --option norm=2 --option maxshrink=0.3
+
+      calipers calibrate --plugin my_observers.py --observer my_observer
     """
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
@@ -156,6 +160,7 @@ def calibrate(
             refuse_source(out, path)
             refuse_taken(out, force=force)
         check_on_missing(on_missing)
+        load_plugins(plugin)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
         scheme_options = {} if group_size is None else {"group_size": group_size}

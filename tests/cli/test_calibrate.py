@@ -363,6 +363,16 @@ def test_what_belongs_to_the_model_comes_along(
     assert loaded.chat_template == own.chat_template
 
 
+def test_how_it_was_loaded_is_not_saved_with_the_tokenizer(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    options = ("--data", texts / "text.txt", "--samples", 2, "--out", tmp_path / "out", "--json")
+    succeeded(calipers("calibrate", llama, "--observer", "memoryless_minmax", *options))
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["model_max_length"]
+    assert "local_files_only" not in saved
+
+
 def test_a_model_put_aside_by_a_killed_save_is_put_back(
     calipers: Calipers, llama: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def plan_observers(
     Raises:
         ValueError: As `attach`.
     """
+    choice.check()
     _refuse_twice(model)
     config = resolve_config(scheme, ignore, scheme_options)
     resolution = resolve_and_check(model, config, on_unfit)

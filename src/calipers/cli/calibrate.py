@@ -168,6 +168,7 @@ def calibrate(
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
+        choice.check()
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":

@@ -14,6 +14,8 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from calipers.calibration.batches import Progress as ProgressFunction
 
@@ -30,6 +33,8 @@ __all__ = ["plain_errors", "print_json", "print_lines", "print_table", "show_pro
 
 #: Wide enough for any table where there is no terminal to fit.
 _PIPE_WIDTH = 200
+#: More than any table needs.
+_ANY_WIDTH = 10_000
 _SECONDS_BETWEEN_LINES = 30
 
 
@@ -43,6 +48,8 @@ def print_table(
 ) -> None:
     """Print a table: framed in a terminal, plain columns elsewhere.
 
+    Where a terminal is too narrow for the words of a row, each row is a paragraph instead.
+
     Args:
         title: Line above the table.
         columns: Headings.
@@ -55,9 +62,28 @@ def print_table(
     )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    rows = [list(row) for row in rows]
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    needed = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).minimum
+    if console.is_terminal and needed > console.width:
+        _print_paragraphs(console, title, columns, rows)
+    else:
+        console.print(table)
+
+
+def _print_paragraphs(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """The first cell of each row, and below it the others, each after its heading."""
+    console.print(Text(title, style="italic"))
+    for row in rows:
+        console.print(Text(row[0], style="bold", overflow="fold"))
+        for heading, cell in zip(columns[1:], row[1:], strict=True):
+            line = Text(f"{heading}: ", style="dim")
+            line.append(cell, style="not dim")
+            line.overflow = "fold"
+            console.print(Padding(line, (0, 0, 0, 2), expand=False))
 
 
 def print_lines(pairs: Iterable[tuple[str, str]]) -> None:
@@ -100,8 +126,10 @@ def _bars(console: Console) -> Iterator[ProgressFunction]:
     tasks: dict[str, TaskID] = {}
 
     def advance(stage: str, done: int, total: int | None) -> None:
-        if stage not in tasks or done < bars.tasks[tasks[stage]].completed:
+        if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
+        elif done < bars.tasks[tasks[stage]].completed:
+            bars.reset(tasks[stage], total=total)  # begun again: no second bar of that name
         bars.update(tasks[stage], completed=done, total=total)
 
     with bars:

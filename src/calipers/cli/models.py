@@ -67,7 +67,10 @@ def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a local directory; nothing is fetched."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Among what is saved with the tokenizer; where it is loaded next is nobody's business here.
+    getattr(tokenizer, "init_kwargs", {}).pop("local_files_only", None)
+    return tokenizer
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -52,7 +52,7 @@ def test_calibrate_at_60_columns(llama: Path, tmp_path: Path) -> None:
     text = in_terminal(["calibrate", str(llama), "--scheme", "FP8_DYNAMIC"], 60, tmp_path)
     shown = text[text.index("model.layers.*") :]  # the path of the model comes before
     assert max(map(len, shown.splitlines())) <= 60
-    words = shown.split()
+    words = shown.replace(",", "").split()
     for word in ("model.layers.*.self_attn.q_proj", "memoryless_minmax", "dynamic", "tokens:"):
         assert word in words
 
@@ -74,10 +74,15 @@ def test_a_table_is_framed_where_its_words_fit(
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    print_table("title", ("modules", "note"), [(NAME, "a [note] of some words"), ("b", "c")])
+    print_table(
+        "title", ("module", *"xyz"), [(NAME, "a [note]", "-", "2"), ("b", "c" * 20, "4", "")]
+    )
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert NAME in text
     assert max(map(len, text.splitlines())) <= columns
     assert ("╭" in text) == framed
     if not framed:
-        assert text.splitlines()[1:] == [NAME, "  note: a [note] of some words", "b", "  note: c"]
+        assert text.splitlines()[1:] == [
+            *(NAME, "  x: a [note], z: 2"),
+            *("b", f"  x: {'c' * 20}, y: 4"),
+        ]

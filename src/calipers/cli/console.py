@@ -75,15 +75,26 @@ def print_table(
 def _print_paragraphs(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    """The first cell of each row, and below it the others, each after its heading."""
+    """The first cell of each row, and below it the others that say something, after headings."""
     console.print(Text(title, style="italic"))
     for row in rows:
         console.print(Text(row[0], style="bold", overflow="fold"))
-        for heading, cell in zip(columns[1:], row[1:], strict=True):
-            line = Text(f"{heading}: ", style="dim")
-            line.append(cell, style="not dim")
-            line.overflow = "fold"
-            console.print(Padding(line, (0, 0, 0, 2), expand=False))
+        pairs = zip(columns[1:], row[1:], strict=True)
+        cells = [f"{heading}: {cell}" for heading, cell in pairs if cell and cell != "-"]
+        for line in _filled(cells, console.width - 2):
+            text = Text(line, overflow="fold")
+            console.print(Padding(text, (0, 0, 0, 2), expand=False))
+
+
+def _filled(cells: Iterable[str], width: int) -> list[str]:
+    """As many cells a line as fit, none broken but one that is too long for any line."""
+    lines: list[str] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + len(cell) + 2 <= width:
+            lines[-1] += f", {cell}"
+        else:
+            lines.append(cell)
+    return lines
 
 
 def print_lines(pairs: Iterable[tuple[str, str]]) -> None:

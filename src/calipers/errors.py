@@ -12,6 +12,7 @@ __all__ = [
     "IntegrationError",
     "MissingDataError",
     "SchemeError",
+    "UnknownModuleError",
     "UnknownObserverError",
 ]
 
@@ -43,6 +44,12 @@ class CheckpointError(CalipersError):
 
 class IntegrationError(CalipersError):
     """Another library that calipers cannot work inside: missing, or of a version not known here."""
+
+
+class UnknownModuleError(CalipersError, KeyError):
+    """A name of no quantized module, asked of a report."""
+
+    __str__ = ValueError.__str__  # KeyError would print the message as a quoted literal
 
 
 class UnknownObserverError(CalipersError, KeyError):

@@ -140,6 +140,7 @@ def test_the_report_is_ready_for_json():
         "tokens": 0,
         "fallback": ["weight", "input"],
         "objective": None,
+        "activations": "static",
     }
 
 

@@ -44,12 +44,21 @@ def args(**fields) -> QuantizationArgs:
     return QuantizationArgs(**{"num_bits": 8, **fields})
 
 
-def problems(model: nn.Module, config: QuantizationConfig) -> list[str]:
+def told(model: nn.Module, config: QuantizationConfig) -> list[str]:
     with pytest.raises(SchemeError) as caught:
         check_scheme(model, config)
     first, *lines = str(caught.value).splitlines()
     assert first == "the model cannot take this scheme:"
     return [line.strip() for line in lines]
+
+
+def problems(model: nn.Module, config: QuantizationConfig) -> list[str]:
+    """What is told, but for the ways out of columns that a group size does not divide."""
+    return [
+        line
+        for line in told(model, config)
+        if not line.startswith(("what to do: ", "group sizes that divide "))
+    ]
 
 
 def runs(model: nn.Module, config: QuantizationConfig, inputs: torch.Tensor) -> bool:
@@ -129,9 +138,55 @@ def test_every_preset_fits_a_model_of_suitable_size(preset):
 
 def test_lists_every_module_with_its_reason():
     assert problems(Model(), config_of(weights=args(group_size=20))) == [
-        "first: weights: group_size 20 does not divide its 48 columns",
-        "second: weights: group_size 20 does not divide its 32 columns",
+        "first: weights: group_size 20 does not divide 48 columns",
+        "second: weights: group_size 20 does not divide 32 columns",
     ]
+
+
+def test_columns_that_no_group_divides_come_with_the_sizes_that_do():
+    skip = 'on_unfit="skip" (--on-unfit skip) leaves those modules alone'
+    assert told(Model(), config_of(weights=args(group_size=20)))[2:] == [
+        "group sizes that divide all columns of weights: 16, 8",
+        f'what to do: scheme_options={{"group_size": 16}} (--group-size 16); or {skip}',
+    ]
+    model = nn.ModuleList(nn.Linear(columns, 8, bias=False) for columns in (576, 1536, 576))
+    assert told(model, config_of(weights=args(group_size=128))) == [
+        "* (2): weights: group_size 128 does not divide 576 columns",
+        "group sizes that divide all columns of weights: 64, 32, 16, 8",
+        f'what to do: scheme_options={{"group_size": 64}} (--group-size 64); or {skip}',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "scheme"),
+    [
+        (20, {"weights": args(group_size=16)}),
+        (24, {"weights": args(num_bits=4, type="float", strategy="tensor_group", group_size=16)}),
+        (24, {"weights": args(num_bits=4, type="float", group_size=16, scale_dtype=torch.uint8)}),
+        (24, {"input_activations": args(group_size=16, dynamic=True)}),
+    ],
+    ids=["no power of two", "NVFP4", "MX", "inputs"],
+)
+def test_where_no_other_group_size_helps_none_is_named(columns, scheme):
+    assert told(nn.Sequential(nn.Linear(columns, 8)), config_of(**scheme))[1:] == [
+        'what to do: on_unfit="skip" (--on-unfit skip) leaves those modules alone'
+    ]
+
+
+def test_modules_that_share_a_reason_share_a_line():
+    lines = problems(
+        tiny_llama(), config_of(weights=args(num_bits=5, type="float", zp_dtype=torch.int8))
+    )
+    assert len(lines) == 1
+    kinds, reason = lines[0].split(": ", 1)
+    assert reason == "weights: float formats have 4 or 8 bits, got 5"
+    assert len(kinds.split(", ")) == 7
+
+
+def test_an_error_does_not_grow_with_the_kinds_of_modules():
+    model = nn.ModuleDict({chr(97 + i) * 3: nn.Linear(20, 8) for i in range(20)})
+    [line] = problems(model, config_of(weights=args(group_size=16)))
+    assert "lll, and 8 other kinds: weights: group_size 16" in line
 
 
 def test_lists_weights_and_inputs_and_patterns_together():
@@ -143,27 +198,24 @@ def test_lists_weights_and_inputs_and_patterns_together():
     assert lines == [
         "ignore pattern 're:zz' matches no module",
         "target 'nothing' matches no module",
-        "first: weights: fp4 is always symmetric, got symmetric=False",
-        "first: output activations: static strategy 'group' cannot run: fake-quantize would "
-        "take groups for tokens; use dynamic=True, or 'local' with tensor_group",
-        "second: weights: fp4 is always symmetric, got symmetric=False",
-        "second: output activations: static strategy 'group' cannot run: fake-quantize would "
-        "take groups for tokens; use dynamic=True, or 'local' with tensor_group",
-        "second: output activations: group_size 32 does not divide its 48 columns",
+        "first, second: weights: fp4 is always symmetric, got symmetric=False",
+        "first, second: output activations: static strategy 'group' cannot run: fake-quantize "
+        "would take groups for tokens; use dynamic=True, or 'local' with tensor_group",
+        "second: output activations: group_size 32 does not divide 48 columns",
     ]
 
 
 def test_local_inputs_must_be_divided_too():
     local = args(num_bits=4, type="float", strategy="tensor_group", group_size=20, dynamic="local")
     assert problems(Model(), config_of(["first"], input_activations=local)) == [
-        "first: input activations: group_size 20 does not divide its 48 columns"
+        "first: input activations: group_size 20 does not divide 48 columns"
     ]
 
 
 def test_output_groups_count_output_features():
     config = config_of(["first"], output_activations=args(group_size=48, dynamic=True))
     assert problems(Model(), config) == [
-        "first: output activations: group_size 48 does not divide its 32 columns"
+        "first: output activations: group_size 48 does not divide 32 columns"
     ]
 
 
@@ -226,6 +278,18 @@ def test_the_default_ignore_may_match_nothing_but_no_other():
     assert check_scheme(Model(), resolve_config("W8A8"))
     lines = problems(Model(), resolve_config("W8A8", ignore=("lm_head", "lm_heads")))
     assert lines == ["ignore pattern 'lm_heads' matches no module"]
+    lines = problems(tiny_llama(), resolve_config("W8A8", ignore=("lm_heads", "LlamaMPL", "re:z")))
+    assert lines == [
+        "ignore pattern 'lm_heads' matches no module. Did you mean 'lm_head'?",
+        "ignore pattern 'LlamaMPL' matches no module. Did you mean 'LlamaMLP'?",
+        "ignore pattern 're:z' matches no module",
+    ]
+
+
+def test_a_target_that_matches_nothing_may_mean_another():
+    assert problems(Model(), config_of(["Linaer"], weights=args())) == [
+        "target 'Linaer' matches no module. Did you mean 'Linear'?"
+    ]
 
 
 def test_targets_that_match_only_ignored_modules():
@@ -239,11 +303,7 @@ def test_other_layer_types_are_told_by_name():
     model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Linear(4, 4), nn.Conv2d(3, 3, 3), nn.LayerNorm(4))
     lines = problems(model, config_of(["Conv2d", "Linear", "3"], weights=args()))
     ending = "cannot be quantized, only Linear and Embedding can (matched by"
-    assert [line.split(ending)[0] for line in lines] == [
-        "0: Conv2d ",
-        "2: Conv2d ",
-        "3: LayerNorm ",
-    ]
+    assert [line.split(ending)[0] for line in lines] == ["* (2): Conv2d ", "3: LayerNorm "]
     assert all(line.endswith("ignore it to leave it as it is)") for line in lines)
 
 

@@ -139,7 +139,10 @@ def test_unknown_names_and_files(scheme, message):
         ),
         ("{config_groups: {}, ignored: [a]}", r"ignored: unknown field\. Did you mean 'ignore'\?"),
         ("config_groups: [a]", "config_groups must be a mapping, got list"),
-        ("config_groups: {W4A61: [Linear]}", "Unknown preset scheme name W4A61"),
+        (
+            "config_groups: {W4A61: [Linear]}",
+            r"Unknown preset scheme name W4A61.*Did you mean 'W4A16'\?",
+        ),
         ("weights: {num_bits: four}", r"weights\.num_bits: .*valid integer"),
         ("weights: {num_bits: 5, type: float}", r"Only num_bits in"),
         ("weights: {strategy: token}", "Cannot perform static token quantization"),
@@ -160,6 +163,24 @@ def test_all_bad_fields_are_told_at_once(tmp_path):
         resolve_config(path)
     for field in ("wieghts", "weights.num_bit", "weights.grop_size"):
         assert f"\n  {field}: unknown field" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "default_stage: {default_modifiers: {GPTQModifier: {scheme: W4A16}}}",
+        "quant_stage: {quant_modifiers: {QuantizationModifier: {targets: [Linear]}}}",
+        "[{SmoothQuantModifier: {}}, {GPTQModifier: {}}]",
+        "GPTQModifier: {scheme: W4A16, targets: [Linear]}",
+    ],
+)
+def test_a_recipe_of_llmcompressor_is_sent_where_it_belongs(tmp_path, text):
+    path = write(tmp_path / "recipe.yaml", text)
+    with pytest.raises(SchemeError) as caught:
+        resolve_config(path)
+    assert str(caught.value).startswith(f"{path} is a recipe of llmcompressor (")
+    assert "Modifier), not a scheme" in str(caught.value)
+    assert "calipers.integrations.llmcompressor.install()" in str(caught.value)
 
 
 def test_kv_cache_schemes_are_refused():

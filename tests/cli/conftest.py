@@ -48,14 +48,23 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers directory: a random Llama of one layer, float32, and its tokenizer."""
-    path = tmp_path_factory.mktemp("models") / "llama"
+    """A transformers directory: a random Llama of two layers, float32, and its tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("models") / "llama", hidden_size=128)
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `llama`, with 192 columns, which 128 does not divide."""
+    return save_llama(tmp_path_factory.mktemp("models") / "narrow", hidden_size=192)
+
+
+def save_llama(path: Path, hidden_size: int) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=320,
-                hidden_size=128,
+                hidden_size=hidden_size,
                 intermediate_size=256,
                 num_hidden_layers=2,
                 num_attention_heads=4,

@@ -23,6 +23,7 @@ from cli.conftest import SENTENCES, Calipers, error_of, succeeded
 FIELDS = {
     "model",
     "scheme",
+    "group_size",
     "out",
     "perplexity_before",
     "perplexity_after",
@@ -362,6 +363,16 @@ def test_what_belongs_to_the_model_comes_along(
     assert loaded.chat_template == own.chat_template
 
 
+def test_how_it_was_loaded_is_not_saved_with_the_tokenizer(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    options = ("--data", texts / "text.txt", "--samples", 2, "--out", tmp_path / "out", "--json")
+    succeeded(calipers("calibrate", llama, "--observer", "memoryless_minmax", *options))
+    saved = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["model_max_length"]
+    assert "local_files_only" not in saved
+
+
 def test_a_model_put_aside_by_a_killed_save_is_put_back(
     calipers: Calipers, llama: Path, tmp_path: Path
 ) -> None:
@@ -383,6 +394,8 @@ def test_a_model_put_aside_by_a_killed_save_is_put_back(
         (("--scheme", "FP8"), "needs data"),
         (("--observer", "imatrix_mse"), "needs data"),
         (("--observer", "mean"), "unknown observer 'mean'"),
+        (("--observer", "optimall"), "unknown observer 'optimall'. Did you mean 'optimal'?"),
+        (("--observer", "Imatrix-MES"), "Did you mean 'imatrix_mse'?"),
         (("--activation-observer", "mean", "--scheme", "FP8"), "unknown observer 'mean'"),
         (
             ("--observer", "memoryless_mse", "--option", "normm=2"),
@@ -451,6 +464,17 @@ def test_a_folder_without_a_model(calipers: Calipers, tmp_path: Path) -> None:
         f"error: {tmp_path}: expected a local transformers directory with a config.json"
     )
     assert error_of(calipers("calibrate", tmp_path / "none")).startswith("error: ")
+
+
+def test_a_model_of_the_hub_is_downloaded_first(
+    calipers: Calipers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = error_of(calipers("calibrate", "HuggingFaceTB/SmolLM2-135M"))
+    assert "`hf download HuggingFaceTB/SmolLM2-135M --local-dir SmolLM2-135M`" in message
+    assert "snapshot_download('HuggingFaceTB/SmolLM2-135M')" in message
+    for path in ("./SmolLM2-135M", "SmolLM2-135M", "a/b/c", "/a/b"):
+        assert "hf download" not in error_of(calipers("calibrate", path))
 
 
 def test_messages_without_a_chat_template(
@@ -570,3 +594,25 @@ def test_what_would_not_load_back_can_be_left_alone(
     assert reasons["backbone.layers.1.mixer.out_proj"] == "cannot be loaded back"
     loaded = MambaForCausalLM.from_pretrained(out)
     assert loaded(torch.arange(8).reshape(1, 8)).logits.isfinite().all()
+
+
+# -- the report ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "count"), [((), 5), (("--worst", 2), 2), (("--worst", 0), 0)])
+def test_the_worst_modules_are_named(
+    calipers: Calipers, llama: Path, options: tuple[object, ...], count: int
+) -> None:
+    rows = succeeded(calipers("calibrate", llama, "--json"))["calibration"]["modules"]
+    rows.sort(key=lambda row: row["weight_error"], reverse=True)
+    text = calipers("calibrate", llama, *options).stdout
+    _, heading, tail = text.partition("The largest weight errors")
+    assert bool(heading) == bool(count)
+    shown = [line.split() for line in tail.splitlines() if line.strip().startswith("model.layers")]
+    assert shown == [[row["name"], f"{row['weight_error']:.4f}"] for row in rows[:count]]
+
+
+def test_dynamic_activations_are_called_so(calipers: Calipers, llama: Path) -> None:
+    text = calipers("calibrate", llama, "--scheme", "FP8_DYNAMIC").stdout
+    row = next(line for line in text.splitlines() if "q_proj" in line)
+    assert row.split()[-2:] == ["dynamic", "0"]

@@ -109,6 +109,71 @@ def test_no_command_is_a_usage_error(calipers: Calipers) -> None:
     assert "quantize" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (("calibrate", "--sheme", "W4A16"), "Did you mean '--scheme'?"),
+        (("calibrate", "--activation-obsever=mse"), "Did you mean '--activation-observer'?"),
+        (("observers", "--jsn"), "Did you mean '--json'?"),
+        (("--versoin",), "Did you mean '--version'?"),
+        (("calibrat",), "Did you mean 'calibrate'?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_was_meant_is_named(calipers: Calipers, args: tuple[str, ...], meant: str) -> None:
+    result = calipers(*args)
+    assert result.exit_code == 2
+    assert meant in " ".join(result.stderr.split())
+
+
+def test_where_nothing_is_near_nothing_is_named(calipers: Calipers) -> None:
+    result = calipers("calibrate", "--zzzz")
+    assert result.exit_code == 2
+    assert "No such option: --zzzz" in result.stderr
+    assert "mean" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
+def test_short_help(calipers: Calipers, command: tuple[str, ...]) -> None:
+    result = calipers(*command, "-h")
+    assert result.exit_code == 0
+    assert result.stdout == calipers(*command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_narrow_help_cuts_nothing(
+    calipers: Calipers, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = calipers(command, "--help").stdout
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = calipers(command, "--help").stdout
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 60
+    options = {word for word in wide.split() if word.startswith("--")}
+    assert options
+    assert options <= set(narrow.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_is_told(
+    calipers: Calipers, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for place in (
+        "calibrate.load_model",
+        "demo.load_model",
+        "listings.print_table",
+        "doctor.print_table",
+    ):
+        monkeypatch.setattr(f"calipers.cli.{place}", interrupt)
+    result = calipers(command)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert result.stderr == "interrupted\n"
+
+
 def test_version(calipers: Calipers) -> None:
     assert calipers("--version").stdout == f"{package.__version__}\n"
 

@@ -32,7 +32,7 @@ def test_python(page: Path) -> None:
 def test_blocks_say_what_they_are(page: Path) -> None:
     """A misspelt language would take a block out of these tests without a word."""
     # "py" is for fragments and "sh" for other programs: neither is run.
-    known = {"python", "py", "yaml", "console", "sh", "text"}
+    known = {"python", "py", "yaml", "toml", "console", "sh", "text"}
     assert {block.language for block in read_blocks(page)} <= known
 
 
@@ -58,6 +58,9 @@ def test_shell_commands_parse(
         monkeypatch.setattr(f"calipers.cli.{name}.load_model", lambda *a, **k: _stop(given))
     monkeypatch.chdir(tmp_path)
     Path("heldout.txt").touch()  # `evaluate` looks for its text first
+    # the file that commands name as a plugin is what this page shows
+    own = ROOT / "docs" / "write-your-own-observer.md"
+    monkeypatch.setattr("calipers.cli.plugins.load_plugin", lambda plugin: run_page(own))
     result = CliRunner().invoke(app, args)
     if args[0] in loading:
         assert result.exit_code == 1, result.output

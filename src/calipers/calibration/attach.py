@@ -28,6 +28,7 @@ def attach(
     activation_observer: str | None = None,
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
+    scheme_options: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -52,6 +53,8 @@ def attach(
             the scheme is the exact name of one.
         on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
             "skip" leaves them alone.
+        scheme_options: Arguments of the scheme's weights that are to be others, as
+            `{"group_size": 64}`; see `resolve_config`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -67,6 +70,6 @@ def attach(
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit)
+        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish

@@ -40,6 +40,7 @@ def calibrate(
     tokenizer: Any = None,
     samples: int = 128,
     sequence_length: int = 512,
+    scheme_options: Mapping[str, Any] | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -70,6 +71,8 @@ def calibrate(
         samples: Most sequences of text.
         sequence_length: Most tokens of a sequence of text; never more than the positions that the
             model's config names.
+        scheme_options: Arguments of the scheme's weights that are to be others, as
+            `{"group_size": 64}`; see `resolve_config`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -100,7 +103,7 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit)
+        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
         if data is None:
             refuse_without_data(plan.observed)
             plan = without_never_called(model, plan)

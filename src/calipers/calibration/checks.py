@@ -10,6 +10,12 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from calipers.calibration.forward_checks import find_forward_problems, find_hook_problems
 from calipers.calibration.fused import find_fused_problems
+from calipers.calibration.group_sizes import (
+    fitting_group_sizes,
+    has_free_group_size,
+    suggest_group_size,
+)
+from calipers.calibration.kinds import ModuleProblem, group_problems
 from calipers.calibration.module_checks import find_module_problems, find_shape_problems
 from calipers.calibration.pattern_checks import find_pattern_problems
 from calipers.calibration.targets import Resolution, Target, resolve_modules
@@ -39,7 +45,9 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
         config quantizes nothing ("UNQUANTIZED").
 
     Raises:
-        SchemeError: One error that lists every offending pattern and module with its reason.
+        SchemeError: One error that lists every offending pattern, and each reason with the
+            modules that it concerns. Where a group size does not divide columns it also names the
+            sizes that divide all of them.
     """
     return resolve_and_check(model, config).targets
 
@@ -66,19 +74,37 @@ def resolve_and_check(
     if on_unfit == "skip":
         unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]
         resolution = resolution.without(dict.fromkeys(unfit, "shape"))
-    problems = list(_find_problems(model, config, resolution))
+    problems = list(group_problems(_find_problems(model, config, resolution)))
     if problems:
+        problems += _ways_out(resolution)
         raise SchemeError("\n  ".join(["the model cannot take this scheme:", *problems]))
     return resolution
 
 
 def _find_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
-) -> Iterator[str]:
+) -> Iterator[ModuleProblem | str]:
     yield from find_pattern_problems(model, config, resolution)
     if resolution.targets:
         yield from find_hook_problems(model)
     for target in resolution.targets:
         for reason in (*find_module_problems(target), *find_forward_problems(target)):
-            yield f"{target.name or type(target.module).__name__}: {reason}"
+            yield ModuleProblem(target.name or type(target.module).__name__, reason)
     yield from find_fused_problems(model, resolution)
+
+
+def _ways_out(resolution: Resolution) -> Iterator[str]:
+    """What to do about columns that a group size does not divide."""
+    unfit = [each for each in resolution.targets if any(find_shape_problems(each))]
+    if not unfit:
+        return
+    skip = 'on_unfit="skip" (--on-unfit skip) leaves those modules alone'
+    # all columns must be divided, not only those of the modules that are in the way now
+    sizes = fitting_group_sizes(resolution.targets)
+    if sizes and any(has_free_group_size(each.scheme.weights) for each in unfit):
+        best = suggest_group_size(resolution.targets)
+        yield f"group sizes that divide all columns of weights: {', '.join(map(str, sizes))}"
+        size = f'scheme_options={{"group_size": {best}}} (--group-size {best})'
+        yield f"what to do: {size}; or {skip}"
+    else:
+        yield f"what to do: {skip}"

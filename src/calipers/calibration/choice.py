@@ -11,6 +11,7 @@ from compressed_tensors.quantization import DynamicType, QuantizationArgs
 
 from calipers.errors import CalipersError
 from calipers.observers import Observer
+from calipers.observers.options import check_option_names
 
 __all__ = ["ObserverChoice", "needs_observer"]
 
@@ -41,6 +42,21 @@ class ObserverChoice:
     activation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     has_data: bool = False
+
+    def check(self) -> None:
+        """Refuse what needs no model to be known as wrong, before anything is done to one.
+
+        Raises:
+            CalipersError: An unknown observer.
+            ValueError: An option that the observer named for weights does not have.
+        """
+        for name in (self.weight, self.activation):
+            if name is not None:
+                Observer.get_value_from_registry(_normal(name))
+        if self.weight is not None:
+            kind = Observer.get_value_from_registry(_normal(self.weight))
+            given = [name for name in self.options if name not in kind.ignored_options]
+            check_option_names(kind.__name__, kind.Options, given)
 
     def build(
         self, name: str, base_name: str, args: QuantizationArgs, module: torch.nn.Module

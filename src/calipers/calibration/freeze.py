@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from compressed_tensors.quantization import (
+    DynamicType,
     QuantizationScheme,
     QuantizationStatus,
     QuantizationStrategy,
@@ -284,4 +285,15 @@ def _report(
         objective=None
         if "weight" in fallback
         else getattr(each.weight_observer, "objective", None),
+        activations=_activations(each.scheme),
     )
+
+
+def _activations(scheme: QuantizationScheme) -> Literal["static", "local", "dynamic"] | None:
+    """How activations are quantized: inputs tell, outputs where inputs are not quantized."""
+    args = scheme.input_activations or scheme.output_activations
+    if args is None:
+        return None
+    if args.dynamic == DynamicType.LOCAL:
+        return "local"
+    return "dynamic" if args.dynamic else "static"

@@ -82,7 +82,7 @@ def _shape_problems(
         # a group wider than the row is refused too, not taken as one short group
         if args.group_size is None or columns % args.group_size:
             what = "weights" if base_name == "weight" else f"{base_name} activations"
-            yield f"{what}: group_size {args.group_size} does not divide its {columns} columns"
+            yield f"{what}: group_size {args.group_size} does not divide {columns} columns"
 
 
 def _format_problems(args: QuantizationArgs) -> Iterator[str]:

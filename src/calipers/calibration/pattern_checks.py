@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -12,6 +12,8 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from compressed_tensors.utils import is_match, is_narrow_match
 from loguru import logger
 
+from calipers._words import did_you_mean
+from calipers.calibration.kinds import ModuleProblem
 from calipers.calibration.targets import (
     Resolution,
     is_quantizable,
@@ -26,8 +28,8 @@ _MAY_MATCH_NOTHING = frozenset({"lm_head"})
 
 def find_pattern_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
-) -> Iterator[str]:
-    """One line for each pattern that matches nothing, or a module that cannot be quantized.
+) -> Iterator[ModuleProblem | str]:
+    """A problem for each pattern that matches nothing, or a module that cannot be quantized.
 
     A regex may match containers, norms and activations beside the layers it is meant for: only
     matched modules that hold matrices of their own, and nothing quantizable inside, are told.
@@ -37,13 +39,14 @@ def find_pattern_problems(
         if pattern in _MAY_MATCH_NOTHING:
             logger.warning("ignore pattern {!r} matches no module", pattern)
         else:
-            yield f"ignore pattern {pattern!r} matches no module"
+            yield f"ignore pattern {pattern!r} matches no module{_meant(pattern, modules)}"
     told: set[str] = set()
     for pattern in schemes_by_target(config):
         matched = [(name, module) for name, module in modules if is_match(name, module, pattern)]
         kept = [(name, module) for name, module in matched if name not in resolution.kept]
         if not matched:
-            yield f"target {pattern!r} matches no module" + _others(resolution)
+            meant = _meant(pattern, modules)
+            yield f"target {pattern!r} matches no module{meant}" + _others(resolution)
         elif not kept:
             yield _only_left_alone(pattern, [name for name, _ in matched], resolution)
         useful = any(is_quantizable(module) for _, module in kept)
@@ -51,7 +54,16 @@ def find_pattern_problems(
             reason = _unfit_type(model, name, module, pattern, useful)
             if reason and name not in told:
                 told.add(name)
-                yield f"{name or type(module).__name__}: {reason}"
+                yield ModuleProblem(name or type(module).__name__, reason)
+
+
+def _meant(pattern: str, modules: Iterable[tuple[str, torch.nn.Module]]) -> str:
+    """The class or name that a pattern which matches nothing is nearest to."""
+    if pattern.startswith("re:"):
+        return ""
+    known = {text for name, module in modules for text in (type(module).__name__, name) if text}
+    near = did_you_mean(pattern, sorted(known))
+    return f".{near}" if near else ""
 
 
 def _only_left_alone(pattern: str, names: list[str], resolution: Resolution) -> str:

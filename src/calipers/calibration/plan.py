@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -46,14 +47,16 @@ def plan_observers(
     choice: ObserverChoice,
     ignore: str | Iterable[str],
     on_unfit: OnUnfit = "error",
+    scheme_options: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
 
     Raises:
         ValueError: As `attach`.
     """
+    choice.check()
     _refuse_twice(model)
-    config = resolve_config(scheme, ignore)
+    config = resolve_config(scheme, ignore, scheme_options)
     resolution = resolve_and_check(model, config, on_unfit)
     _warn_of_fused_experts(model)
     return Plan(config, resolution, build_observed(resolution.targets, choice), choice)

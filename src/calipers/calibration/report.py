@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import inf, isnan
+from typing import TYPE_CHECKING, Any, Literal
 
 from compressed_tensors.offload import disable_onloading
 from torch import nn
 
+from calipers._words import did_you_mean
 from calipers.calibration.architectures import projection_weights
+from calipers.calibration.report_text import report_html, report_text
 from calipers.calibration.targets import LeftAlone
+from calipers.errors import CalipersError, UnknownModuleError
+
+if TYPE_CHECKING:
+    import pandas
 
 __all__ = ["CalibrationReport", "LeftAlone", "ModuleReport", "quantized_share"]
 
@@ -31,6 +38,9 @@ class ModuleReport:
         fallback: "weight", "input", "output": those whose own data was missing, so that the
             stated fallback was used.
         objective: What the weight's observer minimised, where it has a choice ("imatrix").
+        activations: "static" where inputs or outputs are quantized with stored scales, "local"
+            (NVFP4) where only the global scale is stored, "dynamic" where none is; None where
+            activations are not quantized.
     """
 
     name: str
@@ -41,11 +51,15 @@ class ModuleReport:
     tokens: int = 0
     fallback: tuple[str, ...] = ()
     objective: str | None = None
+    activations: Literal["static", "local", "dynamic"] | None = None
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
     """What a calibration did.
+
+    `print(report)` shows one screen of it, `report[name]` gives one module's record, and a loop
+    over the report goes through them all.
 
     Attributes:
         modules: The quantized modules in the model's order.
@@ -73,12 +87,85 @@ class CalibrationReport:
     tokens_counted: int = 0
     unmasked: list[str] = field(default_factory=list)
 
+    def __getitem__(self, name: str) -> ModuleReport:
+        """The record of one quantized module, by its name in the model.
+
+        Raises:
+            UnknownModuleError: A ValueError and a KeyError; no module of that name was quantized.
+                Says why where it was left alone, and which name is meant where one is near.
+        """
+        for row in self.modules:
+            if row.name == name:
+                return row
+        raise UnknownModuleError(f"no quantized module {name!r}{self._why_none(name)}")
+
+    def __contains__(self, name: object) -> bool:
+        return any(name in (row.name, row) for row in self.modules)
+
+    def __iter__(self) -> Iterator[ModuleReport]:
+        return iter(self.modules)
+
+    def _why_none(self, name: object) -> str:
+        for each in self.left_alone:
+            if each.name == name:
+                return f": it was left alone ({each.reason})"
+        near = did_you_mean(name, [row.name for row in self.modules])
+        return f".{near}" if near else ""
+
+    def worst(self, n: int = 5) -> list[ModuleReport]:
+        """The modules of the largest relative weight errors, the largest first.
+
+        Args:
+            n: How many at most, at least 0.
+
+        Returns:
+            Their records; modules whose weights were not quantized are not among them.
+
+        Raises:
+            CalipersError: `n` is no whole number, or negative.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise CalipersError(f"n: expected how many modules, a whole number from 0, got {n!r}")
+        judged = [row for row in self.modules if row.weight_error is not None]
+        # NaN, of a weight that holds some, compares with nothing: it is the worst
+        return sorted(judged, key=_badness, reverse=True)[:n]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A pandas DataFrame with one row for each quantized module, indexed by name.
+
+        Its columns are the attributes of ModuleReport.
+
+        Raises:
+            CalipersError: pandas is not installed; it comes with the extra "notebook".
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise CalipersError(
+                "to_dataframe needs pandas, which is not installed: "
+                "pip install 'calipers[notebook]'"
+            ) from None
+        names = [each.name for each in fields(ModuleReport)]
+        rows = [[getattr(row, name) for name in names] for row in self.modules]
+        return pandas.DataFrame(rows, columns=names).set_index("name")
+
+    def __str__(self) -> str:
+        return report_text(self)
+
+    def _repr_html_(self) -> str:
+        return report_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, strings and numbers, ready for JSON."""
         data = asdict(self)
         for row in data["modules"]:
             row["fallback"] = list(row["fallback"])
         return data
+
+
+def _badness(row: ModuleReport) -> float:
+    error = row.weight_error
+    return inf if error is None or isnan(error) else error
 
 
 def quantized_share(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
 )
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 
+from calipers._words import did_you_mean
 from calipers.errors import SchemeError
 
 __all__ = ["read_scheme_file"]
@@ -34,8 +35,9 @@ def read_scheme_file(path: Path) -> QuantizationConfig | QuantizationScheme:
         The object that compressed-tensors builds from these fields.
 
     Raises:
-        SchemeError: No such file, no YAML, no mapping, an unknown field (the message names it
-            and lists the valid ones), or a value that compressed-tensors refuses.
+        SchemeError: No such file, no YAML, no mapping, a recipe of llmcompressor, an unknown field
+            (the message names it and lists the valid ones), or a value that compressed-tensors
+            refuses.
     """
     if not path.is_file():
         raise SchemeError(f"no such scheme file: {path}")
@@ -43,6 +45,14 @@ def read_scheme_file(path: Path) -> QuantizationConfig | QuantizationScheme:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SchemeError(f"{path} is not valid YAML: {error}") from error
+    modifiers = sorted(set(_modifiers_of_recipe(data)))
+    if modifiers:
+        raise SchemeError(
+            f"{path} is a recipe of llmcompressor ({', '.join(modifiers)}), not a scheme: run it "
+            "with llmcompressor's oneshot, on the observers of calipers after "
+            "calipers.integrations.llmcompressor.install(). A scheme has the fields of a "
+            "QuantizationConfig or a QuantizationScheme."
+        )
     if not isinstance(data, Mapping):
         raise SchemeError(
             f"{path} must hold a mapping with the fields of a QuantizationConfig or a "
@@ -54,6 +64,18 @@ def read_scheme_file(path: Path) -> QuantizationConfig | QuantizationScheme:
     if "config_groups" in data:
         return _build(QuantizationConfig, data, path)
     return _build(QuantizationScheme, {"targets": ["Linear"], **data}, path)
+
+
+def _modifiers_of_recipe(data: object) -> Iterator[str]:
+    """Names such as GPTQModifier, which stages of a recipe hold at any depth."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if isinstance(key, str) and key.endswith("Modifier"):
+                yield key
+            yield from _modifiers_of_recipe(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _modifiers_of_recipe(value)
 
 
 def _find_problems(data: Mapping[str, Any]) -> Iterator[str]:
@@ -87,10 +109,8 @@ def _unknown_fields(data: Mapping[str, Any], model: type[BaseModel], where: str)
     valid = list(model.model_fields)
     for field in data:
         if field not in valid:
-            close = difflib.get_close_matches(str(field), valid, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
             yield (
-                f"{where}{field}: unknown field.{hint} "
+                f"{where}{field}: unknown field.{did_you_mean(field, valid)} "
                 f"Fields of a {model.__name__}: {', '.join(valid)}."
             )
 
@@ -106,4 +126,15 @@ def _build(model: type[Any], data: Mapping[str, Any], path: Path) -> Any:
         raise SchemeError("\n  ".join([f"{path}:", *lines])) from error
     except (KeyError, NotImplementedError, TypeError) as error:
         # raised by compressed-tensors' validators, which pydantic does not wrap
-        raise SchemeError(f"{path}: {error.args[0] if error.args else error}") from error
+        told = str(error.args[0] if error.args else error)
+        raise SchemeError(f"{path}: {told}{_nearest_preset(data)}") from error
+
+
+def _nearest_preset(data: Mapping[str, Any]) -> str:
+    """For a preset in config_groups that there is not: the one that may be meant."""
+    groups = data.get("config_groups")
+    if isinstance(groups, Mapping):
+        for name, group in groups.items():
+            if isinstance(group, list) and str(name).upper() not in PRESET_SCHEMES:
+                return did_you_mean(str(name).upper(), PRESET_SCHEMES)
+    return ""

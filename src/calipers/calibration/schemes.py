@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -17,7 +16,9 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
+from calipers._words import did_you_mean
 from calipers.calibration.scheme_file import read_scheme_file
+from calipers.calibration.scheme_options import apply_scheme_options
 from calipers.errors import SchemeError
 
 __all__ = ["SchemeLike", "resolve_config"]
@@ -27,7 +28,11 @@ SchemeLike: TypeAlias = QuantizationConfig | QuantizationScheme | str | PathLike
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
-def resolve_config(scheme: SchemeLike, ignore: str | Iterable[str] = ()) -> QuantizationConfig:
+def resolve_config(
+    scheme: SchemeLike,
+    ignore: str | Iterable[str] = (),
+    scheme_options: Mapping[str, Any] | None = None,
+) -> QuantizationConfig:
     """Turn a scheme, however it was given, into a QuantizationConfig of its own.
 
     Args:
@@ -36,6 +41,9 @@ def resolve_config(scheme: SchemeLike, ignore: str | Iterable[str] = ()) -> Quan
             or the path of a YAML file with the fields of one of the two.
         ignore: Modules left alone: exact names, class names, or "re:" patterns, of layers or of
             what contains them. They are added to what the config itself ignores.
+        scheme_options: Arguments of the scheme's weights that are to be others, as
+            `{"group_size": 64}`; fields of QuantizationArgs. A `group_size` alone changes only
+            weights in groups, where the format does not fix their size (NVFP4, MXFP4).
 
     Returns:
         A deep copy: the caller's objects are never changed, neither now nor later. Its
@@ -43,11 +51,14 @@ def resolve_config(scheme: SchemeLike, ignore: str | Iterable[str] = ()) -> Quan
 
     Raises:
         SchemeError: A scheme of another type, an unknown preset, a missing or malformed file, a
-            kv_cache_scheme (not supported yet), or patterns that are no strings or no regex.
+            kv_cache_scheme (not supported yet), patterns that are no strings or no regex, or
+            options that are unknown, invalid, or concern no weights of the scheme.
     """
     config = _as_config(scheme)
     if config.kv_cache_scheme is not None:
         raise SchemeError("kv_cache_scheme is not supported yet: remove it from the config")
+    if scheme_options is not None:
+        apply_scheme_options(config, scheme_options)
     config.ignore = list(dict.fromkeys([*(config.ignore or []), *_as_patterns(ignore)]))
     config.quantization_status = QuantizationStatus.INITIALIZED
     _refuse_bad_patterns(config)
@@ -99,8 +110,7 @@ def _names_a_file(text: str) -> bool:
 
 
 def _unknown_preset(name: str) -> str:
-    close = difflib.get_close_matches(name.upper().replace("-", "_"), PRESET_SCHEMES, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(name.upper().replace("-", "_"), PRESET_SCHEMES)
     return f"unknown scheme {name!r}.{hint} Presets: {', '.join(PRESET_SCHEMES)}."
 
 

@@ -112,6 +112,7 @@ def check_load(
     *,
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
+    scheme_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
@@ -122,13 +123,15 @@ def check_load(
         scheme: As for `calipers.calibrate`, and so the others.
         ignore: Modules to leave alone.
         on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+        scheme_options: Arguments of the scheme's weights that are to be others.
 
     Raises:
         SchemeError: The model cannot take this scheme.
         CheckpointError: Names the modules that would not load back, the reasons and the way out.
     """
     inner = unwrap(model)
-    resolution = resolve_and_check(inner, resolve_config(scheme, ignore), on_unfit)
+    config = resolve_config(scheme, ignore, scheme_options)
+    resolution = resolve_and_check(inner, config, on_unfit)
     refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
 
 

@@ -8,6 +8,7 @@ import typer
 
 from calipers import __version__
 from calipers.cli.calibrate import calibrate
+from calipers.cli.commands import CONTEXT, Command, Group
 from calipers.cli.compare import compare
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
@@ -17,6 +18,8 @@ from calipers.cli.listings import observers, schemes
 __all__ = ["app"]
 
 app = typer.Typer(
+    cls=Group,
+    context_settings=CONTEXT,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # a fault of ours shows as Python's own traceback
@@ -42,10 +45,5 @@ def _main(
     pass
 
 
-app.command()(calibrate)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(demo)
-app.command()(observers)
-app.command()(schemes)
-app.command()(doctor)
+for _command in (calibrate, evaluate, compare, demo, observers, schemes, doctor):
+    app.command(cls=Command, context_settings=CONTEXT)(_command)

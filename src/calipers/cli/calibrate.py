@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +13,17 @@ from rich.filesize import decimal
 from calipers.calibration import (
     Calibration,
     CalibrationReport,
-    LeftAlone,
-    ModuleReport,
     resolve_config,
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.group_sizes import suggest_group_size
+from calipers.calibration.kinds import list_kinds
+from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import plan_observers, without_modules, without_never_called
+from calipers.calibration.report_text import summarize_left_alone, summarize_modules
 from calipers.calibration.session import check_on_missing
+from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover
@@ -30,12 +31,15 @@ from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
+from calipers.cli.plugins import Plugins, load_plugins
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.evaluation import perplexity
 from calipers.text import read_batches
 
 __all__ = ["calibrate"]
+
+_DEFAULT_SCHEME = "W4A16"
 
 
 def calibrate(
@@ -44,8 +48,18 @@ def calibrate(
         typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="A preset (see `calipers schemes`) or a YAML file.")
-    ] = "W4A16",
+        str | None,
+        typer.Option(
+            help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
+            "size that divides the columns of all modules."
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Columns of a group of weights. Default: the scheme's (W4A16: 128)."
+        ),
+    ] = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -63,6 +77,7 @@ def calibrate(
             help="Observer of static activations. Default: the scheme's, else static_minmax."
         ),
     ] = None,
+    plugin: Plugins = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -112,6 +127,9 @@ def calibrate(
             "Default for the demo model: its held-out text.",
         ),
     ] = None,
+    worst: Annotated[
+        int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
+    ] = 5,
     device: Annotated[
         str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
     ] = None,
@@ -130,6 +148,8 @@ def calibrate(
       calipers calibrate ./Llama-3-8B --scheme FP8 --data text.txt --samples 256 --json
 
       calipers calibrate --observer memoryless_mse --option norm=2 --option maxshrink=0.3
+
+      calipers calibrate --plugin my_observers.py --observer my_observer
     """
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
@@ -140,19 +160,27 @@ def calibrate(
             refuse_source(out, path)
             refuse_taken(out, force=force)
         check_on_missing(on_missing)
+        load_plugins(plugin)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
-        resolve_config(scheme, patterns)
+        scheme_options = {} if group_size is None else {"group_size": group_size}
+        resolve_config(scheme or _DEFAULT_SCHEME, patterns, scheme_options)
         if model is None:
             data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
         choice = ObserverChoice(observer, activation_observer, options, data is not None)
+        choice.check()
         loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
+        size_note = None
+        if scheme is None and group_size is None and on_unfit == "error":
+            group_size, size_note = choose_group_size(loaded, patterns)
+            scheme_options = {} if group_size is None else {"group_size": group_size}
         plan = plan_observers(
             loaded,
-            scheme,
+            scheme or _DEFAULT_SCHEME,
             choice,
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
+            scheme_options,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -182,7 +210,8 @@ def calibrate(
             save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
         result = {
             "model": "demo" if model is None else str(model),
-            "scheme": scheme,
+            "scheme": scheme or _DEFAULT_SCHEME,
+            "group_size": group_size,
             "out": None if out is None else str(out),
             "perplexity_before": before,
             "perplexity_after": after,
@@ -195,18 +224,38 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report)
+        print_result(result, report, worst, size_note)
 
 
-def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
+def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
+    """A group size for the default scheme, where its own does not fit all modules.
+
+    Returns:
+        The size, and what to say about it; None and None where the scheme's own fits, or none does.
+    """
+    targets = resolve_modules(model, resolve_config(_DEFAULT_SCHEME, patterns)).targets
+    unfit = [each.name for each in targets if any(find_shape_problems(each))]
+    size = suggest_group_size(targets) if unfit else None
+    if size is None:
+        return None, None
+    kinds = list_kinds(unfit)
+    return size, f"{size}, since 128 does not divide the columns of {kinds}"
+
+
+def print_result(
+    result: dict[str, Any], report: CalibrationReport, worst: int, size_note: str | None
+) -> None:
     """Print the tables of a calibration."""
     print_table(
         f"{result['model']}, scheme {result['scheme']}",
         ("modules", "count", "observer", "bits", "relative weight error", "activations", "tokens"),
-        summarize_modules(report.modules),
+        module_rows(report),
         right=("count", "bits", "tokens"),
     )
+    print_worst(report, worst)
     lines = []
+    if result["group_size"] is not None:
+        lines.append(("group size", size_note or str(result["group_size"])))
     if result["perplexity_before"] is not None:
         change = result["perplexity_after"] / result["perplexity_before"] - 1
         lines.append(
@@ -228,50 +277,37 @@ def print_result(result: dict[str, Any], report: CalibrationReport) -> None:
     print_lines(lines)
 
 
-def summarize_modules(modules: list[ModuleReport]) -> list[tuple[str, ...]]:
+def print_worst(report: CalibrationReport, count: int) -> None:
+    """Print the modules of the largest weight errors, where there are more than these."""
+    found = report.worst(count)
+    if found and len(report.modules) > 1:
+        print_table(
+            "The largest weight errors",
+            ("module", "relative weight error"),
+            [(row.name, f"{row.weight_error:.4f}") for row in found],
+            right=("relative weight error",),
+        )
+
+
+def module_rows(report: CalibrationReport) -> list[tuple[str, ...]]:
     """One row for all modules whose names differ by numbers alone and that were treated alike."""
-    kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
-    for row in modules:
-        name = _numberless(row.name)
-        observer = row.weight_observer
-        if observer is not None and row.objective is not None:
-            observer = f"{observer} ({row.objective})"
-        key = (name, observer, row.weight_bits, row.activation_observer, row.fallback)
-        kinds[key].append(row)
     rows: list[tuple[str, ...]] = []
-    for (name, observer, bits, activation, fallback), members in kinds.items():
-        errors = [m.weight_error for m in members if m.weight_error is not None]
+    for kind in summarize_modules(report.modules):
         spread = "-"
-        if errors:
-            spread = f"{sum(errors) / len(errors):.4f} (at most {max(errors):.4f})"
-        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        if kind.mean_error is not None:
+            spread = f"{kind.mean_error:.4f} (at most {kind.max_error:.4f})"
         rows.append(
             (
-                name + note,
-                str(len(members)),
-                observer or "-",
-                "-" if bits is None else str(bits),
+                kind.name,
+                str(kind.count),
+                kind.observer or "-",
+                "-" if kind.bits is None else str(kind.bits),
                 spread,
-                activation or "-",
-                str(max(m.tokens for m in members)),
+                kind.activations or "-",
+                str(kind.tokens),
             )
         )
     return rows
-
-
-def summarize_left_alone(left_alone: list[LeftAlone]) -> list[str]:
-    """One line for all modules whose names differ by numbers alone and that share a reason."""
-    kinds: dict[tuple[str, str], int] = defaultdict(int)
-    for each in left_alone:
-        kinds[_numberless(each.name), each.reason] += 1
-    return [
-        f"{name}{f' ({count})' if count > 1 else ''}: {reason}"
-        for (name, reason), count in kinds.items()
-    ]
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:

@@ -6,12 +6,16 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from time import monotonic
 from typing import Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -21,6 +25,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from calipers.calibration.batches import Progress as ProgressFunction
 
@@ -35,6 +40,9 @@ __all__ = [
 
 #: Wide enough for any table where there is no terminal to fit.
 _PIPE_WIDTH = 200
+#: More than any table needs.
+_ANY_WIDTH = 10_000
+_SECONDS_BETWEEN_LINES = 30
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -53,6 +61,8 @@ def print_table(
 ) -> None:
     """Print a table: framed in a terminal, plain columns elsewhere.
 
+    Where a terminal is too narrow for the words of a row, each row is a paragraph instead.
+
     Args:
         title: Line above the table.
         columns: Headings.
@@ -65,9 +75,39 @@ def print_table(
     )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    rows = [list(row) for row in rows]
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    needed = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).minimum
+    if console.is_terminal and needed > console.width:
+        _print_paragraphs(console, title, columns, rows)
+    else:
+        console.print(table)
+
+
+def _print_paragraphs(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """The first cell of each row, and below it the others that say something, after headings."""
+    console.print(Text(title, style="italic"))
+    for row in rows:
+        console.print(Text(row[0], style="bold", overflow="fold"))
+        pairs = zip(columns[1:], row[1:], strict=True)
+        cells = [f"{heading}: {cell}" for heading, cell in pairs if cell and cell != "-"]
+        for line in _filled(cells, console.width - 2):
+            text = Text(line, overflow="fold")
+            console.print(Padding(text, (0, 0, 0, 2), expand=False))
+
+
+def _filled(cells: Iterable[str], width: int) -> list[str]:
+    """As many cells a line as fit, none broken but one that is too long for any line."""
+    lines: list[str] = []
+    for cell in cells:
+        if lines and len(lines[-1]) + len(cell) + 2 <= width:
+            lines[-1] += f", {cell}"
+        else:
+            lines.append(cell)
+    return lines
 
 
 def print_lines(pairs: Iterable[tuple[str, str]]) -> None:
@@ -88,15 +128,23 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def show_progress() -> Iterator[ProgressFunction]:
-    """Progress bars on standard error, where that is a terminal."""
+    """Progress on standard error: bars in a terminal, elsewhere a line now and then."""
     console = _console(stderr=True)
+    if console.is_terminal:
+        with _bars(console) as bars:
+            yield bars
+    else:
+        yield _lines(console)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[ProgressFunction]:
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=console,
-        disable=not console.is_terminal,
         transient=True,
     )
     tasks: dict[str, TaskID] = {}
@@ -110,6 +158,22 @@ def show_progress() -> Iterator[ProgressFunction]:
 
     with bars:
         yield advance
+
+
+def _lines(console: Console) -> ProgressFunction:
+    """A log that is watched, or read afterwards, shall show that work goes on; not every step."""
+    started = told = monotonic()
+
+    def advance(stage: str, done: int, total: int | None) -> None:
+        nonlocal told
+        now = monotonic()
+        if now - told >= _SECONDS_BETWEEN_LINES:
+            told = now
+            of = "" if total is None else f" of {total}"
+            passed = timedelta(seconds=int(now - started))
+            console.print(f"{stage}: {done}{of} after {passed}", markup=False, soft_wrap=True)
+
+    return advance
 
 
 @contextmanager

@@ -7,23 +7,32 @@ from typing import Annotated, Any
 import typer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
+from loguru import logger
 
-from calipers.cli.console import print_json, print_table
+from calipers.cli.console import plain_errors, print_json, print_table
+from calipers.cli.plugins import Plugins, load_plugins
 from calipers.observers import Observer
+from calipers.observers.plugins import load_entry_points
 
 __all__ = ["observers", "schemes"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def observers(json: Json = False) -> None:
+def observers(plugin: Plugins = None, json: Json = False) -> None:
     """List the observers with their options, defaults and one line each.
 
     Examples:
       calipers observers
 
       calipers observers --json
+
+      calipers observers --plugin my_observers.py
     """
+    with plain_errors():
+        load_plugins(plugin)
+    for failure in load_entry_points():
+        logger.warning("{}", failure)
     found = [_describe_observer(name) for name in Observer.registered_names()]
     found.sort(key=lambda each: (each["needs_data"], len(each["options"])))
     if json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from calipers.errors import CalipersError
 
 __all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
 
+#: An organisation and a name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -40,6 +43,13 @@ def load_model(
     if dtype not in _DTYPES:
         raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     place = _device(device)
+    if not path.exists() and _HUB_ID.fullmatch(str(path)):
+        raise CalipersError(
+            f"{path}: no such directory. If it is a model of the Hugging Face Hub, download it "
+            f"first, since nothing is fetched here: `hf download {path} --local-dir "
+            f"{path.name}`, or huggingface_hub.snapshot_download({str(path)!r}), and give the "
+            "directory"
+        )
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
     kind: Any = AutoModel if _is_bare(path) else AutoModelForCausalLM
@@ -96,7 +106,10 @@ def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a local directory; nothing is fetched."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Among what is saved with the tokenizer; where it is loaded next is nobody's business here.
+    getattr(tokenizer, "init_kwargs", {}).pop("local_files_only", None)
+    return tokenizer
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -18,9 +18,11 @@ from loguru import logger
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
+from calipers.observers.plugins import load_entry_points
 from calipers.observers.state_checks import (
     Problem,
     check_dtype,
@@ -211,16 +213,31 @@ class Observer(InternalModule, RegistryMixin):
     def get_value_from_registry(cls, name: str) -> type[Observer]:
         """The observer class registered under `name`.
 
+        Where none is, packages that offer observers (entry points of the group
+        "calipers.observers") are imported first.
+
         Raises:
-            UnknownObserverError: A ValueError that lists the registered names.
+            UnknownObserverError: A ValueError that lists the registered names, and packages whose
+                observers could not be imported.
         """
         try:
             found: type[Observer] = super().get_value_from_registry(name)
         except KeyError:
+            failures = load_entry_points()
+            try:
+                return super().get_value_from_registry(name)  # type: ignore[no-any-return]
+            except KeyError:
+                pass
             names = (*cls.registered_names(), *cls.registered_aliases())
             known = sorted(n.replace("-", "_") for n in names)
+            near = did_you_mean(str(name).lower().replace("-", "_"), known)
             raise UnknownObserverError(
-                f"unknown observer {name!r}; registered: {', '.join(known)}"
+                " ".join(
+                    [
+                        f"unknown observer {name!r}.{near} Registered: {', '.join(known)}.",
+                        *(f"{each}." for each in failures),
+                    ]
+                )
             ) from None
         return found
 

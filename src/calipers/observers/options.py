@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["ObserverOptions", "build_options"]
+__all__ = ["ObserverOptions", "build_options", "check_option_names"]
 
 
 class ObserverOptions(BaseModel):
@@ -32,13 +32,7 @@ def build_options(owner: str, model: type[OptionsT], given: Mapping[str, Any]) -
         ValueError: An unknown option, with the valid ones listed; or a value of the wrong type or
             out of range, with what was expected.
     """
-    known = list(model.model_fields)
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            valid = ", ".join(known) if known else "none"
-            raise ValueError(f"{owner}: unknown option {name!r}{hint}; valid options: {valid}")
+    check_option_names(owner, model, given)
     try:
         return model(**given)
     except ValidationError as error:
@@ -46,3 +40,18 @@ def build_options(owner: str, model: type[OptionsT], given: Mapping[str, Any]) -
             f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()
         )
         raise ValueError(f"{owner}: invalid option: {problems}") from None
+
+
+def check_option_names(owner: str, model: type[ObserverOptions], given: Iterable[str]) -> None:
+    """Refuse options that there are not; a part of `build_options`.
+
+    Raises:
+        ValueError: An unknown option, with the valid ones listed.
+    """
+    known = list(model.model_fields)
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            valid = ", ".join(known) if known else "none"
+            raise ValueError(f"{owner}: unknown option {name!r}{hint}; valid options: {valid}")

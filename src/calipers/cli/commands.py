@@ -1,0 +1,70 @@
+"""How every command takes its arguments: near names for unknown options, `-h`, Ctrl-C."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from calipers._words import did_you_mean
+
+__all__ = ["CONTEXT", "Command", "Group"]
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+#: Below this many columns the framed help cuts names of options.
+_WIDTH_OF_FRAMES = 80
+
+
+class _Plain:
+    """For both kinds of commands; comes before them among the bases."""
+
+    rich_markup_mode: Any
+
+    def parse_args(self, ctx: Any, args: Any) -> Any:
+        """As the base, with the one option that an unknown one is nearest to."""
+        try:
+            return super().parse_args(ctx, args)  # type: ignore[misc]
+        except Exception as error:
+            # click's NoSuchOption, or typer's own copy of it, which it does not export
+            if type(error).__name__ == "NoSuchOption":
+                _name_the_nearest(error, self.get_params(ctx))  # type: ignore[attr-defined]
+            raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """As the base; an interrupt is told in one word."""
+        try:
+            return super().invoke(ctx)  # type: ignore[misc]
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            raise typer.Exit(130) from None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As the base, without frames where they would leave no room for names."""
+        mode = self.rich_markup_mode
+        columns = shutil.get_terminal_size().columns
+        if columns < _WIDTH_OF_FRAMES:
+            self.rich_markup_mode = None
+            formatter.width = columns - 2
+        try:
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+        finally:
+            self.rich_markup_mode = mode
+
+
+def _name_the_nearest(error: Any, params: list[Any]) -> None:
+    known = [option for param in params for option in param.opts if option.startswith("-")]
+    near = did_you_mean(error.option_name, known)
+    if near:
+        error.message = f"No such option: {error.option_name}.{near}"
+    error.possibilities = None
+
+
+class Command(_Plain, TyperCommand):
+    """A command."""
+
+
+class Group(_Plain, TyperGroup):
+    """The command of commands."""

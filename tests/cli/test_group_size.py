@@ -1,0 +1,59 @@
+"""`calipers calibrate` on a model whose columns the group size of the preset does not divide."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cli.conftest import Calipers, error_of, succeeded
+
+
+def group_size_of(checkpoint: Path) -> int:
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"]
+
+
+def test_without_a_scheme_a_size_that_fits_is_chosen_and_said(
+    calipers: Calipers, narrow: Path, tmp_path: Path
+) -> None:
+    result = calipers("calibrate", narrow, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "scheme W4A16" in told
+    assert "group size 64, since 128 does not divide the columns of model.layers.*.self" in told
+    assert "mlp.down_proj" not in told.partition("group size 64")[2]
+    assert group_size_of(tmp_path / "out") == 64
+    assert succeeded(calipers("calibrate", narrow, "--json"))["group_size"] == 64
+
+
+def test_nothing_is_said_where_the_scheme_fits(calipers: Calipers, llama: Path) -> None:
+    assert "group size" not in calipers("calibrate", llama).stdout
+    assert succeeded(calipers("calibrate", llama, "--json"))["group_size"] is None
+
+
+def test_a_scheme_that_was_asked_for_is_refused_with_the_way_out(
+    calipers: Calipers, narrow: Path
+) -> None:
+    message = error_of(calipers("calibrate", narrow, "--scheme", "W4A16"))
+    assert len(message.splitlines()) == 4
+    assert "model.layers.*.self_attn.q_proj (2)" in message
+    assert "--group-size 64" in message
+
+
+def test_a_group_size_of_ones_own(calipers: Calipers, narrow: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "W4A16", "--group-size", 32, "--out", tmp_path / "out", "--json")
+    assert succeeded(calipers("calibrate", narrow, *options))["group_size"] == 32
+    assert group_size_of(tmp_path / "out") == 32
+
+
+def test_a_group_size_that_nothing_can_take(calipers: Calipers, narrow: Path) -> None:
+    message = error_of(calipers("calibrate", narrow, "--scheme", "FP8_DYNAMIC", "--group-size", 64))
+    assert "no weights in groups" in message
+    assert "--group-size" in message
+    assert calipers("calibrate", narrow, "--group-size", 0).exit_code == 2
+
+
+def test_under_skip_the_size_stays(calipers: Calipers, narrow: Path) -> None:
+    result = succeeded(calipers("calibrate", narrow, "--on-unfit", "skip", "--json"))
+    assert result["group_size"] is None
+    assert {row["reason"] for row in result["calibration"]["left_alone"]} >= {"shape"}

@@ -17,32 +17,35 @@ from compressed_tensors.quantization import (
 __all__ = ["output_verdict", "verdict"]
 
 
+_Band: TypeAlias = tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class _Kind:
     """A kind of scheme and what was measured under it.
 
     Attributes:
         name: In words.
-        perplexity: Relative changes of the perplexity: of the demo model at its best, of
-            SmolLM2-135M with `optimal`, of SmolLM2-135M with min/max.
-        outputs: Output errors of all-MiniLM-L6-v2: at its best, with `optimal`, with min/max.
+        perplexity: Relative changes of the perplexity: below the first is less than usual, up to
+            the second usual, above the third far more than usual.
+        outputs: Output errors, likewise; None where they were not measured.
     """
 
     name: str
-    perplexity: tuple[float, float, float]
-    outputs: tuple[float, float, float]
+    perplexity: _Band
+    outputs: _Band | None = None
 
 
-#: docs/evaluating.md has these figures in a table, each with where it comes from.
+#: docs/evaluating.md has these figures in a table, and where they come from.
 _KINDS = {
-    "w8a16": _Kind("8-bit weights", (0.0, 0.01, 0.02), (0.0, 0.01, 0.02)),
-    "w8a8": _Kind("8-bit weights and activations", (0.0, 0.01, 0.02), (0.0, 0.01, 0.02)),
-    "int4": _Kind("int4 weights in groups", (0.008, 0.16, 0.46), (0.0, 0.01, 0.02)),
-    "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88), (0.0, 0.01, 0.02)),
-    "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11), (0.0, 0.01, 0.02)),
-    "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28), (0.0, 0.01, 0.02)),
-    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.005, 0.086, 0.28), (0.0, 0.01, 0.02)),
-    "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 0.2, 0.3), (0.0, 0.01, 0.02)),
+    "w8a16": _Kind("8-bit weights", (0.0, 0.005, 0.01)),
+    "w8a8": _Kind("8-bit weights and activations", (0.0, 0.06, 0.12)),
+    "int4": _Kind("int4 weights in groups", (0.008, 0.16, 0.46), (0.25, 0.32, 0.40)),
+    "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88)),
+    "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11)),
+    "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28)),
+    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.005, 0.54, 1.08), (0.31, 0.33, 0.37)),
+    "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 1.84, 3.68)),
 }
 
 _Scheme: TypeAlias = QuantizationConfig | QuantizationScheme
@@ -137,9 +140,10 @@ def _in_words(
     outputs: bool = False,
 ) -> str:
     steps = _next_steps(scheme, objective)
-    if kind is None:
+    band = None if kind is None else kind.outputs if outputs else kind.perplexity
+    if kind is None or band is None:
         return f"{figure}; what is usual for this scheme was not measured. {_try(steps)}"
-    best, usual, worst = kind.outputs if outputs else kind.perplexity
+    best, usual, worst = band
     shown = _plain if outputs else _percent
     measured = f"{shown(best)} to {shown(usual)} measured on small models"
     if value < best:
@@ -151,8 +155,8 @@ def _in_words(
         return f"{figure}: more than usual for {kind.name} ({measured}). {_try(steps)}"
     steps = ["calibration data of the kind that the model is used on", *steps[:2]]
     return (
-        f"{figure}: far more than usual for {kind.name} ({measured}, {shown(worst)} with plain "
-        f"min/max). {_try([*steps, *_EIGHT_BITS[: _bits(scheme) < 8]])}"
+        f"{figure}: far more than usual for {kind.name} ({measured}). "
+        f"{_try([*steps, *_EIGHT_BITS[: _bits(scheme) < 8]])}"
     )
 
 

@@ -27,6 +27,9 @@ FIELDS = {
     "out",
     "perplexity_before",
     "perplexity_after",
+    "change",
+    "output_error",
+    "verdict",
     "bytes_before",
     "bytes_after",
     "seconds",
@@ -65,6 +68,11 @@ def test_text_to_checkpoint_with_most_options(
     assert result["out"] == str(out)
     assert 1 < result["perplexity_before"] < 1000
     assert result["perplexity_after"] != result["perplexity_before"]
+    relative = result["perplexity_after"] / result["perplexity_before"] - 1
+    assert result["change"]["value"] == pytest.approx(relative)
+    assert result["change"]["standard_error"] > 0
+    assert "perplexity" in result["verdict"] or "difference" in result["verdict"]
+    assert result["output_error"] is None
     assert 0 < result["bytes_after"] < result["bytes_before"]
     assert 0 < result["calibration"]["seconds"] <= result["seconds"]
     assert result["peak_memory_bytes"] > result["bytes_before"]

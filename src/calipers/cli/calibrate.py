@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from compressed_tensors.quantization import QuantizationConfig
 from rich.filesize import decimal
 
 from calipers.calibration import (
@@ -30,12 +31,15 @@ from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
+from calipers.cli.judging import Change, change_json, change_text, compare_measured, measure
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
 from calipers.cli.plugins import Plugins, load_plugins
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.errors import CalipersError
-from calipers.evaluation import perplexity
+from calipers.evaluation import OutputError, Perplexity
 from calipers.text import read_batches
+from calipers.text.for_model import batches_for_model, max_positions
+from calipers.verdict import output_verdict, verdict
 
 __all__ = ["calibrate"]
 
@@ -82,8 +86,8 @@ def calibrate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Calibration data: .txt, or .jsonl with 'text' or "
-            "'messages'. Default for the demo model: its own text.",
+            help="Calibration data: .txt, .jsonl, .json, .csv, .parquet or a folder saved by "
+            "datasets (FOLDER:SPLIT). Default for the demo model: its own text.",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Most sequences to calibrate with.")] = 128,
@@ -122,8 +126,8 @@ def calibrate(
         Path | None,
         typer.Option(
             "--eval",
-            metavar="FILE.txt",
-            help="Text for perplexity before and after. "
+            metavar="FILE",
+            help="Text to judge by, before and after. "
             "Default for the demo model: its held-out text.",
         ),
     ] = None,
@@ -191,8 +195,9 @@ def calibrate(
             tokenizer = load_tokenizer(path)
         batches = None
         if data is not None:
-            texts = read_batches(data, tokenizer, sequence_length=length, samples=samples)
-            batches = [{"input_ids": ids, "use_cache": False} for ids in texts]
+            batches = batches_for_model(
+                data, loaded, tokenizer, samples=samples, sequence_length=sequence_length
+            )
         else:
             refuse_without_data(plan.observed)
             plan = without_never_called(loaded, plan)
@@ -200,12 +205,15 @@ def calibrate(
         if eval_file is not None:
             judged = read_batches(eval_file, tokenizer, sequence_length=length)
         size_before = model_bytes(loaded)
-        before = None if judged is None else perplexity(loaded, judged, progress)
+        before = None if judged is None else measure(loaded, judged, progress)
         with Calibration(loaded, plan) as calibration:
             if batches is not None:
                 calibration.run(batches, progress)
             report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
-        after = None if judged is None else perplexity(loaded, judged, progress)
+        after = None if judged is None else measure(loaded, judged, progress)
+        change = None
+        if before is not None and after is not None:
+            change = compare_measured(before, after)
         if out is not None:
             save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
         result = {
@@ -213,8 +221,10 @@ def calibrate(
             "scheme": scheme or _DEFAULT_SCHEME,
             "group_size": group_size,
             "out": None if out is None else str(out),
-            "perplexity_before": before,
-            "perplexity_after": after,
+            "perplexity_before": before.value if isinstance(before, Perplexity) else None,
+            "perplexity_after": after.value if isinstance(after, Perplexity) else None,
+            **change_json(change),
+            "verdict": None if change is None else in_words(plan.config, change, report),
             "bytes_before": size_before,
             "bytes_after": compressed_size(loaded) if report.modules else size_before,
             "seconds": time.perf_counter() - started,
@@ -224,7 +234,16 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report, worst, size_note)
+        print_result(result, report, worst, size_note, change)
+
+
+def in_words(config: QuantizationConfig, change: Change, report: CalibrationReport) -> str:
+    """The verdict on a calibration."""
+    objectives = {each.objective for each in report.modules}
+    objective = objectives.pop() if len(objectives) == 1 else None
+    if isinstance(change, OutputError):
+        return output_verdict(config, change.value, change.standard_error, objective=objective)
+    return verdict(config, change.relative, change.relative_error, objective=objective)
 
 
 def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
@@ -243,7 +262,11 @@ def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None
 
 
 def print_result(
-    result: dict[str, Any], report: CalibrationReport, worst: int, size_note: str | None
+    result: dict[str, Any],
+    report: CalibrationReport,
+    worst: int,
+    size_note: str | None,
+    change: Change | None,
 ) -> None:
     """Print the tables of a calibration."""
     print_table(
@@ -256,15 +279,13 @@ def print_result(
     lines = []
     if result["group_size"] is not None:
         lines.append(("group size", size_note or str(result["group_size"])))
-    if result["perplexity_before"] is not None:
-        change = result["perplexity_after"] / result["perplexity_before"] - 1
-        lines.append(
-            (
-                "perplexity",
-                f"{result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f} "
-                f"({change:+.2%})",
-            )
-        )
+    if isinstance(change, OutputError):
+        lines.append(("output error", change_text(change)))
+    elif change is not None:
+        figures = f"{result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f}"
+        lines.append(("perplexity", f"{figures} ({change_text(change)})"))
+    if change is not None:
+        lines.append(("verdict", result["verdict"]))
     before, after = result["bytes_before"], result["bytes_after"]
     lines += [
         ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),
@@ -326,9 +347,3 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise CalipersError(f"--option: cannot read the value of {item!r}") from None
     return options
-
-
-def max_positions(model: Any) -> int | None:
-    """Most tokens of a sequence that the model takes, where its config says so."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None

@@ -20,7 +20,7 @@ from calipers.calibration.choice import ObserverChoice
 from calipers.calibration.plan import plan_observers
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
-from calipers.cli.calibrate import max_positions, parse_options
+from calipers.cli.calibrate import parse_options
 from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
 from calipers.cli.default_texts import calibration_text, heldout_text
 from calipers.cli.judging import (
@@ -42,6 +42,7 @@ from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.observers import Observer
 from calipers.text import read_batches
+from calipers.text.for_model import max_positions
 from calipers.verdict import output_verdict, verdict
 
 __all__ = [

@@ -12,7 +12,6 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from calipers.checkpoint.replace import recover
-from calipers.cli.calibrate import max_positions
 from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
 from calipers.cli.default_texts import heldout_text
 from calipers.cli.judging import (
@@ -29,6 +28,7 @@ from calipers.cli.records import print_records
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.text import read_batches
+from calipers.text.for_model import max_positions
 
 __all__ = ["evaluate"]
 

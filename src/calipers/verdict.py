@@ -39,12 +39,12 @@ class _Kind:
 #: docs/evaluating.md has these figures in a table, and where they come from.
 _KINDS = {
     "w8a16": _Kind("8-bit weights", (0.0, 0.005, 0.01)),
-    "w8a8": _Kind("8-bit weights and activations", (0.0, 0.06, 0.12)),
+    "w8a8": _Kind("8-bit weights and activations", (0.001, 0.06, 0.12)),
     "int4": _Kind("int4 weights in groups", (0.008, 0.16, 0.46), (0.25, 0.32, 0.40)),
     "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88)),
     "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11)),
     "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28)),
-    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.005, 0.54, 1.08), (0.31, 0.33, 0.37)),
+    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.017, 0.54, 1.08), (0.31, 0.33, 0.37)),
     "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 1.84, 3.68)),
 }
 

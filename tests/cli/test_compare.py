@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,14 @@ def test_layout(monkeypatch: pytest.MonkeyPatch, width: int | None, text: str) -
         lambda: print_comparison("./model", BEFORE, 269_000_000, RESULTS, verdicts),
     )
     assert shown == text
+
+
+def test_what_was_tried_already_is_not_advised() -> None:
+    hessian = replace(RESULTS[0], objective="hessian")
+    assert "hessian" in judge_schemes(RESULTS)["W4A16"]
+    verdict = judge_schemes([RESULTS[1], hessian])["W4A16"]
+    assert verdict.startswith("optimal: ")
+    assert "hessian" not in verdict
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

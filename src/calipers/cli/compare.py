@@ -322,16 +322,19 @@ def judge_schemes(results: Sequence[RunResult], ignore: Sequence[str] = ()) -> d
     found = {}
     for name, each in best.items():
         config = resolve_config(name, ignore)
+        # What was tried and did no better is not advised.
+        tried = {other.objective for other in results if other.run.scheme == name}
+        objective = "hessian" if "hessian" in tried else each.objective
         if isinstance(each.change, OutputError):
             words = output_verdict(
-                config, each.change.value, each.change.standard_error, objective=each.objective
+                config, each.change.value, each.change.standard_error, objective=objective
             )
         else:
             words = verdict(
                 config,
                 each.change.relative,
                 each.change.relative_error,
-                objective=each.objective,
+                objective=objective,
             )
         found[name] = f"{each.run.name}: {words}"
     return found

@@ -204,7 +204,11 @@ def print_evaluation(text: str, rows: list[dict[str, Any]]) -> None:
     print_records(f"Judged by {text}", columns, cells, right=columns[2:])
     lines = [("sequences", f"{row['sequences']}, {row['tokens']:,} tokens") for row in judged[:1]]
     lines += [("note", f"{row['path']}: {row['note']}") for row in rows if row.get("note")]
-    lines += [("problem", f"{row['path']}: {row['problem']}") for row in rows if row["problem"]]
+    lines += [
+        ("problem", f"{row['path']}: {row['problem'].removeprefix(str(row['path']) + ': ')}")
+        for row in rows
+        if row["problem"]
+    ]
     print_lines(lines)
 
 

@@ -11,6 +11,7 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 
 import calipers as package
 from calipers import cli
+from calipers.demo import MODEL_PATH
 from calipers.observers import Observer
 from cli.conftest import Calipers, succeeded
 
@@ -163,12 +164,14 @@ def test_an_interrupt_is_told(
 
     for place in (
         "calibrate.load_model",
+        "compare.load_model",
         "demo.load_model",
+        "evaluate.load_model",
         "listings.print_table",
         "doctor.print_table",
     ):
         monkeypatch.setattr(f"calipers.cli.{place}", interrupt)
-    result = calipers(command)
+    result = calipers(command, *([MODEL_PATH] if command == "evaluate" else []))
     assert result.exit_code == 130
     assert result.stdout == ""
     assert result.stderr == "interrupted\n"

@@ -111,8 +111,14 @@ def _filled(cells: Iterable[str], width: int) -> list[str]:
 
 
 def print_lines(pairs: Iterable[tuple[str, str]]) -> None:
-    """Print names and values, one pair a line."""
+    """Print names and values, one pair a line, folded where a terminal is too narrow."""
     console = _console()
+    if not console.is_terminal:
+        pairs = list(pairs)
+        width = max((len(name) for name, _ in pairs), default=0)
+        for name, value in pairs:
+            sys.stdout.write(f"{name:<{width}}  {value}\n")
+        return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -348,7 +348,8 @@ def test_on_missing_must_be_known():
 def test_attaching_to_a_frozen_model_is_refused():
     model = tiny_moe((0,))
     frozen(model, "W8A8")
-    with pytest.raises(CalipersError, match=r"layers\.\*\.experts\.\*\.up_proj \(4\), .*: is already quanti"):
+    told = r"layers\.\*\.experts\.\*\.up_proj \(4\), .*: is already quanti"
+    with pytest.raises(CalipersError, match=told):
         attach(model, "W8A8")
 
 

@@ -28,6 +28,7 @@ from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.example_inputs import example_inputs
+from calipers.calibration.kinds import kind_of
 from calipers.calibration.schemes import SchemeLike, resolve_config
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
@@ -102,7 +103,7 @@ def find_load_problems(
         if isinstance(plain, str) and not found:
             unrun = f"loads, but the twin cannot be run to compare its outputs: {plain}"
             return LoadCheck(unchecked=unrun)
-    problems = {name: found[_kind(name)] for name in schemes if _kind(name) in found}
+    problems = {name: found[kind_of(name)] for name in schemes if kind_of(name) in found}
     return LoadCheck(problems, whole)
 
 
@@ -176,7 +177,7 @@ def _describe(check: LoadCheck) -> str:
         "quantized modules fail",
     ]
     for reason, names in kinds.items():
-        patterns = list(dict.fromkeys(_kind(name) for name in names))
+        patterns = list(dict.fromkeys(kind_of(name) for name in names))
         more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
         lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
     if check.whole:
@@ -194,12 +195,8 @@ def _describe(check: LoadCheck) -> str:
     return "\n  ".join(lines)
 
 
-def _kind(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-
-
 def _pattern(name: str) -> str:
-    kind = _kind(name)
+    kind = kind_of(name)
     if "*" not in kind:
         return kind
     return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$"
@@ -217,9 +214,9 @@ def _schemes_of_twin(
     chosen = {name: each for name, each in schemes.items() if name in modules}
     by_kind: dict[str, dict[str, QuantizationScheme]] = {}
     for name, each in schemes.items():
-        by_kind.setdefault(_kind(name), {}).setdefault(each.model_dump_json(), each)
+        by_kind.setdefault(kind_of(name), {}).setdefault(each.model_dump_json(), each)
     for kind, wanted in by_kind.items():
-        places = [name for name in modules if _kind(name) == kind]
+        places = [name for name in modules if kind_of(name) == kind]
         if not places:
             raise CheckpointError(f"it has no module like {kind}")
         seen = {chosen[name].model_dump_json() for name in places if name in chosen}
@@ -239,11 +236,11 @@ def _try_kinds(
     reason = _try(twin, schemes, runs=runs)
     if reason is None:
         return {}, False
-    kinds = list(dict.fromkeys(_kind(name) for name in schemes))
+    kinds = list(dict.fromkeys(kind_of(name) for name in schemes))
     found: dict[str, str] = {}
     good: list[str] = []
     for kind in kinds:
-        alone = {n: s for n, s in schemes.items() if _kind(n) == kind}
+        alone = {n: s for n, s in schemes.items() if kind_of(n) == kind}
         why = _try(twin, alone, runs=runs)
         if why is None:
             good.append(kind)
@@ -265,7 +262,7 @@ def _try_kinds(
 def _only(
     schemes: Mapping[str, QuantizationScheme], kinds: list[str]
 ) -> dict[str, QuantizationScheme]:
-    return {name: each for name, each in schemes.items() if _kind(name) in kinds}
+    return {name: each for name, each in schemes.items() if kind_of(name) in kinds}
 
 
 def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:

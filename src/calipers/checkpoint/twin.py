@@ -15,6 +15,8 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from torch import nn
 
+from calipers.calibration.kinds import kind_of
+
 __all__ = ["make_twin", "plain_defaults", "small_config"]
 
 #: Models up to this many parameters are as small as a twin needs to be.
@@ -122,16 +124,12 @@ def _layers_needed(model: nn.Module) -> dict[int, int]:
         seen: set[tuple[str, type[nn.Module]]] = set()
         last = 0
         for place, layer in enumerate(stack):
-            kinds = {(_numberless(name), type(each)) for name, each in layer.named_modules()}
+            kinds = {(kind_of(name), type(each)) for name, each in layer.named_modules()}
             if kinds - seen:
                 seen |= kinds
                 last = place
         needed[len(stack)] = max(needed[len(stack)], last + 1)
     return needed
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _fewer_layers(config: Any, needed: Mapping[int, int]) -> None:

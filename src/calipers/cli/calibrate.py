@@ -33,12 +33,13 @@ from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import Change, change_json, change_text, compare_measured, measure
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
+from calipers.cli.options import ActivationObserver, DataSamples, Device, Dtype, SequenceLength
 from calipers.cli.plugins import Plugins, load_plugins
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.text import read_batches
-from calipers.text.for_model import batches_for_model, max_positions
+from calipers.text.for_model import batches_for_model, fitting_length
 from calipers.verdict import output_verdict, verdict
 
 __all__ = ["calibrate"]
@@ -75,12 +76,7 @@ def calibrate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
-    activation_observer: Annotated[
-        str | None,
-        typer.Option(
-            help="Observer of static activations. Default: the scheme's, else static_minmax."
-        ),
-    ] = None,
+    activation_observer: ActivationObserver = None,
     plugin: Plugins = None,
     data: Annotated[
         Path | None,
@@ -90,8 +86,8 @@ def calibrate(
             "datasets (FOLDER:SPLIT). Default for the demo model: its own text.",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most sequences to calibrate with.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")] = 512,
+    samples: DataSamples = 128,
+    sequence_length: SequenceLength = 512,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,10 +130,8 @@ def calibrate(
     worst: Annotated[
         int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
     ] = 5,
-    device: Annotated[
-        str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="As float32; auto: as stored.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Quantize a model and write a checkpoint that transformers and vLLM load.
@@ -190,7 +184,7 @@ def calibrate(
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
             unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
             plan = without_modules(plan, unloadable, "cannot be loaded back")
-        length = min(sequence_length, max_positions(loaded) or sequence_length)
+        length = fitting_length(loaded, sequence_length)
         if data is not None or eval_file is not None:
             tokenizer = load_tokenizer(path)
         batches = None

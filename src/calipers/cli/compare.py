@@ -36,13 +36,14 @@ from calipers.cli.judging import (
     writes_text,
 )
 from calipers.cli.models import load_model, load_tokenizer, model_bytes
+from calipers.cli.options import ActivationObserver, DataSamples, Device, Dtype, SequenceLength
 from calipers.cli.records import print_records
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.observers import Observer
 from calipers.text import read_batches
-from calipers.text.for_model import max_positions
+from calipers.text.for_model import fitting_length
 from calipers.verdict import output_verdict, verdict
 
 __all__ = [
@@ -84,20 +85,15 @@ def compare(
             metavar="KEY=VALUE", help="An option of all observers that have it; may be repeated."
         ),
     ] = None,
-    activation_observer: Annotated[
-        str | None,
-        typer.Option(
-            help="Observer of static activations. Default: the scheme's, else static_minmax."
-        ),
-    ] = None,
+    activation_observer: ActivationObserver = None,
     data: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE", help="Calibration data. Default: the embedded calibration text."
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most sequences to calibrate with.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")] = 512,
+    samples: DataSamples = 128,
+    sequence_length: SequenceLength = 512,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,10 +112,8 @@ def compare(
         ),
     ] = None,
     eval_samples: Annotated[int, typer.Option(min=1, help="Most sequences to judge by.")] = 128,
-    device: Annotated[
-        str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="As float32; auto: as stored.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Quantize a model under each scheme with each observer, and compare the results.
@@ -145,7 +139,7 @@ def compare(
         for run in runs:
             _check(loaded, run, activation_observer, patterns, on_unfit)
         tokenizer = load_tokenizer(path)
-        length = min(sequence_length, max_positions(loaded) or sequence_length)
+        length = fitting_length(loaded, sequence_length)
         texts = read_batches(
             data or calibration_text(), tokenizer, sequence_length=length, samples=samples
         )

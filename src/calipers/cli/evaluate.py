@@ -24,11 +24,12 @@ from calipers.cli.judging import (
     plus_minus,
 )
 from calipers.cli.models import load_model, load_tokenizer
+from calipers.cli.options import Device, Dtype, SequenceLength
 from calipers.cli.records import print_records
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.text import read_batches
-from calipers.text.for_model import max_positions
+from calipers.text.for_model import fitting_length
 
 __all__ = ["evaluate"]
 
@@ -48,11 +49,9 @@ def evaluate(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Most sequences to judge by.")] = 128,
-    sequence_length: Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")] = 512,
-    device: Annotated[
-        str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="As float32; auto: as stored.")] = "auto",
+    sequence_length: SequenceLength = 512,
+    device: Device = None,
+    dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Measure the perplexity of checkpoints, and compare them with the first one.
@@ -123,7 +122,7 @@ def _read(
         tokenizer = first.tokenizer
     if first.tokenizer is None:
         first.tokenizer = tokenizer
-    length = min(sequence_length, max_positions(model) or sequence_length)
+    length = fitting_length(model, sequence_length)
     try:
         return read_batches(file, tokenizer, sequence_length=length, samples=samples)
     except CalipersError as error:

@@ -15,7 +15,7 @@ from calipers.text.batches import read_batches
 from calipers.text.datasets import dataset_columns, is_dataset
 from calipers.text.samples import is_sample
 
-__all__ = ["batches_for_model", "max_positions"]
+__all__ = ["batches_for_model", "fitting_length"]
 
 
 def batches_for_model(
@@ -44,7 +44,7 @@ def batches_for_model(
     text, data = _find_text(data)
     if not text:
         return data  # type: ignore[no-any-return]
-    length = min(sequence_length, max_positions(model) or sequence_length)
+    length = fitting_length(model, sequence_length)
     found = read_batches(data, tokenizer, sequence_length=length, samples=samples)
     # Nobody reads the keys and values that a language model would keep.
     caches = "use_cache" in inspect.signature(model.forward).parameters
@@ -52,14 +52,14 @@ def batches_for_model(
     return [{"input_ids": ids, **options} for ids in found]
 
 
-def max_positions(model: Any) -> int | None:
-    """Most tokens of a sequence that the model takes, where its config says so."""
+def fitting_length(model: Any, sequence_length: int) -> int:
+    """The length of a sequence, at most the positions that the model's config names, if any."""
     config = getattr(model, "config", None)
     of_text = getattr(config, "get_text_config", None)  # of a model that sees or hears as well
     if callable(of_text):
         config = of_text()
     limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
+    return min(sequence_length, limit) if isinstance(limit, int) and limit else sequence_length
 
 
 def _find_text(data: Any) -> tuple[bool, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,9 @@ FIELDS = {
     "scheme",
     "group_size",
     "out",
+    "data",
+    "eval",
+    "no_text",
     "perplexity_before",
     "perplexity_after",
     "change",
@@ -66,6 +70,10 @@ def test_text_to_checkpoint_with_most_options(
     assert result["model"] == str(llama)
     assert result["scheme"] == "W4A16"
     assert result["out"] == str(out)
+    text = str(texts / "text.txt")
+    assert result["data"] == {"text": text, "sequences": 3, "tokens": 48}
+    assert result["eval"]["text"] == text
+    assert result["no_text"] is None
     assert 1 < result["perplexity_before"] < 1000
     assert result["perplexity_after"] != result["perplexity_before"]
     relative = result["perplexity_after"] / result["perplexity_before"] - 1
@@ -109,16 +117,53 @@ def test_text_to_checkpoint_with_most_options(
 
 
 def test_defaults(calipers: Calipers, llama: Path) -> None:
+    """Nothing but a model: text of our own, the observer `optimal`, and a verdict."""
     result = succeeded(calipers("calibrate", llama, "--json"))
     assert result["scheme"] == "W4A16"
+    assert result["group_size"] == 128
     assert result["out"] is None
-    assert result["perplexity_before"] is None
-    assert result["perplexity_after"] is None
-    assert result["calibration"]["batches"] == 0
+    # 64 is what the model's config allows.
+    text = {"text": "embedded calibration text", "sequences": 128, "tokens": 128 * 64}
+    assert result["data"] == text
+    assert result["eval"]["text"] == "embedded held-out text"
+    assert result["eval"]["sequences"] > 70
+    assert result["no_text"] is None
+    assert result["change"]["value"] != 0
+    assert result["change"]["standard_error"] > 0
+    assert "perplexity" in result["verdict"] or "no difference" in result["verdict"]
+    assert result["calibration"]["batches"] == 128
     rows = modules(result)
     assert len(rows) == 2 * len(LAYER)
     assert not any("lm_head" in name for name in rows)
-    assert {row["weight_observer"] for row in rows.values()} == {"memoryless_minmax"}
+    assert {(row["weight_observer"], row["objective"]) for row in rows.values()} == {
+        ("optimal", "imatrix")
+    }
+
+
+def test_without_data_and_judgement(calipers: Calipers, llama: Path) -> None:
+    result = succeeded(calipers("calibrate", llama, "--no-data", "--no-eval", "--json"))
+    assert result["data"] is result["eval"] is result["verdict"] is result["change"] is None
+    assert result["perplexity_before"] is result["perplexity_after"] is None
+    assert result["calibration"]["batches"] == 0
+    assert {row["weight_observer"] for row in modules(result).values()} == {"memoryless_minmax"}
+
+
+def test_models_without_a_head_are_judged_by_their_outputs(calipers: Calipers, bert: Path) -> None:
+    result = succeeded(calipers("calibrate", bert, "--json"))
+    assert result["perplexity_before"] is result["change"] is None
+    assert 0.001 < result["output_error"]["value"] < 1
+    assert result["output_error"]["standard_error"] > 0
+    assert "output error" in result["verdict"]
+    text = calipers("calibrate", bert).stdout
+    assert re.search(r"^output error +0\.\d{4} ± 0\.\d{4}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval"])
+def test_text_and_none_exclude_each_other(
+    calipers: Calipers, llama: Path, texts: Path, option: str
+) -> None:
+    both = (option, texts / "text.txt", option.replace("--", "--no-"))
+    assert "exclude each other" in error_of(calipers("calibrate", llama, *both))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +252,16 @@ def test_plain_output_without_checkpoint(calipers: Calipers, llama: Path) -> Non
     result = calipers("calibrate", llama, "--observer", "memoryless_minmax")
     assert result.exit_code == 0, result.output
     assert "not written (no --out)" in result.stdout
-    assert "perplexity" not in result.stdout
+    assert "judged by" in result.stdout
+    assert "calibrated with" not in result.stdout  # min/max looks at no data
+
+
+@pytest.mark.usefixtures("unreached")
+def test_what_the_embedded_text_does_not_reach_is_calibrated_without(
+    calipers: Calipers, llama: Path
+) -> None:
+    result = succeeded(calipers("calibrate", llama, "--no-eval", "--json"))
+    assert modules(result)["model.spare.unreached"]["fallback"] == ["weight"]
 
 
 # -- modules without data --------------------------------------------------------------------
@@ -304,7 +358,7 @@ def test_a_failed_write_leaves_nothing_behind(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine", encoding="utf-8")
-    options = ("--observer", "memoryless_minmax", "--out", out, "--force", "--json")
+    options = ("--no-data", "--no-eval", "--out", out, "--force", "--json")
     assert "no space left" in error_of(calipers("calibrate", llama, *options))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
@@ -339,17 +393,42 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     assert "cannot be written" in message
 
 
-def test_no_tokenizer_is_needed_without_texts(
-    calipers: Calipers, llama: Path, tmp_path: Path
-) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
+@pytest.fixture
+def bare(llama: Path, tmp_path: Path) -> Path:
+    """The model without its tokenizer."""
+    path = tmp_path / "bare"
+    path.mkdir()
     for name in ("config.json", "model.safetensors"):
-        (bare / name).write_bytes((llama / name).read_bytes())
+        (path / name).write_bytes((llama / name).read_bytes())
+    return path
+
+
+def test_without_a_tokenizer_there_is_no_text_and_it_is_said(
+    calipers: Calipers, bare: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    succeeded(calipers("calibrate", bare, "--out", out, "--json"))
+    result = succeeded(calipers("calibrate", bare, "--out", out, "--json"))
+    assert result["no_text"].startswith("its tokenizer does not load: ")
+    assert result["data"] is result["eval"] is result["verdict"] is None
+    assert {row["weight_observer"] for row in modules(result).values()} == {"memoryless_minmax"}
     assert not any("token" in path.name for path in out.iterdir())
     assert AutoModelForCausalLM.from_pretrained(out).config.vocab_size == 320
+    text = calipers("calibrate", bare).stdout
+    assert re.search("^no text +its tokenizer does not load: ", text, re.MULTILINE)
+    quiet = succeeded(calipers("calibrate", bare, "--no-data", "--no-eval", "--json"))
+    assert quiet["no_text"] is None
+
+
+@pytest.mark.parametrize(
+    "options", [("--scheme", "FP8"), ("--observer", "optimal"), ("--data", "{texts}/text.txt")]
+)
+def test_without_a_tokenizer_what_needs_text_is_refused(
+    calipers: Calipers, bare: Path, texts: Path, options: tuple[str, ...]
+) -> None:
+    given = [option.format(texts=texts) for option in options]
+    message = error_of(calipers("calibrate", bare, *given))
+    assert f"{bare}: " in message
+    assert "its tokenizer does not load" in message or "its own does not load" in message
 
 
 @pytest.mark.parametrize("data", [True, False], ids=["data", "no data"])
@@ -361,7 +440,7 @@ def test_what_belongs_to_the_model_comes_along(
     for name in ("preprocessor_config.json", "modeling_own.py"):
         (source / name).write_text("{}", encoding="utf-8")
     out = tmp_path / "out"
-    options = ("--data", texts / "text.txt", "--samples", 2) if data else ()
+    options = ("--data", texts / "text.txt", "--samples", 2) if data else ("--no-data", "--no-eval")
     fast = ("--observer", "memoryless_minmax", *options)
     succeeded(calipers("calibrate", source, *fast, "--out", out, "--json"))
     for name in ("preprocessor_config.json", "modeling_own.py"):
@@ -399,8 +478,8 @@ def test_a_model_put_aside_by_a_killed_save_is_put_back(
     [
         (("--scheme", "W4A61"), "unknown scheme 'W4A61'. Did you mean 'W4A16'?"),
         (("--scheme", "missing.yaml"), "no such scheme file: missing.yaml"),
-        (("--scheme", "FP8"), "needs data"),
-        (("--observer", "imatrix_mse"), "needs data"),
+        (("--scheme", "FP8", "--no-data"), "needs data"),
+        (("--observer", "imatrix_mse", "--no-data"), "needs data"),
         (("--observer", "mean"), "unknown observer 'mean'"),
         (("--observer", "optimall"), "unknown observer 'optimall'. Did you mean 'optimal'?"),
         (("--observer", "Imatrix-MES"), "Did you mean 'imatrix_mse'?"),
@@ -532,7 +611,7 @@ def test_embedded_demo_model_is_the_default(
     # All of the held-out text would take half a minute.
     short = tmp_path / "heldout.txt"
     short.write_text(HELDOUT_TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
-    monkeypatch.setattr("calipers.cli.calibrate.HELDOUT_TEXT", short)
+    monkeypatch.setattr("calipers.cli.texts.HELDOUT_TEXT", short)
     result = succeeded(
         calipers(
             *("calibrate", "--observer", "memoryless_minmax", "--samples", 1, "--json"),
@@ -540,6 +619,7 @@ def test_embedded_demo_model_is_the_default(
         )
     )
     assert result["model"] == "demo"
+    assert result["eval"]["text"] == "the demo model's held-out text"
     assert 1 < result["perplexity_before"] < 100
     assert result["perplexity_after"] == pytest.approx(result["perplexity_before"], rel=0.1)
     assert result["calibration"]["batches"] == 0  # min/max needs no data, so none is run
@@ -581,7 +661,7 @@ def test_the_load_check_can_be_switched_off(
     calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    options = ("--out", out, "--no-load-check", "--json")
+    options = ("--no-data", "--out", out, "--no-load-check", "--json")
     succeeded(calipers("calibrate", saved("falcon"), *options))
     assert quantization_of(out)["format"] == "pack-quantized"
 
@@ -621,6 +701,7 @@ def test_the_worst_modules_are_named(
 
 
 def test_dynamic_activations_are_called_so(calipers: Calipers, llama: Path) -> None:
-    text = calipers("calibrate", llama, "--scheme", "FP8_DYNAMIC").stdout
+    fast = ("--observer", "memoryless_minmax", "--no-eval")
+    text = calipers("calibrate", llama, "--scheme", "FP8_DYNAMIC", *fast).stdout
     row = next(line for line in text.splitlines() if "q_proj" in line)
     assert row.split()[-2:] == ["dynamic", "0"]

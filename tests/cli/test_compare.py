@@ -8,8 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from calipers.cli.compare import Run, RunResult, judge_schemes, plan_runs, print_comparison
+from calipers.cli.compare import (
+    Comparison,
+    Run,
+    RunResult,
+    judge_schemes,
+    plan_runs,
+    print_comparison,
+)
+from calipers.cli.texts import TokenizedText
 from calipers.errors import CalipersError
 from calipers.evaluation import Difference, OutputError, Perplexity
 from cli.conftest import Calipers, error_of, succeeded
@@ -19,6 +28,7 @@ RUN_FIELDS = {
     "scheme",
     "observer",
     "options",
+    "group_size",
     "weight_error",
     "perplexity",
     "change",
@@ -43,9 +53,11 @@ def test_schemes_times_observers(calipers: Calipers, llama: Path, texts: Path) -
             *("--option", "norm=2", "--json"),
         )
     )
-    assert result.keys() == {"model", "sequences", "tokens", "unquantized", "runs", "verdicts"}
+    assert result.keys() == {"model", "data", "eval", "unquantized", "runs", "verdicts"}
     assert result["model"] == str(llama)
-    assert (result["sequences"], result["tokens"]) == (4, 128)
+    text = str(texts / "text.txt")
+    assert result["data"] == {"text": text, "sequences": 2, "tokens": 64}
+    assert result["eval"] == {"text": text, "sequences": 4, "tokens": 128}
     before = result["unquantized"]
     assert [(run["scheme"], run["observer"], run["options"]) for run in result["runs"]] == [
         (scheme, *chosen)
@@ -92,8 +104,11 @@ def test_as_text(calipers: Calipers, llama: Path, texts: Path) -> None:
     lines = result.stdout.splitlines()
     heading = "scheme observer weight error perplexity change size seconds"
     assert lines[1].split() == heading.split()
-    assert [line.split()[0] for line in lines[2:]] == ["unquantized", "W4A16", "W4A16"]
-    assert lines[4].split(maxsplit=1)[1].startswith("memoryless_minmax: ")
+    assert [line.split()[0] for line in lines[2:4]] == ["unquantized", "W4A16"]
+    tail = {line.split("  ")[0]: line.partition("  ")[2].strip() for line in lines[4:]}
+    assert tail.keys() == {"calibrated with", "judged by", "W4A16"}
+    assert tail["judged by"] == f"{texts / 'text.txt'}: 4 sequences, 128 tokens"
+    assert tail["W4A16"].startswith("memoryless_minmax: ")
 
 
 def test_models_without_a_head_are_judged_by_their_outputs(
@@ -220,8 +235,12 @@ scheme          W4A16
   change        +1.87%
   size          112.0 MB
   seconds       12.3
-W4A16  optimal: a verdict of some length that takes more
-       than one line"""
+calibrated with  embedded calibration text: 2 sequences, 16
+                 tokens
+judged by        embedded held-out text: 1 sequences, 8
+                 tokens
+W4A16            optimal: a verdict of some length that
+                 takes more than one line"""
 
 WIDE = """\
 ./model
@@ -232,7 +251,9 @@ WIDE = """\
 │ W4A16       │ memoryless_minmax │       0.1015 │ 15.035 ± 1.324 │ +7.09% ± 0.52% │ 112.0 MB │    12.3 │
 │ W4A16       │ optimal           │       0.1015 │ 15.035 ± 1.324 │         +1.87% │ 112.0 MB │    12.3 │
 ╰─────────────┴───────────────────┴──────────────┴────────────────┴────────────────┴──────────┴─────────╯
-W4A16  optimal: a verdict of some length that takes more than one line"""  # noqa: E501
+calibrated with  embedded calibration text: 2 sequences, 16 tokens
+judged by        embedded held-out text: 1 sequences, 8 tokens
+W4A16            optimal: a verdict of some length that takes more than one line"""  # noqa: E501
 
 PIPE = """\
 ./model
@@ -240,17 +261,23 @@ PIPE = """\
  unquantized  -                             -  14.040 ± 1.374               -  269.0 MB        -
  W4A16        memoryless_minmax        0.1015  15.035 ± 1.324  +7.09% ± 0.52%  112.0 MB     12.3
  W4A16        optimal                  0.1015  15.035 ± 1.324          +1.87%  112.0 MB     12.3
-W4A16  optimal: a verdict of some length that takes more than one line"""
+calibrated with  embedded calibration text: 2 sequences, 16 tokens
+judged by        embedded held-out text: 1 sequences, 8 tokens
+W4A16            optimal: a verdict of some length that takes more than one line"""
 
 
 @pytest.mark.parametrize(("width", "text"), [(60, NARROW), (120, WIDE), (None, PIPE)])
 def test_layout(monkeypatch: pytest.MonkeyPatch, width: int | None, text: str) -> None:
-    verdicts = {"W4A16": "optimal: a verdict of some length that takes more than one line"}
-    shown = show(
-        monkeypatch,
-        width,
-        lambda: print_comparison("./model", BEFORE, 269_000_000, RESULTS, verdicts),
+    comparison = Comparison(
+        "./model",
+        TokenizedText("embedded calibration text", [torch.zeros(2, 8)]),
+        TokenizedText("embedded held-out text", [torch.zeros(1, 8)]),
+        BEFORE,
+        269_000_000,
+        RESULTS,
+        {"W4A16": "optimal: a verdict of some length that takes more than one line"},
     )
+    shown = show(monkeypatch, width, lambda: print_comparison("./model", comparison))
     assert shown == text
 
 
@@ -268,3 +295,44 @@ def test_a_broken_run_is_never_the_best_one(broken: float) -> None:
     for results in ([bad, good], [good, bad]):
         assert judge_schemes(results)["W4A16"].startswith("optimal: ")
     assert judge_schemes([bad])["W4A16"].startswith("mse: broken")
+
+
+# -- group sizes and plug-ins ----------------------------------------------------------------
+
+
+def test_a_size_that_fits_is_chosen_without_a_scheme(
+    calipers: Calipers, narrow: Path, texts: Path
+) -> None:
+    given = ("compare", narrow, "--observer", "memoryless_minmax", *texts_of(texts))
+    (run,) = succeeded(calipers(*given, "--json"))["runs"]
+    assert run["group_size"] == 64
+    assert "64, since 128 does not divide the columns of 12 of 14" in calipers(*given).stdout
+
+
+def test_a_group_size_goes_to_the_schemes_that_have_one(
+    calipers: Calipers, narrow: Path, texts: Path
+) -> None:
+    schemes = ("--scheme", "W4A16", "--scheme", "NVFP4A16", "--group-size", 32)
+    given = ("compare", narrow, "--observer", "memoryless_minmax", *schemes, *texts_of(texts))
+    assert [run["group_size"] for run in succeeded(calipers(*given, "--json"))["runs"]] == [
+        32,
+        None,
+    ]
+    none = ("--scheme", "FP8_DYNAMIC", "--group-size", 32)
+    assert "no weights in groups" in error_of(calipers("compare", narrow, *none))
+
+
+def test_an_observer_of_ones_own(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "compared_observers.py"
+    plugin.write_text(
+        "from calipers.observers import MemorylessMinMaxObserver, Observer\n\n\n"
+        "@Observer.register('compared_own')\n"
+        "class Own(MemorylessMinMaxObserver):\n    pass\n",
+        encoding="utf-8",
+    )
+    given = ("compare", llama, "--plugin", plugin, "--observer", "compared_own", *texts_of(texts))
+    assert [run["observer"] for run in succeeded(calipers(*given, "--json"))["runs"]] == [
+        "compared_own"
+    ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
+from calipers.cli.texts import Text, TokenizedText
 from cli.conftest import Calipers, succeeded
 
 SCHEMES = ("W4A16", "NVFP4", "FP8")
@@ -15,13 +17,12 @@ OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal objective=h
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few sequences alone: all of them under all schemes take a minute."""
-    from calipers.cli import demo
+    whole = Text.read
 
-    def read(*args: object, **kwargs: object) -> object:
-        return demo_read(*args, **{**kwargs, "samples": 2})  # type: ignore[arg-type]
+    def read(self: Text, tokenizer: Any, *, sequence_length: int, samples: Any) -> TokenizedText:
+        return whole(self, tokenizer, sequence_length=sequence_length, samples=2)
 
-    demo_read = demo.read_batches
-    monkeypatch.setattr(demo, "read_batches", read)
+    monkeypatch.setattr(Text, "read", read)
 
 
 @pytest.mark.usefixtures("short")
@@ -35,7 +36,8 @@ def test_demo_as_table(calipers: Calipers) -> None:
     for line, (scheme, observer) in zip(lines[3:], runs, strict=False):
         assert line.split()[0] == scheme
         assert f" {observer}  " in line
-    assert [line.split()[0] for line in lines[3 + len(runs) :]] == list(SCHEMES)
+    tail = [line.split("  ")[0] for line in lines[3 + len(runs) :]]
+    assert tail == ["calibrated with", "judged by", *SCHEMES]
 
 
 @pytest.mark.slow

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+
+import pytest
 
 from cli.conftest import Calipers, error_of, succeeded
 
@@ -20,15 +23,21 @@ def test_without_a_scheme_a_size_that_fits_is_chosen_and_said(
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "scheme W4A16" in told
-    assert "group size 64, since 128 does not divide the columns of model.layers.*.self" in told
-    assert "mlp.down_proj" not in told.partition("group size 64")[2]
+    assert "group size 64, since 128 does not divide the columns of 12 of 14 modules" in told
     assert group_size_of(tmp_path / "out") == 64
     assert succeeded(calipers("calibrate", narrow, "--json"))["group_size"] == 64
 
 
-def test_nothing_is_said_where_the_scheme_fits(calipers: Calipers, llama: Path) -> None:
-    assert "group size" not in calipers("calibrate", llama).stdout
-    assert succeeded(calipers("calibrate", llama, "--json"))["group_size"] is None
+@pytest.mark.parametrize(
+    ("scheme", "size"), [("W4A16", 128), ("FP8_DYNAMIC", None), ("NVFP4", None)]
+)
+def test_a_size_that_is_a_choice_is_said(
+    calipers: Calipers, llama: Path, scheme: str, size: int | None
+) -> None:
+    given = ("calibrate", llama, "--scheme", scheme, "--samples", 2, "--no-eval")
+    line = re.search("^group size +(.*)$", calipers(*given).stdout, re.MULTILINE)
+    assert (line and line[1]) == (size and str(size))
+    assert succeeded(calipers(*given, "--json"))["group_size"] == size
 
 
 def test_a_scheme_that_was_asked_for_is_refused_with_the_way_out(
@@ -55,5 +64,5 @@ def test_a_group_size_that_nothing_can_take(calipers: Calipers, narrow: Path) ->
 
 def test_under_skip_the_size_stays(calipers: Calipers, narrow: Path) -> None:
     result = succeeded(calipers("calibrate", narrow, "--on-unfit", "skip", "--json"))
-    assert result["group_size"] is None
+    assert result["group_size"] == 128
     assert {row["reason"] for row in result["calibration"]["left_alone"]} >= {"shape"}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
+from calipers._words import first_line
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.example_inputs import example_inputs
 from calipers.calibration.kinds import kind_of
@@ -87,7 +88,7 @@ def find_load_problems(
             chosen = _schemes_of_twin(model, twin, schemes)
             plain = _outputs(twin)
         except Exception as error:
-            return LoadCheck(unchecked=f"no small twin could be made: {_first_line(error)}")
+            return LoadCheck(unchecked=f"no small twin could be made: {_kind_and_line(error)}")
         key = (
             type(model),
             config_text(twin.config),
@@ -98,7 +99,7 @@ def find_load_problems(
             try:
                 _KNOWN[key] = _try_kinds(twin, chosen, runs=not isinstance(plain, str))
             except Exception as error:  # a full disk, say
-                return LoadCheck(unchecked=f"a small twin cannot be saved: {_first_line(error)}")
+                return LoadCheck(unchecked=f"a small twin cannot be saved: {_kind_and_line(error)}")
         found, whole = _KNOWN[key]
         if isinstance(plain, str) and not found:
             unrun = f"loads, but the twin cannot be run to compare its outputs: {plain}"
@@ -283,7 +284,7 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
                 folder, local_files_only=True, attn_implementation="eager"
             ).eval()
         except Exception as error:
-            return f"loading raises {_first_line(error)}"
+            return f"loading raises {_kind_and_line(error)}"
         return _difference(quantized, loaded, tensors, exact=exact, runs=runs)
 
 
@@ -359,7 +360,7 @@ def _outputs(model: Any) -> Tensor | str:
         with torch.no_grad():
             output = model(**inputs)
     except Exception as error:
-        return _first_line(error)
+        return _kind_and_line(error)
     for key in ("logits", "last_hidden_state", "logits_per_image", "image_embeds", "text_embeds"):
         value = output.get(key) if hasattr(output, "get") else None
         if isinstance(value, Tensor):
@@ -373,9 +374,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     return (each for each in values if isinstance(each, Tensor))
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text[:200]}"
+def _kind_and_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
 @contextmanager

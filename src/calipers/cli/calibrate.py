@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from rich.filesize import decimal
 
+from calipers._words import first_line
 from calipers.calibration import (
     Calibration,
     CalibrationReport,
@@ -18,8 +19,7 @@ from calipers.calibration import (
 )
 from calipers.calibration.calibrate import refuse_without_data
 from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.group_sizes import suggest_group_size
-from calipers.calibration.kinds import list_kinds
+from calipers.calibration.group_sizes import has_free_group_size, suggest_group_size
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import plan_observers, without_modules, without_never_called
 from calipers.calibration.report_text import summarize_left_alone, summarize_modules
@@ -33,18 +33,28 @@ from calipers.checkpoint.source import refuse_source
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import Change, change_json, change_text, compare_measured, measure
 from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
-from calipers.cli.options import ActivationObserver, DataSamples, Device, Dtype, SequenceLength
+from calipers.cli.options import (
+    ActivationObserver,
+    DataFile,
+    DataSamples,
+    Device,
+    Dtype,
+    EvalFile,
+    EvalSamples,
+    GroupSize,
+    SequenceLength,
+)
 from calipers.cli.plugins import Plugins, load_plugins
-from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
-from calipers.errors import CalipersError
+from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
+from calipers.demo import MODEL_PATH
+from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import OutputError, Perplexity
-from calipers.text import read_batches
-from calipers.text.for_model import batches_for_model, fitting_length
+from calipers.text.for_model import fitting_length, model_inputs
 from calipers.verdict import output_verdict, verdict
 
-__all__ = ["calibrate"]
+__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "parse_options"]
 
-_DEFAULT_SCHEME = "W4A16"
+DEFAULT_SCHEME = "W4A16"
 
 
 def calibrate(
@@ -59,17 +69,12 @@ def calibrate(
             "size that divides the columns of all modules."
         ),
     ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Columns of a group of weights. Default: the scheme's (W4A16: 128)."
-        ),
-    ] = None,
+    group_size: GroupSize = None,
     observer: Annotated[
         str | None,
         typer.Option(
             help="Observer of weights (see `calipers observers`). "
-            "Default: the scheme's, else optimal with data, memoryless_minmax without."
+            "Default: the scheme's, else optimal; memoryless_minmax with --no-data."
         ),
     ] = None,
     option: Annotated[
@@ -78,14 +83,10 @@ def calibrate(
     ] = None,
     activation_observer: ActivationObserver = None,
     plugin: Plugins = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Calibration data: .txt, .jsonl, .json, .csv, .parquet or a folder saved by "
-            "datasets (FOLDER:SPLIT). Default for the demo model: its own text.",
-        ),
-    ] = None,
+    data: DataFile = None,
+    no_data: Annotated[
+        bool, typer.Option("--no-data", help="Calibrate without data: weights by themselves.")
+    ] = False,
     samples: DataSamples = 128,
     sequence_length: SequenceLength = 512,
     ignore: Annotated[
@@ -97,9 +98,12 @@ def calibrate(
         ),
     ] = None,
     on_missing: Annotated[
-        str,
-        typer.Option(help="Modules that see no data: error, skip (leave unquantized) or fallback."),
-    ] = "error",
+        str | None,
+        typer.Option(
+            help="Modules that see no data: error, skip (leave unquantized) or fallback. "
+            "Default: error with --data, fallback with the embedded text."
+        ),
+    ] = None,
     on_unfit: Annotated[
         str,
         typer.Option(
@@ -118,15 +122,11 @@ def calibrate(
             help="Do not try first, on a small twin of the model, whether DIR would load back.",
         ),
     ] = False,
-    eval_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval",
-            metavar="FILE",
-            help="Text to judge by, before and after. "
-            "Default for the demo model: its held-out text.",
-        ),
-    ] = None,
+    eval_file: EvalFile = None,
+    eval_samples: EvalSamples = 128,
+    no_eval: Annotated[
+        bool, typer.Option("--no-eval", help="Do not judge the model before and after.")
+    ] = False,
     worst: Annotated[
         int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
     ] = 5,
@@ -134,18 +134,20 @@ def calibrate(
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Quantize a model and write a checkpoint that transformers and vLLM load.
+    """Quantize a model, judge it, and write a checkpoint that transformers and vLLM load.
+
+    Without a word on text, embedded text is used to calibrate and other embedded text to judge by.
 
     Examples:
       calipers calibrate
 
-      calipers calibrate ./Llama-3-8B --scheme W4A16 --out ./Llama-3-8B-W4A16
+      calipers calibrate ./Llama-3-8B --out ./Llama-3-8B-W4A16
 
-      calipers calibrate ./Llama-3-8B --observer imatrix_mse --data text.jsonl --eval heldout.txt
+      calipers calibrate ./Llama-3-8B --scheme NVFP4 --data text.jsonl --eval heldout.txt
 
-      calipers calibrate ./Llama-3-8B --scheme FP8 --data text.txt --samples 256 --json
+      calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
 
-      calipers calibrate --observer memoryless_mse --option norm=2 --option maxshrink=0.3
+      calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
 
       calipers calibrate --plugin my_observers.py --observer my_observer
     """
@@ -157,24 +159,30 @@ def calibrate(
         if out is not None:
             refuse_source(out, path)
             refuse_taken(out, force=force)
-        check_on_missing(on_missing)
+        _refuse_both("--data", data, "--no-data", no_data)
+        _refuse_both("--eval", eval_file, "--no-eval", no_eval)
+        texts = None if no_data else calibration_text(data, demo=model is None)
+        judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
+        missing = on_missing or ("error" if texts is None or texts.given else "fallback")
+        check_on_missing(missing)
         load_plugins(plugin)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
         scheme_options = {} if group_size is None else {"group_size": group_size}
-        resolve_config(scheme or _DEFAULT_SCHEME, patterns, scheme_options)
-        if model is None:
-            data, eval_file = data or CALIBRATION_TEXT, eval_file or HELDOUT_TEXT
-        choice = ObserverChoice(observer, activation_observer, options, data is not None)
-        choice.check()
-        loaded, tokenizer = load_model(path, device=device, dtype=dtype), None
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, scheme_options)
+        ObserverChoice(observer, activation_observer, options, texts is not None).check()
+        loaded = load_model(path, device=device, dtype=dtype, refuse_incomplete=True)
+        tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
+        if no_text is not None:
+            texts = judged_texts = None
+        choice = ObserverChoice(observer, activation_observer, options, texts is not None)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns)
             scheme_options = {} if group_size is None else {"group_size": group_size}
         plan = plan_observers(
             loaded,
-            scheme or _DEFAULT_SCHEME,
+            scheme or DEFAULT_SCHEME,
             choice,
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
@@ -185,36 +193,39 @@ def calibrate(
             unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
             plan = without_modules(plan, unloadable, "cannot be loaded back")
         length = fitting_length(loaded, sequence_length)
-        if data is not None or eval_file is not None:
-            tokenizer = load_tokenizer(path)
-        batches = None
-        if data is not None:
-            batches = batches_for_model(
-                data, loaded, tokenizer, samples=samples, sequence_length=sequence_length
-            )
+        read: TokenizedText | None = None
+        if texts is not None:
+            read = texts.read(tokenizer, sequence_length=length, samples=samples)
         else:
-            refuse_without_data(plan.observed)
+            try:
+                refuse_without_data(plan.observed)
+            except MissingDataError as error:
+                raise error if no_text is None else CalipersError(f"{path}: {no_text}") from None
             plan = without_never_called(loaded, plan)
         judged = None
-        if eval_file is not None:
-            judged = read_batches(eval_file, tokenizer, sequence_length=length)
+        if judged_texts is not None:
+            judged = judged_texts.read(tokenizer, sequence_length=length, samples=eval_samples)
         size_before = model_bytes(loaded)
-        before = None if judged is None else measure(loaded, judged, progress)
+        before = None if judged is None else measure(loaded, judged.batches, progress)
         with Calibration(loaded, plan) as calibration:
-            if batches is not None:
-                calibration.run(batches, progress)
-            report = calibration.freeze(on_missing, progress)  # type: ignore[arg-type]  # checked
-        after = None if judged is None else measure(loaded, judged, progress)
+            if read is not None:
+                calibration.run(model_inputs(read.batches, loaded), progress)
+            report = calibration.freeze(missing, progress)  # type: ignore[arg-type]  # checked
+        after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None
         if before is not None and after is not None:
             change = compare_measured(before, after)
         if out is not None:
-            save(loaded, out, tokenizer=tokenizer, force=force, load_check=False)
+            save(loaded, out, force=force, load_check=False)
+        used = read if report.batches else None
         result = {
             "model": "demo" if model is None else str(model),
-            "scheme": scheme or _DEFAULT_SCHEME,
-            "group_size": group_size,
+            "scheme": scheme or DEFAULT_SCHEME,
+            "group_size": group_size_of(plan.config),
             "out": None if out is None else str(out),
+            "data": None if used is None else used.to_dict(),
+            "eval": None if judged is None else judged.to_dict(),
+            "no_text": no_text,
             "perplexity_before": before.value if isinstance(before, Perplexity) else None,
             "perplexity_after": after.value if isinstance(after, Perplexity) else None,
             **change_json(change),
@@ -228,7 +239,33 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report, worst, size_note, change)
+        print_result(result, report, worst, size_note, used, judged, change)
+
+
+def _refuse_both(name: str, given: Path | None, other: str, refused: bool) -> None:
+    if given is not None and refused:
+        raise CalipersError(f"{name} {given} and {other} exclude each other")
+
+
+def find_tokenizer(path: Path, *texts: Text | None) -> tuple[Any, str | None]:
+    """The model's tokenizer where there is text to read, and why there is none.
+
+    A model without a tokenizer is calibrated all the same where nobody named a text.
+
+    Returns:
+        The tokenizer or None; what is wrong with it or None.
+    """
+    wanted = [each for each in texts if each is not None]
+    if not wanted:
+        return None, None
+    try:
+        return load_tokenizer(path), None
+    except Exception as error:  # whatever transformers and its plug-ins raise
+        if any(each.given for each in wanted):
+            raise CalipersError(
+                f"{path}: text needs a tokenizer, and its own does not load: {first_line(error)}"
+            ) from None
+        return None, f"its tokenizer does not load: {first_line(error)}"
 
 
 def in_words(config: QuantizationConfig, change: Change, report: CalibrationReport) -> str:
@@ -246,13 +283,28 @@ def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None
     Returns:
         The size, and what to say about it; None and None where the scheme's own fits, or none does.
     """
-    targets = resolve_modules(model, resolve_config(_DEFAULT_SCHEME, patterns)).targets
+    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns)).targets
     unfit = [each.name for each in targets if any(find_shape_problems(each))]
     size = suggest_group_size(targets) if unfit else None
     if size is None:
         return None, None
-    kinds = list_kinds(unfit)
-    return size, f"{size}, since 128 does not divide the columns of {kinds}"
+    return size, (
+        f"{size}, since 128 does not divide the columns of {len(unfit)} of {len(targets)} modules"
+    )
+
+
+def group_size_of(config: QuantizationConfig) -> int | None:
+    """The size of the groups that weights are quantized in; None without groups, or with several.
+
+    That of a format which fixes it (NVFP4, MXFP4) is not told: nobody chooses it.
+    """
+    weights = [
+        each.weights
+        for each in config.config_groups.values()
+        if isinstance(each, QuantizationScheme) and each.weights is not None
+    ]
+    sizes = {each.group_size for each in weights if has_free_group_size(each)}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def print_result(
@@ -260,6 +312,8 @@ def print_result(
     report: CalibrationReport,
     worst: int,
     size_note: str | None,
+    data: TokenizedText | None,
+    judged: TokenizedText | None,
     change: Change | None,
 ) -> None:
     """Print the tables of a calibration."""
@@ -273,6 +327,12 @@ def print_result(
     lines = []
     if result["group_size"] is not None:
         lines.append(("group size", size_note or str(result["group_size"])))
+    if data is not None:
+        lines.append(("calibrated with", str(data)))
+    if result["no_text"] is not None:
+        lines.append(("no text", result["no_text"]))
+    if judged is not None:
+        lines.append(("judged by", str(judged)))
     if isinstance(change, OutputError):
         lines.append(("output error", change_text(change)))
     elif change is not None:

@@ -6,23 +6,24 @@ import gc
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from compressed_tensors.quantization import QuantizationScheme
 from rich.filesize import decimal
 from torch import Tensor
 
 from calipers.calibration import calibrate, resolve_config
 from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.group_sizes import has_free_group_size
 from calipers.calibration.plan import plan_observers
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
-from calipers.cli.calibrate import parse_options
+from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options
 from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
-from calipers.cli.default_texts import calibration_text, heldout_text
 from calipers.cli.judging import (
     Change,
     Measured,
@@ -33,20 +34,31 @@ from calipers.cli.judging import (
     measure,
     measured_json,
     plus_minus,
-    writes_text,
 )
 from calipers.cli.models import load_model, load_tokenizer, model_bytes
-from calipers.cli.options import ActivationObserver, DataSamples, Device, Dtype, SequenceLength
+from calipers.cli.options import (
+    ActivationObserver,
+    DataFile,
+    DataSamples,
+    Device,
+    Dtype,
+    EvalFile,
+    EvalSamples,
+    GroupSize,
+    SequenceLength,
+)
+from calipers.cli.plugins import Plugins, load_plugins
 from calipers.cli.records import print_records
+from calipers.cli.texts import TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
 from calipers.observers import Observer
-from calipers.text import read_batches
-from calipers.text.for_model import fitting_length
+from calipers.text.for_model import fitting_length, model_inputs
 from calipers.verdict import output_verdict, verdict
 
 __all__ = [
+    "Comparison",
     "Run",
     "RunResult",
     "compare",
@@ -71,6 +83,7 @@ def compare(
         list[str] | None,
         typer.Option(help="A preset or a YAML file; may be repeated. Default: W4A16."),
     ] = None,
+    group_size: GroupSize = None,
     observer: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,12 +99,8 @@ def compare(
         ),
     ] = None,
     activation_observer: ActivationObserver = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Calibration data. Default: the embedded calibration text."
-        ),
-    ] = None,
+    plugin: Plugins = None,
+    data: DataFile = None,
     samples: DataSamples = 128,
     sequence_length: SequenceLength = 512,
     ignore: Annotated[
@@ -105,13 +114,8 @@ def compare(
         str,
         typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
     ] = "error",
-    eval_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval", metavar="FILE", help="Text to judge by. Default: the embedded held-out text."
-        ),
-    ] = None,
-    eval_samples: Annotated[int, typer.Option(min=1, help="Most sequences to judge by.")] = 128,
+    eval_file: EvalFile = None,
+    eval_samples: EvalSamples = 128,
     device: Device = None,
     dtype: Dtype = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -131,22 +135,27 @@ def compare(
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
         path = MODEL_PATH if model is None else model
         recover(path.expanduser().resolve())
+        texts = calibration_text(data, demo=model is None)
+        judged_texts = heldout_text(eval_file, demo=model is None)
+        load_plugins(plugin)
         patterns = tuple(ignore or ())
-        runs = plan_runs(scheme or ["W4A16"], observer or list(_OBSERVERS), option or [])
+        schemes = scheme or [DEFAULT_SCHEME]
+        observers = observer or list(_OBSERVERS)
+        runs = plan_runs(schemes, observers, option or [], group_size)
         for run in runs:
             resolve_config(run.scheme, patterns)
-        loaded = load_model(path, device=device, dtype=dtype)
+        loaded = load_model(path, device=device, dtype=dtype, refuse_incomplete=True)
+        size_note = None
+        if scheme is None and group_size is None and on_unfit == "error":
+            group_size, size_note = choose_group_size(loaded, patterns)
+            runs = plan_runs(schemes, observers, option or [], group_size)
         for run in runs:
             _check(loaded, run, activation_observer, patterns, on_unfit)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
-        texts = read_batches(
-            data or calibration_text(), tokenizer, sequence_length=length, samples=samples
-        )
-        judged = read_batches(
-            eval_file or heldout_text(), tokenizer, sequence_length=length, samples=eval_samples
-        )
-        before, size = measure(loaded, judged, progress), model_bytes(loaded)
+        read = texts.read(tokenizer, sequence_length=length, samples=samples)
+        judged = judged_texts.read(tokenizer, sequence_length=length, samples=eval_samples)
+        before, size = measure(loaded, judged.batches, progress), model_bytes(loaded)
         results: list[RunResult] = []
         for done, run in enumerate(runs):
             progress("runs", done, len(runs))
@@ -157,8 +166,8 @@ def compare(
                 execute(
                     loaded,
                     run,
-                    texts,
-                    judged,
+                    read.batches,
+                    judged.batches,
                     before,
                     progress,
                     ignore=patterns,
@@ -171,10 +180,11 @@ def compare(
         progress("runs", len(runs), len(runs))
         verdicts = judge_schemes(results, patterns)
     name = "demo" if model is None else str(model)
+    comparison = Comparison(name, read, judged, before, size, results, verdicts, size_note)
     if json:
-        print_json(comparison_json(name, judged, before, size, results, verdicts))
+        print_json(comparison_json(comparison))
     else:
-        print_comparison(f"{name}, quantized and judged", before, size, results, verdicts)
+        print_comparison(f"{name}, quantized and judged", comparison)
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,7 @@ class Run:
     scheme: str
     observer: str
     options: dict[str, Any]
+    scheme_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -214,23 +225,66 @@ class RunResult:
     objective: str | None
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of one model, and what they were done with.
+
+    Attributes:
+        model: What it is called.
+        data: Text that the observers saw.
+        judged: Text that all were judged by.
+        before: What the unquantized model did with it.
+        size: Bytes of the unquantized model.
+        results: One for each run.
+        verdicts: By scheme, on the best of its runs.
+        size_note: Why groups have another size than the scheme's; None where they do not.
+    """
+
+    model: str
+    data: TokenizedText
+    judged: TokenizedText
+    before: Measured
+    size: int
+    results: Sequence[RunResult]
+    verdicts: dict[str, str]
+    size_note: str | None = None
+
+
 def _check(
     model: Any, run: Run, activation_observer: str | None, ignore: Sequence[str], on_unfit: str
 ) -> None:
     """Refuse what the model cannot take before anything is run."""
     choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
     try:
-        plan_observers(model, run.scheme, choice, ignore, on_unfit)  # type: ignore[arg-type]
+        plan_observers(
+            model,
+            run.scheme,
+            choice,
+            ignore,
+            on_unfit,  # type: ignore[arg-type]  # checked there
+            run.scheme_options,
+        )
     except CalipersError as error:
         raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
 
 
-def plan_runs(schemes: Sequence[str], observers: Sequence[str], common: list[str]) -> list[Run]:
+def plan_runs(
+    schemes: Sequence[str],
+    observers: Sequence[str],
+    common: list[str],
+    group_size: int | None = None,
+) -> list[Run]:
     """Every scheme with every observer.
 
+    Args:
+        schemes: Presets or YAML files.
+        observers: Names, with options of their own behind a colon.
+        common: Options "key=value", of those observers that have them.
+        group_size: Columns of a group, for those schemes whose groups have no fixed size.
+
     Raises:
-        CalipersError: An unknown observer, an option without a value, or a common option that no
-            observer has.
+        CalipersError: An unknown observer, an option without a value, a common option that no
+            observer has, or a group size that no scheme has.
     """
     given = parse_options(common)
     used: set[str] = set()
@@ -246,7 +300,20 @@ def plan_runs(schemes: Sequence[str], observers: Sequence[str], common: list[str
     if unused := given.keys() - used:
         names = ", ".join(name for name, _ in chosen)
         raise CalipersError(f"--option: none of {names} has an option {min(unused)!r}")
-    return [Run(s, name, options) for s in dict.fromkeys(schemes) for name, options in chosen]
+    sized = {each: _scheme_options(each, group_size) for each in schemes}
+    if group_size is not None and not any(sized.values()):
+        resolve_config(schemes[0], (), {"group_size": group_size})  # says why not
+    return [Run(s, name, options, more) for s, more in sized.items() for name, options in chosen]
+
+
+def _scheme_options(scheme: str, group_size: int | None) -> dict[str, Any]:
+    """The group size as an option of a scheme; none where the scheme has no such choice."""
+    if group_size is None:
+        return {}
+    groups = resolve_config(scheme).config_groups.values()
+    weights = [each.weights for each in groups if isinstance(each, QuantizationScheme)]
+    free = any(each is not None and has_free_group_size(each) for each in weights)
+    return {"group_size": group_size} if free else {}
 
 
 def execute(
@@ -277,17 +344,17 @@ def execute(
         stored: Dtype that a checkpoint would have, which its size is told for; None for that of the
             model.
     """
-    more = {"use_cache": False} if writes_text(model) else {}
     started = time.perf_counter()
     report = calibrate(
         model,
         run.scheme,
         run.observer,
-        [{"input_ids": ids, **more} for ids in texts],
+        model_inputs(texts, model),
         ignore,
         observer_options=run.options,
         activation_observer=activation_observer,
         on_unfit=on_unfit,  # type: ignore[arg-type]  # checked there
+        scheme_options=run.scheme_options,
     )
     seconds = time.perf_counter() - started
     errors = [each.weight_error for each in report.modules if each.weight_error is not None]
@@ -341,22 +408,16 @@ def _figure(result: RunResult) -> float:
     return math.inf if math.isnan(figure) else figure
 
 
-def comparison_json(
-    model: str,
-    judged: Sequence[Tensor],
-    before: Measured,
-    size: int,
-    results: Sequence[RunResult],
-    verdicts: dict[str, str],
-) -> dict[str, Any]:
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
+    before = comparison.before
     return {
-        "model": model,
-        "sequences": sum(len(each) for each in judged),
-        "tokens": sum(each.numel() for each in judged),
-        "unquantized": {"bytes": size, "perplexity": _perplexity_json(before)},
-        "runs": [_run_json(each) for each in results],
-        "verdicts": verdicts,
+        "model": comparison.model,
+        "data": comparison.data.to_dict(),
+        "eval": comparison.judged.to_dict(),
+        "unquantized": {"bytes": comparison.size, "perplexity": _perplexity_json(before)},
+        "runs": [_run_json(each) for each in comparison.results],
+        "verdicts": comparison.verdicts,
     }
 
 
@@ -366,6 +427,7 @@ def _run_json(result: RunResult) -> dict[str, Any]:
         "scheme": result.run.scheme,
         "observer": result.run.observer,
         "options": result.run.options,
+        "group_size": result.run.scheme_options.get("group_size"),
         "weight_error": json_number(result.weight_error),
         "perplexity": None if result.after is None else _perplexity_json(result.after),
         **change_json(change),
@@ -380,14 +442,9 @@ def _perplexity_json(measured: Measured) -> dict[str, float | None] | None:
     return None
 
 
-def print_comparison(
-    title: str,
-    before: Measured,
-    size: int,
-    results: Sequence[RunResult],
-    verdicts: dict[str, str],
-) -> None:
+def print_comparison(title: str, comparison: Comparison) -> None:
     """Print the table of a comparison, and the verdicts under it."""
+    before, size, results = comparison.before, comparison.size, comparison.results
     columns = ["scheme", "observer", "weight error", "perplexity", "change", "size", "seconds"]
     float_row = ["unquantized", "-", "-", "-", "-", decimal(size), "-"]
     if isinstance(before, Perplexity):
@@ -412,4 +469,8 @@ def print_comparison(
         rows = [[cell for i, cell in enumerate(row) if i != 3] for row in rows]
         del columns[3]
     print_records(title, columns, rows, right=columns[2:])
-    print_lines(list(verdicts.items()))
+    lines = [("calibrated with", str(comparison.data)), ("judged by", str(comparison.judged))]
+    sizes = {each.run.scheme_options.get("group_size") for each in results} - {None}
+    if sizes:
+        lines.insert(0, ("group size", comparison.size_note or str(sizes.pop())))
+    print_lines([*lines, *comparison.verdicts.items()])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from calipers.cli.compare import (
+    Comparison,
     comparison_json,
     execute,
     judge_schemes,
@@ -17,8 +18,8 @@ from calipers.cli.compare import (
 from calipers.cli.console import plain_errors, print_json, show_progress
 from calipers.cli.judging import measure
 from calipers.cli.models import load_model, load_tokenizer, model_bytes
-from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
-from calipers.text import read_batches
+from calipers.cli.texts import calibration_text, heldout_text
+from calipers.demo import MODEL_PATH
 
 __all__ = ["demo"]
 
@@ -41,17 +42,21 @@ def demo(
         stored, size = model.dtype, model_bytes(model)
         model = model.float()  # most CPUs are several times slower in bfloat16
         tokenizer = load_tokenizer(MODEL_PATH)
-        data = read_batches(CALIBRATION_TEXT, tokenizer, sequence_length=256, samples=64)
-        judged = read_batches(HELDOUT_TEXT, tokenizer, sequence_length=256, batch_size=16)
-        before = measure(model, judged, progress)
+        data = calibration_text(None, demo=True).read(tokenizer, sequence_length=256, samples=64)
+        judged = heldout_text(None, demo=True).read(tokenizer, sequence_length=256, samples=None)
+        before = measure(model, judged.batches, progress)
         runs = plan_runs(_SCHEMES, _OBSERVERS, [])
         results = []
         for done, run in enumerate(runs):
             progress("runs", done, len(runs))
             quantized = copy.deepcopy(model)
-            results.append(execute(quantized, run, data, judged, before, progress, stored=stored))
-        verdicts = judge_schemes(results)
+            results.append(
+                execute(
+                    quantized, run, data.batches, judged.batches, before, progress, stored=stored
+                )
+            )
+    comparison = Comparison("demo", data, judged, before, size, results, judge_schemes(results))
     if json:
-        print_json(comparison_json("demo", judged, before, size, results, verdicts))
+        print_json(comparison_json(comparison))
     else:
-        print_comparison("The demo model on held-out text", before, size, results, verdicts)
+        print_comparison("The demo model on held-out text", comparison)

@@ -11,9 +11,9 @@ import typer
 from rich.filesize import decimal
 from torch import Tensor
 
+from calipers._words import first_line
 from calipers.checkpoint.replace import recover
 from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
-from calipers.cli.default_texts import heldout_text
 from calipers.cli.judging import (
     Measured,
     change_json,
@@ -24,11 +24,11 @@ from calipers.cli.judging import (
     plus_minus,
 )
 from calipers.cli.models import load_model, load_tokenizer
-from calipers.cli.options import Device, Dtype, SequenceLength
+from calipers.cli.options import Device, Dtype, EvalFile, EvalSamples, SequenceLength
 from calipers.cli.records import print_records
+from calipers.cli.texts import Text, TokenizedText, heldout_text
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
-from calipers.text import read_batches
 from calipers.text.for_model import fitting_length
 
 __all__ = ["evaluate"]
@@ -42,13 +42,8 @@ def evaluate(
         list[Path],
         typer.Argument(metavar="DIR...", help="Local transformers directories, quantized or not."),
     ],
-    eval_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval", metavar="FILE", help="Text to judge by. Default: the embedded held-out text."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Most sequences to judge by.")] = 128,
+    eval_file: EvalFile = None,
+    samples: EvalSamples = 128,
     sequence_length: SequenceLength = 512,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -67,9 +62,7 @@ def evaluate(
       calipers evaluate ./model ./model-W4A16 --eval heldout.txt --samples 32 --json
     """
     with plain_errors(), show_progress() as progress:
-        file = heldout_text() if eval_file is None else eval_file
-        if not file.is_file():
-            raise CalipersError(f"{file}: no such file")
+        text = heldout_text(eval_file)
         rows: list[dict[str, Any]] = []
         first = _First()
         for done, folder in enumerate(folders):
@@ -80,8 +73,8 @@ def evaluate(
                 recover(folder.expanduser().resolve())
                 model = load_model(folder, device=device, dtype=dtype, refuse_incomplete=True)
                 row |= {"loads": True, "bytes": bytes_on_disk(folder)}
-                batches = _read(folder, file, model, first, sequence_length, samples)
-                row |= _judge(model, batches, first, progress)
+                read = _read(folder, text, model, first, sequence_length, samples)
+                row |= _judge(model, read, first, progress)
             except _TextError as error:
                 raise CalipersError(str(error)) from None
             except Exception as error:  # whatever transformers and its plug-ins raise
@@ -89,9 +82,9 @@ def evaluate(
             rows.append(row)
             model = None  # before the next one is loaded
     if json:
-        print_json({"eval": str(file), "models": [_as_json(row) for row in rows]})
+        print_json({"eval": text.name, "models": [_as_json(row) for row in rows]})
     else:
-        print_evaluation(str(file) if eval_file else "the embedded held-out text", rows)
+        print_evaluation(text.name, rows)
     if any(row["problem"] for row in rows):
         raise typer.Exit(1)
 
@@ -111,8 +104,8 @@ class _First:
 
 
 def _read(
-    folder: Path, file: Path, model: Any, first: _First, sequence_length: int, samples: int
-) -> list[Tensor]:
+    folder: Path, text: Text, model: Any, first: _First, sequence_length: int, samples: int
+) -> TokenizedText:
     """The text in the model's own tokens; in the first one's where it has no tokenizer."""
     try:
         tokenizer = load_tokenizer(folder)
@@ -124,22 +117,20 @@ def _read(
         first.tokenizer = tokenizer
     length = fitting_length(model, sequence_length)
     try:
-        return read_batches(file, tokenizer, sequence_length=length, samples=samples)
+        return text.read(tokenizer, sequence_length=length, samples=samples)
     except CalipersError as error:
         raise _TextError(str(error)) from None
 
 
 def _judge(
     model: Any,
-    batches: list[Tensor],
+    read: TokenizedText,
     first: _First,
     progress: Callable[[str, int, int | None], object],
 ) -> dict[str, Any]:
+    batches = read.batches
     measured = measure(model, batches, progress)
-    found: dict[str, Any] = {
-        "sequences": sum(len(each) for each in batches),
-        "tokens": sum(each.numel() for each in batches),
-    }
+    found: dict[str, Any] = {"sequences": read.sequences, "tokens": read.tokens}
     if isinstance(measured, Perplexity):
         found["perplexity"] = measured
     if first.measured is None:
@@ -218,9 +209,3 @@ def bytes_on_disk(folder: Path) -> int:
         if sizes:
             return sum(sizes)
     return 0
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

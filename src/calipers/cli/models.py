@@ -103,12 +103,16 @@ def _device(name: str | None) -> torch.device:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer of a local directory; nothing is fetched."""
+    """Load the tokenizer of a local directory; nothing is fetched.
+
+    Raises:
+        CalipersError: It knows no tokens: transformers makes such a one where there are no files.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    # Among what is saved with the tokenizer; where it is loaded next is nobody's business here.
-    getattr(tokenizer, "init_kwargs", {}).pop("local_files_only", None)
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise CalipersError(f"{path}: no files of a tokenizer")
     return tokenizer
 
 

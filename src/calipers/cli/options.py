@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["ActivationObserver", "DataSamples", "Device", "Dtype", "SequenceLength"]
+__all__ = [
+    "ActivationObserver",
+    "DataFile",
+    "DataSamples",
+    "Device",
+    "Dtype",
+    "EvalFile",
+    "EvalSamples",
+    "GroupSize",
+    "SequenceLength",
+]
 
 ActivationObserver: TypeAlias = Annotated[
     str | None,
     typer.Option(help="Observer of static activations. Default: the scheme's, else static_minmax."),
 ]
+DataFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Calibration data: .txt, .jsonl, .json, .csv, .parquet or a folder saved by "
+        "datasets (FOLDER:SPLIT). Default: the embedded calibration text.",
+    ),
+]
 DataSamples: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Most sequences to calibrate with.")
+]
+EvalFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="FILE",
+        help="Text to judge by, of any kind that --data takes. "
+        "Default: the embedded held-out text.",
+    ),
+]
+EvalSamples: TypeAlias = Annotated[int, typer.Option(min=1, help="Most sequences to judge by.")]
+GroupSize: TypeAlias = Annotated[
+    int | None,
+    typer.Option(min=1, help="Columns of a group of weights. Default: the scheme's (W4A16: 128)."),
 ]
 SequenceLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")]
 Device: TypeAlias = Annotated[

@@ -111,11 +111,11 @@ def _encode(
     batches: list[Tensor] = []
     left_out = 0
     for sample in found:
-        ids = encode_sample(sample, tokenizer)
+        ids = encode_sample(sample, tokenizer, length)
         if ids.numel() < 2:
             left_out += 1
             continue
-        batches.append(ids[None, :length])
+        batches.append(ids[None])
         if len(batches) == samples:
             break
     if left_out:

@@ -13,7 +13,7 @@ from calipers.text.datasets import open_saved, saved_split
 from calipers.text.extra import import_extra
 from calipers.text.samples import Sample, is_sample, text_columns
 
-__all__ = ["decode", "open_samples"]
+__all__ = ["decode", "open_samples", "require"]
 
 #: Rows that are read at once.
 _ROWS = 64
@@ -33,18 +33,29 @@ def open_samples(path: Path) -> Iterator[Sample]:
     Raises:
         CalipersError: No such file, of another kind, not UTF-8, or not what its name says.
     """
+    require(path)
     saved = saved_split(path)
-    if saved is not None:
-        return open_saved(*saved)
+    return open_saved(*saved) if saved is not None else _READERS[path.suffix.lower()](path)
+
+
+def require(path: Path) -> None:
+    """Refuse a path that is no text, before anything is done that would be in vain.
+
+    Args:
+        path: As for `open_samples`, or .txt.
+
+    Raises:
+        CalipersError: No such file, or of another kind.
+    """
+    if saved_split(path) is not None:
+        return
     if not path.exists():
         raise CalipersError(f"{path}: no such file")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None or not path.is_file():
+    if not path.is_file() or path.suffix.lower() not in (".txt", *_READERS):
         raise CalipersError(
             f"{path}: expected a .txt, {', '.join(sorted(_READERS))} file, or a folder saved by "
             "datasets' save_to_disk"
         )
-    return reader(path)
 
 
 def decode(data: bytes, path: Path, position: int = 0) -> str:

@@ -15,7 +15,7 @@ from calipers.text.batches import read_batches
 from calipers.text.datasets import dataset_columns, is_dataset
 from calipers.text.samples import is_sample
 
-__all__ = ["batches_for_model", "fitting_length"]
+__all__ = ["batches_for_model", "fitting_length", "model_inputs"]
 
 
 def batches_for_model(
@@ -46,10 +46,19 @@ def batches_for_model(
         return data  # type: ignore[no-any-return]
     length = fitting_length(model, sequence_length)
     found = read_batches(data, tokenizer, sequence_length=length, samples=samples)
-    # Nobody reads the keys and values that a language model would keep.
+    return model_inputs(found, model)
+
+
+def model_inputs(batches: Iterable[Tensor], model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Token ids as arguments of a model, without the cache that nobody would read.
+
+    Args:
+        batches: Token ids, shape (batch, tokens) each.
+        model: The model that is to be called with them.
+    """
     caches = "use_cache" in inspect.signature(model.forward).parameters
     options = {"use_cache": False} if caches else {}
-    return [{"input_ids": ids, **options} for ids in found]
+    return [{"input_ids": ids, **options} for ids in batches]
 
 
 def fitting_length(model: Any, sequence_length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,15 +72,15 @@ def _is_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
-def encode_sample(sample: Sample, tokenizer: Any) -> Tensor:
-    """Token ids of a sample, int64, one dimension; none where it is empty.
+def encode_sample(sample: Sample, tokenizer: Any, length: int) -> Tensor:
+    """Token ids of a sample, int64, one dimension, at most `length`; none where it is empty.
 
     Raises:
         CalipersError: It is no sample, or has messages for which there is no chat template.
     """
     value, where = sample.value, sample.where
     if isinstance(value, str):
-        return encode_text(value, tokenizer)
+        return encode_text(value, tokenizer, length)
     if not isinstance(value, Mapping):
         raise CalipersError(
             f"{where}: expected an object with {EXPECTED}, got {type(value).__name__}"
@@ -90,21 +91,21 @@ def encode_sample(sample: Sample, tokenizer: Any) -> Tensor:
         raise CalipersError(f"{where}: expected an object with {EXPECTED}, got the fields {names}")
     for kind in kinds:
         if all(value[name] is not None for name in kind):
-            return _encode_fields(kind, value, where, tokenizer)
+            return _encode_fields(kind, value, where, tokenizer, length)
     return torch.empty(0, dtype=torch.long)
 
 
 def _encode_fields(
-    kind: tuple[str, ...], fields: Mapping[str, Any], where: str, tokenizer: Any
+    kind: tuple[str, ...], fields: Mapping[str, Any], where: str, tokenizer: Any, length: int
 ) -> Tensor:
     if kind == ("text",):
-        return encode_text(_string(fields, "text", where), tokenizer)
+        return encode_text(_string(fields, "text", where), tokenizer, length)
     if kind == ("messages",):
-        return _encode_messages(_messages(fields, "messages", where), where, tokenizer)
+        return _encode_messages(_messages(fields, "messages", where), where, tokenizer, length)
     prompt, answer = kind
     if isinstance(fields[prompt], list) and isinstance(fields[answer], list):
         both = [*_messages(fields, prompt, where), *_messages(fields, answer, where)]
-        return _encode_messages(both, where, tokenizer)
+        return _encode_messages(both, where, tokenizer, length)
     asked, answered = _string(fields, prompt, where), _string(fields, answer, where)
     if prompt == "instruction":
         contexts = [fields[name] for name in _CONTEXTS if fields.get(name)]
@@ -112,9 +113,9 @@ def _encode_fields(
     if not (asked.strip() or answered.strip()):
         return torch.empty(0, dtype=torch.long)
     if not getattr(tokenizer, "chat_template", None):
-        return encode_text(f"{asked}\n{answered}", tokenizer)
+        return encode_text(f"{asked}\n{answered}", tokenizer, length)
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    return _encode_messages(turns, where, tokenizer)
+    return _encode_messages(turns, where, tokenizer, length)
 
 
 def _string(fields: Mapping[str, Any], name: str, where: str) -> str:
@@ -134,16 +135,26 @@ def _messages(fields: Mapping[str, Any], name: str, where: str) -> list[Any]:
     return value
 
 
-def encode_text(text: str, tokenizer: Any, **options: Any) -> Tensor:
-    """Token ids of a string, int64, one dimension; none where it is blank."""
+def encode_text(text: str, tokenizer: Any, length: int | None = None, **options: Any) -> Tensor:
+    """Token ids of a string, int64, one dimension; none where it is blank.
+
+    Where they are cut to `length`, the special tokens that the tokenizer puts at the end stay
+    there: an encoder has never seen a sequence without them.
+    """
     if not text.strip():
         return torch.empty(0, dtype=torch.long)
-    # It is cut afterwards, so its length says nothing: no warning about the model's limit.
-    ids = tokenizer(text, verbose=False, **options)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    # It is cut here, so its length says nothing: no warning about the model's limit. The tokenizer
+    # does not cut it: it would keep the length, and save it with a checkpoint.
+    found = tokenizer(text, verbose=False, return_special_tokens_mask=True, **options)
+    ids = torch.tensor(found["input_ids"], dtype=torch.long)
+    if length is None or len(ids) <= length:
+        return ids
+    added = list(itertools.takewhile(bool, reversed(found["special_tokens_mask"])))
+    kept = max(length - len(added), 0)
+    return torch.cat([ids[:kept], ids[len(ids) - len(added) :]])[:length]
 
 
-def _encode_messages(messages: list[Any], where: str, tokenizer: Any) -> Tensor:
+def _encode_messages(messages: list[Any], where: str, tokenizer: Any, length: int) -> Tensor:
     if not messages:
         return torch.empty(0, dtype=torch.long)
     if not getattr(tokenizer, "chat_template", None):
@@ -155,4 +166,4 @@ def _encode_messages(messages: list[Any], where: str, tokenizer: Any) -> Tensor:
     except Exception as error:  # whatever the template does with what it does not expect
         raise CalipersError(f"{where}: the chat template does not take it: {error}") from None
     # The template writes the special tokens itself; a second BOS would be one too many.
-    return encode_text(text, tokenizer, add_special_tokens=False)
+    return encode_text(text, tokenizer, length, add_special_tokens=False)

@@ -57,7 +57,8 @@ def test_shell_commands_parse(
     for name in loading:
         monkeypatch.setattr(f"calipers.cli.{name}.load_model", lambda *a, **k: _stop(given))
     monkeypatch.chdir(tmp_path)
-    Path("heldout.txt").touch()  # `evaluate` looks for its text first
+    for file in ("heldout.txt", "text.txt", "text.jsonl"):
+        Path(file).touch()  # text is looked for first
     # the file that commands name as a plugin is what this page shows
     own = ROOT / "docs" / "write-your-own-observer.md"
     monkeypatch.setattr("calipers.cli.plugins.load_plugin", lambda plugin: run_page(own))

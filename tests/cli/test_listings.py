@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 from typing import Any
 
 import pytest
@@ -93,6 +94,16 @@ def test_help_shows_examples(calipers: Calipers, command: str) -> None:
     assert "Examples:" in result.stdout
     assert result.stdout.count(f"calipers {command}") >= 2
     assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_of_a_narrow_help_begin_below_their_heading(
+    calipers: Calipers, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *a: os.terminal_size((60, 24)))
+    lines = [line.strip() for line in calipers(command, "-h").stdout.splitlines()]
+    assert any(line.startswith(f"calipers {command}") for line in lines[lines.index("Examples:") :])
+    assert max(map(len, lines)) <= 60
 
 
 @pytest.mark.parametrize("args", [(), ("--help",)])

@@ -22,6 +22,7 @@ class _Plain:
     """For both kinds of commands; comes before them among the bases."""
 
     rich_markup_mode: Any
+    help: str | None
 
     def parse_args(self, ctx: Any, args: Any) -> Any:
         """As the base, with the one option that an unknown one is nearest to."""
@@ -43,15 +44,17 @@ class _Plain:
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """As the base, without frames where they would leave no room for names."""
-        mode = self.rich_markup_mode
+        mode, text = self.rich_markup_mode, self.help
         columns = shutil.get_terminal_size().columns
         if columns < _WIDTH_OF_FRAMES:
             self.rich_markup_mode = None
             formatter.width = columns - 2
+            # A paragraph of its own, or its first line is joined with the heading.
+            self.help = (text or "").replace("Examples:\n", "Examples:\n\n")
         try:
             super().format_help(ctx, formatter)  # type: ignore[misc]
         finally:
-            self.rich_markup_mode = mode
+            self.rich_markup_mode, self.help = mode, text
 
 
 def _name_the_nearest(error: Any, params: list[Any]) -> None:

@@ -13,7 +13,7 @@ from compressed_tensors.quantization import (
 )
 
 from calipers.calibration import resolve_config
-from calipers.verdict import _KINDS, _kind_of, output_verdict, verdict
+from calipers.verdict import _KINDS, kind_of, output_verdict, verdict
 
 LEVELS = ("less than usual", "usual", "more than usual", "far more than usual")
 
@@ -41,7 +41,7 @@ SCHEMES = {
 
 
 def test_every_kind_has_a_scheme() -> None:
-    assert {name: _kind_of(scheme) for name, scheme in SCHEMES.items()} == _KINDS
+    assert {name: kind_of(scheme) for name, scheme in SCHEMES.items()} == {n: n for n in _KINDS}
 
 
 @pytest.mark.parametrize("kind", _KINDS.values(), ids=_KINDS.keys())

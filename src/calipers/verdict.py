@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 
-__all__ = ["output_verdict", "verdict"]
+__all__ = ["kind_of", "output_verdict", "verdict"]
 
 
 _Band: TypeAlias = tuple[float, float, float]
@@ -81,7 +81,7 @@ Nothing to mend; more text would show a smaller difference.'
     scheme = _hardest(scheme)
     if not math.isfinite(change):
         return _broken("the perplexity is no number")
-    kind = _kind_of(scheme)
+    kind = _KINDS.get(kind_of(scheme) or "")
     figure = f"{change:+.1%} perplexity"
     if standard_error is not None and abs(change) <= 2 * standard_error:
         low = kind is None or change + 2 * standard_error <= kind.perplexity[1]
@@ -118,7 +118,7 @@ def output_verdict(
     scheme = _hardest(scheme)
     if not math.isfinite(error):
         return _broken("the outputs are no numbers")
-    kind = _kind_of(scheme)
+    kind = _KINDS.get(kind_of(scheme) or "")
     shown = f"{error:.3f}" + ("" if standard_error is None else f" ± {standard_error:.3f}")
     return _in_words(f"output error {shown}", error, kind, scheme, objective, outputs=True)
 
@@ -205,22 +205,25 @@ def _bits(scheme: QuantizationScheme) -> int:
     return 16 if scheme.weights is None else int(scheme.weights.num_bits)
 
 
-def _kind_of(scheme: QuantizationScheme) -> _Kind | None:
-    """The row of the table that a scheme belongs to; None where nothing like it was measured."""
+def kind_of(scheme: _Scheme) -> str | None:
+    """The kind of scheme that is told of: a key of the table; None where there is no such row.
+
+    Args:
+        scheme: As for `verdict`.
+    """
+    scheme = _hardest(scheme)
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None or scheme.output_activations is not None:
         return None
     bits = 16 if inputs is None else int(inputs.num_bits)
     name = _weight_name(weights)
-    if bits < 16:
-        name = {
-            ("w8", 8): "w8a8",
-            ("nvfp4", 4): "nvfp4a4",
-            ("mxfp4", 4): "mxfp4a4",
-        }.get((name, bits), "")
-    elif name == "w8":
-        name = "w8a16"
-    return _KINDS.get(name)
+    if name == "w8":
+        name = "w8a16" if bits == 16 else "w8a8" if bits == 8 else ""
+    elif bits == 4:
+        name = {"nvfp4": "nvfp4a4", "mxfp4": "mxfp4a4"}.get(name, "")
+    elif bits < 16:
+        return None
+    return name if name in _KINDS else None
 
 
 def _weight_name(weights: QuantizationArgs) -> str:

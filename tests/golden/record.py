@@ -38,7 +38,16 @@ from torch import Tensor
 from calipers.ranges.engines import explain_engines
 from golden.cases import CASES, ENGINES, Case, Results
 
-__all__ = ["PATH", "Difference", "Record", "difference", "made_with", "native_problem", "searching"]
+__all__ = [
+    "PATH",
+    "Difference",
+    "Record",
+    "difference",
+    "few_groups",
+    "made_with",
+    "native_problem",
+    "searching",
+]
 
 PATH = Path(__file__).with_name("scales.safetensors")
 #: Elsewhere: scales that count as the same, relatively. One step of a dtype coarser than that as
@@ -46,6 +55,9 @@ PATH = Path(__file__).with_name("scales.safetensors")
 CLOSE = 1e-5
 #: Elsewhere: at most so many of the groups of a result, and one at least, may be on another step.
 FEW_GROUPS = 0.02
+#: The same for objective "hessian", where groups of a row are searched one after the other: one on
+#: another step moves those after it.
+FEW_OF_HESSIAN = 0.1
 #: Elsewhere: no step is farther from another one than this factor.
 STEP = 4.0
 
@@ -92,15 +104,16 @@ class Difference:
     off: int = 0
 
 
-def difference(old: Results, new: Results, *, exact: bool) -> Difference:
+def difference(old: Results, new: Results, *, exact: bool, few: float = FEW_GROUPS) -> Difference:
     """How results differ from the recorded ones.
 
     Args:
         old: The recorded tensors by name.
         new: The tensors of this run.
         exact: Every bit must be the same. Otherwise floats may differ by a relative 1e-5 or by one
-            step of their dtype, and zero points by one; besides, one group, or two in a hundred,
-            may have taken another candidate, whose scale is within a factor of four.
+            step of their dtype, and zero points by one; besides, one group, or `few` of them, may
+            have taken another candidate, whose scale is within a factor of four.
+        few: A part of all groups.
 
     Returns:
         The first problem, with the old and the new value; None for the same.
@@ -123,11 +136,16 @@ def difference(old: Results, new: Results, *, exact: bool) -> Difference:
         wrong = far & ~_of_another_step(was, value)
         if bool(wrong.any()):
             return Difference(_told(name, was, value, wrong))
-        allowed = max(1, int(FEW_GROUPS * was.numel()))
+        allowed = max(1, int(few * was.numel()))
         if int(far.sum()) > allowed:
             return Difference(f"{_told(name, was, value, far)}; {allowed} may")
         off = max(off, int(far.sum()))
     return Difference(None, off)
+
+
+def few_groups(case: Case) -> float:
+    """The part of a result's groups that may be on another step elsewhere."""
+    return FEW_OF_HESSIAN if "hessian" in case.name else FEW_GROUPS
 
 
 def _bytes(value: Tensor) -> Tensor:

@@ -67,8 +67,18 @@ def made_with() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "compressed_tensors": version("compressed-tensors"),
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{_cpu()} {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+def _cpu() -> str:
+    """The model, where the system tells: matmuls of two models may sum in other orders."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    told = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(told, platform.machine())
 
 
 def native_problem() -> str | None:

@@ -46,7 +46,7 @@ def test_every_kind_has_a_scheme() -> None:
 
 @pytest.mark.parametrize("kind", _KINDS.values(), ids=_KINDS.keys())
 def test_bands_grow(kind: object) -> None:
-    for band in (kind.perplexity, kind.outputs or (0, 1, 2)):  # type: ignore[attr-defined]
+    for band in (kind.perplexity, kind.outputs):  # type: ignore[attr-defined]
         assert 0 <= band[0] < band[1] < band[2]
 
 
@@ -62,9 +62,6 @@ def level_of(text: str) -> str:
 def test_each_side_of_each_bound(name: str) -> None:
     scheme, kind = SCHEMES[name], _KINDS[name]
     for judge, bounds in ((verdict, kind.perplexity), (output_verdict, kind.outputs)):
-        if bounds is None:
-            assert "was not measured" in judge(scheme, 0.1, 0.0)
-            continue
         for number, bound in enumerate(bounds):
             below, above = judge(scheme, bound * 0.999, 0.0), judge(scheme, bound * 1.001, 0.0)
             if bound:
@@ -78,7 +75,7 @@ def test_each_side_of_each_bound(name: str) -> None:
 def test_the_figure_comes_first() -> None:
     assert verdict(preset("W4A16"), 0.05, 0.01).startswith("+5.0% perplexity: usual for int4")
     text = output_verdict(preset("W4A16"), 0.3, 0.002)
-    assert text.startswith("output error 0.300 ± 0.002: ")
+    assert text.startswith("output error 0.300 ± 0.002: less than usual for int4")
     assert output_verdict(preset("W4A16"), 0.3, None).startswith("output error 0.300: ")
 
 

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 
-__all__ = ["kind_of", "output_verdict", "verdict"]
+__all__ = ["output_verdict", "verdict"]
 
 
 _Band: TypeAlias = tuple[float, float, float]
@@ -28,24 +28,24 @@ class _Kind:
         name: In words.
         perplexity: Relative changes of the perplexity: below the first is less than usual, up to
             the second usual, above the third far more than usual.
-        outputs: Output errors, likewise; None where they were not measured.
+        outputs: Output errors, likewise.
     """
 
     name: str
     perplexity: _Band
-    outputs: _Band | None = None
+    outputs: _Band
 
 
 #: docs/evaluating.md has these figures in a table, and where they come from.
 _KINDS = {
-    "w8a16": _Kind("8-bit weights", (0.0, 0.005, 0.01)),
-    "w8a8": _Kind("8-bit weights and activations", (0.001, 0.06, 0.12)),
-    "int4": _Kind("int4 weights in groups", (0.008, 0.16, 0.46), (0.25, 0.32, 0.40)),
-    "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88)),
-    "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11)),
-    "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28)),
-    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.017, 0.54, 1.08), (0.31, 0.33, 0.37)),
-    "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 1.84, 3.68)),
+    "w8a16": _Kind("8-bit weights", (0.0, 0.005, 0.01), (0.021, 0.029, 0.044)),
+    "w8a8": _Kind("8-bit weights and activations", (0.001, 0.040, 0.061), (0.072, 0.14, 0.20)),
+    "int4": _Kind("int4 weights in groups", (0.008, 0.23, 0.40), (0.31, 0.43, 0.65)),
+    "int4 channel": _Kind("int4 weights by channel", (0.009, 0.47, 0.88), (0.38, 0.48, 0.72)),
+    "int3": _Kind("int3 weights in groups", (0.027, 1.15, 6.11), (0.57, 0.81, 1.21)),
+    "nvfp4": _Kind("NVFP4 weights", (0.005, 0.086, 0.28), (0.24, 0.30, 0.45)),
+    "nvfp4a4": _Kind("NVFP4 weights and activations", (0.017, 0.35, 0.53), (0.36, 0.41, 0.61)),
+    "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 1.84, 3.68), (0.55, 0.60, 0.90)),
 }
 
 _Scheme: TypeAlias = QuantizationConfig | QuantizationScheme
@@ -60,7 +60,7 @@ def verdict(
 ) -> str:
     """One line on a change of the perplexity: how certain, how usual, what to try next.
 
-    What is usual was measured on two small models; a guide, no limit.
+    What is usual was measured on three small models; a guide, no limit.
 
     Args:
         scheme: What the model was quantized under; of a config's groups the one with the fewest
@@ -140,10 +140,9 @@ def _in_words(
     outputs: bool = False,
 ) -> str:
     steps = _next_steps(scheme, objective)
-    band = None if kind is None else kind.outputs if outputs else kind.perplexity
-    if kind is None or band is None:
+    if kind is None:
         return f"{figure}; what is usual for this scheme was not measured. {_try(steps)}"
-    best, usual, worst = band
+    best, usual, worst = kind.outputs if outputs else kind.perplexity
     shown = _plain if outputs else _percent
     measured = f"{shown(best)} to {shown(usual)} measured on small models"
     if value < best:

@@ -232,8 +232,3 @@ def test_the_native_engine_agrees_with_the_reference(name: str) -> None:
     assert_engines_agree("native", SCHEMES[name], 5000)
     if SCHEMES[name].type == "int" and SCHEMES[name].symmetric:
         assert_engines_agree("native", SCHEMES[name], 1000, signed=True)
-
-
-@pytest.mark.parametrize("name", ["int4", "nvfp4"])
-def test_the_inductor_engine_agrees_with_the_reference(name: str) -> None:
-    assert_engines_agree("inductor", SCHEMES[name], 2000)

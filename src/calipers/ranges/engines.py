@@ -18,7 +18,7 @@ from calipers.ranges.native.build import compiler, compiler_has_changed, is_buil
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
 
 Found = TypeVar("Found")
-Engine = Literal["eager", "native", "inductor", "triton"]
+Engine = Literal["eager", "native", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
 #: Values searched in a process before the native library is compiled for the machine, which takes
@@ -87,17 +87,6 @@ def native_problem(device: torch.device) -> str | None:
     return None
 
 
-def inductor_problem(device: torch.device) -> str | None:
-    """Why the Inductor engine cannot be used there; None where it can."""
-    if device.type != "cpu":
-        return f"the inductor engine works on the CPU, not on {device.type}"
-    if "inductor" in _failures:
-        return _failures["inductor"]
-    if compiler() is None:
-        return "the inductor engine needs a C++ compiler (g++ or clang++), and none was found"
-    return None
-
-
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton engine cannot be used there; None where it can.
 
@@ -121,7 +110,7 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
-_PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
+_PROBLEMS = {"native": native_problem, "triton": triton_problem}
 
 
 def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:
@@ -165,16 +154,13 @@ def explain_engines(*, trial: bool = False) -> list[tuple[str, bool, str]]:
             library()
         except Exception as error:  # whatever a compiler may raise
             give_up_engine("native", error)
-    no_native, no_inductor = (
-        find(torch.device("cpu")) for find in (native_problem, inductor_problem)
-    )
+    no_native = native_problem(torch.device("cpu"))
     if torch.cuda.is_available():
         no_triton = triton_problem(torch.device("cuda", torch.cuda.current_device()))
     else:
         no_triton = "the triton engine needs a CUDA device, and torch sees none"
     return [
         ("eager", True, "plain torch operations, on every device: the reference"),
-        ("inductor", no_inductor is None, no_inductor or "torch.compile, on the CPU: when asked"),
         ("native", no_native is None, no_native or f"C++ by {compiler()}, on the CPU"),
         ("triton", no_triton is None, no_triton or "Triton kernels, on CUDA devices"),
     ]

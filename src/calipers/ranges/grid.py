@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges import grid_eager, grid_inductor, grid_native
+from calipers.ranges import grid_eager, grid_native
 from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.global_scale import checked_global_scale
@@ -47,8 +47,7 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
-        engine: "eager", "native", "inductor" or "triton"; None chooses, see
-            `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         For each view minimum and maximum, of its `qparam_shape`; float32, float64 where float32
@@ -108,8 +107,6 @@ def _compiled_search(
     """The search by an engine; None where it is left to the reference."""
     if engine == "native":
         return grid_native.search if grid_native.supports(args, norm, *dtypes) else None
-    if engine == "inductor":
-        return grid_inductor.search if grid_inductor.supports(args) else None
     if engine == "triton":
         try:
             from calipers.ranges import grid_triton

@@ -1,8 +1,8 @@
 """Sums over groups for many candidate scales at once: what every scale search is made of.
 
 `GroupBatch` brings a view's values together as (groups, n) float32, some groups at a time, and
-evaluates sums of a candidate tile over them: eagerly, by functions that torch.compile made, or by a
-Triton kernel, in which each value is loaded once for all candidates of the tile.
+evaluates sums of a candidate tile over them: eagerly, or by a Triton kernel, in which each value is
+loaded once for all candidates of the tile.
 """
 
 from __future__ import annotations
@@ -15,23 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from calipers.ranges.compiling import compile_quietly
 from calipers.ranges.engines import Engine
 from calipers.ranges.group_pieces import (
     GroupPiece,
     group_pieces,
     group_size,
-    mark_dynamic,
     number_of_runs,
 )
 from calipers.ranges.rounding import Rounding, round_to_codes
 from calipers.ranges.views import GroupedView, piece_size
 
 __all__ = ["Batch", "Candidates", "GroupBatch", "Sums", "group_batches"]
-
-#: Values of a piece of the compiled engine: it stays in the second-level cache, and calls cost
-#: little beside the work on it.
-COMPILED_PIECE = 2**19
 
 
 @dataclass(frozen=True)
@@ -119,11 +113,6 @@ class Sums:
 
 def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
     return a * b if weight is None else a * weight * b
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(sums: Sums) -> Callable[..., Tensor]:
-    return compile_quietly(lambda *inputs: sums(*inputs))
 
 
 @dataclass(frozen=True)
@@ -231,11 +220,8 @@ class GroupBatch:
             from calipers.ranges.sums_triton import sum_rows
 
             found = sums.of_all(sum_rows(sums.rounding, values, weight, inverse, ratio, zero_point))
-        elif self.engine != "inductor":
-            found = sums(values, weight, inverse, ratio, zero_point)
         else:
-            rows = mark_dynamic([values, weight], [inverse, ratio, zero_point])
-            found = _compiled(sums)(*rows, inverse, ratio, zero_point)
+            found = sums(values, weight, inverse, ratio, zero_point)
         return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
 
 
@@ -250,7 +236,7 @@ def group_batches(
         importance: The weights of the values, of the same shape; None weighs all alike.
         engine: What evaluates the sums.
     """
-    limit = COMPILED_PIECE if engine == "inductor" else piece_size(view.values)
+    limit = piece_size(view.values)
     shape = view.qparam_shape
     if group_size(view) > limit:
         everything = tuple(slice(None) for _ in shape)

@@ -45,8 +45,7 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
             range then serves the positive side.
-        engine: "eager", "native", "inductor" or "triton"; None chooses, see
-            `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.ranges.engines`.
 
     Returns:
         For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,

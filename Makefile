@@ -80,7 +80,7 @@ $(VLLM_STAMP): Makefile
 	@touch $@
 
 test-vllm: $(BENCH_STAMP) $(VLLM_STAMP) ## checkpoints read by vLLM on the CPU, in an environment of its own (3.5 GB)
-	@$(BIN)/python -m pytest -q -m vllm $(PYTEST_ARGS) tests/engines
+	@$(BIN)/python -m pytest -q -m vllm $(PYTEST_ARGS) tests/inference
 
 $(TRITON_STAMP): $(STAMP)
 	@echo "installing triton into $(VENV) (1 GB)"

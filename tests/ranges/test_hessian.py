@@ -8,7 +8,9 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from torch import Tensor
 
-from calipers.ranges import arrange, engines, hessian, hessian_native, min_max
+from calipers.engines import dispatch
+from calipers.engines.native import hessian as hessian_native
+from calipers.ranges import arrange, hessian, min_max
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian, sum_coupled
 from calipers.ranges.optimal import search_optimal_scales
@@ -172,7 +174,7 @@ def refined(args: QuantizationArgs, signed: bool, engine: str, coupled: bool = T
     factor = factor_of_sketch(sketch(x, 12).double(), 400, x.double().square().sum(0))
     factors = columns.by_block(factor.T.float()).transpose(-1, -2) * coupled
     found = refine_by_hessian(view, start, extremes, products, factors, scheme, engine)
-    assert not engines._failures, "the engine did not take part"
+    assert not dispatch._failures, "the engine did not take part"
     return value, x, arrangement, found
 
 

@@ -9,9 +9,10 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges import grid_eager, grid_native
+from calipers.engines.dispatch import Engine, attempt, choose_engine, give_up_engine
+from calipers.engines.native import grid as grid_native
+from calipers.ranges import grid_eager
 from calipers.ranges.casting import cast_range, expand_range
-from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.units import search_in_float32, times
@@ -47,7 +48,7 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
-        engine: "eager", "native" or "triton"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         For each view minimum and maximum, of its `qparam_shape`; float32, float64 where float32
@@ -109,7 +110,7 @@ def _compiled_search(
         return grid_native.search if grid_native.supports(args, norm, *dtypes) else None
     if engine == "triton":
         try:
-            from calipers.ranges import grid_triton
+            from calipers.engines.triton import grid as grid_triton
         except ImportError as error:  # an installation of Triton that does not work
             give_up_engine("triton", error)
             return None

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from calipers.ranges.engines import Engine
+from calipers.engines.dispatch import Engine
 from calipers.ranges.group_pieces import (
     GroupPiece,
     group_pieces,
@@ -217,7 +217,7 @@ class GroupBatch:
             if zero_point is not None:
                 zero_point = zero_point.repeat_interleave(runs, dim=1)
         if self.engine == "triton" and sums.kind != "polish":  # which wants float64, once
-            from calipers.ranges.sums_triton import sum_rows
+            from calipers.engines.triton.sums import sum_rows
 
             found = sums.of_all(sum_rows(sums.rounding, values, weight, inverse, ratio, zero_point))
         else:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from calipers.ranges import hessian_native
+from calipers.engines.dispatch import Engine, attempt, choose_engine
+from calipers.engines.native import hessian as hessian_native
 from calipers.ranges.codes import all_scales, has_scale_codes
-from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 from calipers.ranges.rounding import round_to_codes
 from calipers.ranges.views import GroupedView
@@ -70,7 +70,7 @@ def refine_by_hessian(
         factors: L such that LL' stands for X'X outside of these blocks, shape
             (column groups, blocks, size, rank).
         scheme: What is searched for.
-        engine: "eager" or "native"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager" or "native"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calipers.ranges import min_max_native
-from calipers.ranges.engines import attempt, choose_engine
+from calipers.engines.dispatch import attempt, choose_engine
+from calipers.engines.native import min_max as min_max_native
 from calipers.ranges.views import SMALLEST_PIECE, GroupedView
 
 __all__ = ["min_max"]
@@ -20,7 +20,7 @@ def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Te
 
     Args:
         view: Values of any floating dtype.
-        engine: "native" or "eager"; None chooses, see `calipers.ranges.engines`. Of the small
+        engine: "native" or "eager"; None chooses, see `calipers.engines.dispatch`. Of the small
             values, and on other devices than the CPU, it is always eager.
 
     Returns:

@@ -9,11 +9,11 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.engines.dispatch import Engine, attempt, choose_engine
+from calipers.engines.native.optimal import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.casting import cast_range
-from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.group_sums import GroupBatch, group_batches
-from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
 from calipers.ranges.projection import Scheme
 from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
@@ -45,7 +45,7 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
             range then serves the positive side.
-        engine: "eager", "native" or "triton"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,

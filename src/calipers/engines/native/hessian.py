@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import LANES, NativeFormat, address, number_of_parts, supports
+from calipers.engines.native.abi import LANES, NativeFormat, address, number_of_parts, supports
+from calipers.engines.native.build import library
 from calipers.ranges.projection import Scales, Scheme
 
 __all__ = ["sum_coupled", "supports"]

@@ -10,16 +10,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from calipers.ranges.codes import choose_code, covering_codes, has_scale_codes, search_codes
-from calipers.ranges.group_sums import Batch, Candidates, Sums
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import (
+from calipers.engines.native.abi import (
     NativeBox,
     NativeFormat,
     address,
     number_of_parts,
     supports,
 )
+from calipers.engines.native.build import library
+from calipers.ranges.codes import choose_code, covering_codes, has_scale_codes, search_codes
+from calipers.ranges.group_sums import Batch, Candidates, Sums
 from calipers.ranges.projection import (
     CANCELS,
     Scales,

@@ -11,7 +11,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.ranges.memory import UnreadableError, is_readable
 from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.views import GroupedView
@@ -223,7 +223,7 @@ def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
     return tensor.data_ptr()
 
 
-def _checked_box(view: GroupedView, importance: GroupedView | None) -> Box:
+def _checked_box(view: GroupedView, importance: GroupedView | None) -> Strides:
     """The box of a view, whose weights and columns fit its values."""
     if importance is not None and importance.values.shape != view.values.shape:
         raise UnreadableError("weights must have the shape of the values")
@@ -232,7 +232,7 @@ def _checked_box(view: GroupedView, importance: GroupedView | None) -> Box:
         lowest, highest = torch.aminmax(columns)
         if lowest < 0 or highest >= view.values.shape[-1]:
             raise UnreadableError("columns beyond the values")
-    return Box.of(view, importance)
+    return Strides.of(view, importance)
 
 
 def number_of_parts(blocks: int, work: int) -> int:

@@ -7,8 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import NativeBox, address, knows, number_of_parts
+from calipers.engines.native.abi import NativeBox, address, knows, number_of_parts
+from calipers.engines.native.build import library
 from calipers.ranges.views import GroupedView
 
 __all__ = ["min_max", "supports"]

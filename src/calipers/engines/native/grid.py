@@ -16,13 +16,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.engines.native import abi
+from calipers.engines.native.abi import NativeBox, NativeFormat, address, number_of_parts
+from calipers.engines.native.build import library
 from calipers.ranges import grid_eager
-from calipers.ranges.close_calls import decide_close_calls
 from calipers.ranges.memory import UnreadableError
-from calipers.ranges.native import call
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import NativeBox, NativeFormat, address, number_of_parts
 from calipers.ranges.shrink import ShrinkGrid, last_step
+from calipers.ranges.ties import decide_ties
 from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
 
@@ -44,7 +44,7 @@ def supports(args: QuantizationArgs, norm: float, *dtypes: torch.dtype) -> bool:
         torch.float16 in dtypes and should_generate_mx_scales(args)
     ):
         return False
-    return call.supports(args, *dtypes)
+    return abi.supports(args, *dtypes)
 
 
 class _GridSearch(ctypes.Structure):
@@ -195,7 +195,7 @@ class _Search:
     def result(self, num_steps: int) -> Range:
         """The range of the best step in each group."""
         if bool(self.doubtful.any()):
-            decide_close_calls(
+            decide_ties(
                 self.doubtful,
                 (self.low, self.high),
                 self.view,

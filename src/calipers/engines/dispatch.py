@@ -11,9 +11,9 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from loguru import logger
 
+from calipers.engines.native.build import compiler, compiler_has_changed, is_built, library
 from calipers.errors import CalipersError
 from calipers.ranges.memory import UnreadableError
-from calipers.ranges.native.build import compiler, compiler_has_changed, is_built, library
 
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
 

@@ -9,17 +9,16 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from loguru import logger
 
+from calipers.engines import dispatch
+from calipers.engines.dispatch import choose_engine, explain_engines
 from calipers.errors import CalipersError
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
     arrange,
-    engines,
-    grid,
     min_max,
     search_grid_ranges,
 )
-from calipers.ranges.engines import choose_engine, explain_engines
 from calipers.ranges.rounding import Rounding, round_to_codes
 
 CPU = torch.device("cpu")
@@ -68,7 +67,7 @@ def both_engines(value, args, search=DEFAULTS, *, importance=None, global_scale=
             engine=engine,
         )
         found[engine] = torch.cat([torch.stack(pair).flatten(1) for pair in ranges], dim=1)
-    assert not engines._failures, "the engine did not take part"
+    assert not dispatch._failures, "the engine did not take part"
     return found["native"], found["eager"]
 
 
@@ -245,17 +244,17 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch):
         monkeypatch.delenv("CALIPERS_ENGINE")
-        monkeypatch.setattr(engines, "_failures", {})
-        engines._warn_once.cache_clear()
+        monkeypatch.setattr(dispatch, "_failures", {})
+        dispatch._warn_once.cache_clear()
 
     def test_the_native_library_is_compiled_once_enough_is_searched(self, monkeypatch):
-        monkeypatch.setattr(engines, "is_built", lambda: False)
-        monkeypatch.setattr(engines, "_searched", 0)
-        assert choose_engine(CPU, values=engines.WORTH_BUILDING - 1) == "eager"
+        monkeypatch.setattr(dispatch, "is_built", lambda: False)
+        monkeypatch.setattr(dispatch, "_searched", 0)
+        assert choose_engine(CPU, values=dispatch.WORTH_BUILDING - 1) == "eager"
         assert choose_engine(CPU, values=1) == "native"
 
     def test_the_native_library_is_taken_at_once_where_it_is(self, monkeypatch):
-        monkeypatch.setattr(engines, "is_built", lambda: True)
+        monkeypatch.setattr(dispatch, "is_built", lambda: True)
         assert choose_engine(CPU, values=1) == "native"
 
     def test_argument_before_environment(self, monkeypatch):
@@ -273,8 +272,8 @@ class TestChoice:
         assert choose_engine(torch.device("meta"), values=2**40) == "eager"
 
     def test_without_a_compiler_one_warning(self, monkeypatch):
-        monkeypatch.setattr(engines, "compiler", lambda: None)
-        monkeypatch.setattr(engines, "is_built", lambda: False)
+        monkeypatch.setattr(dispatch, "compiler", lambda: None)
+        monkeypatch.setattr(dispatch, "is_built", lambda: False)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:
@@ -293,7 +292,7 @@ class TestChoice:
         views = arrange(value, "weight", args).views
         extremes = [min_max(view) for view in views]
         expected = search_grid_ranges(views, extremes, args, DEFAULTS, engine="eager")
-        monkeypatch.setattr(grid.grid_native, "search", broken)
+        monkeypatch.setattr("calipers.engines.native.grid.search", broken)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:

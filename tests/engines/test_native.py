@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
@@ -264,6 +265,19 @@ class TestBuild:
         assert len(messages) == 1
         assert "no such instruction" in messages[0]
         assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_a_structure_of_another_size_is_found_when_the_library_is_loaded(self, monkeypatch):
+        class Longer(abi.NativeBox):
+            _fields_ = (("more", ctypes.c_int64),)
+
+        abi.library()
+        monkeypatch.setitem(abi.STRUCTURES, "Box", Longer)
+        size = ctypes.sizeof(abi.NativeBox)
+        build.library.cache_clear()
+        with pytest.raises(
+            build.BuildError, match=f"Box has {size} bytes in C\\+\\+ and {size + 8}"
+        ):
+            abi.library()
 
     def test_two_processes_may_build_at_once(self, tmp_path):
         code = "from calipers.engines.native.build import library; library().min_max"

@@ -11,7 +11,8 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from loguru import logger
 
-from calipers.engines.native.build import compiler, compiler_has_changed, is_built, library
+from calipers.engines.native.abi import library
+from calipers.engines.native.build import compiler, compiler_has_changed, is_built
 from calipers.errors import CalipersError
 from calipers.ranges.memory import UnreadableError
 

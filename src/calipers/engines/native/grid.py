@@ -17,8 +17,15 @@ from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_
 from torch import Tensor
 
 from calipers.engines.native import abi
-from calipers.engines.native.abi import NativeBox, NativeFormat, address, number_of_parts
-from calipers.engines.native.build import library
+from calipers.engines.native.abi import (
+    GridReport,
+    GridSearch,
+    NativeBox,
+    NativeFormat,
+    address,
+    library,
+    number_of_parts,
+)
 from calipers.ranges import grid_eager
 from calipers.ranges.memory import UnreadableError
 from calipers.ranges.shrink import ShrinkGrid, last_step
@@ -45,37 +52,6 @@ def supports(args: QuantizationArgs, norm: float, *dtypes: torch.dtype) -> bool:
     ):
         return False
     return abi.supports(args, *dtypes)
-
-
-class _GridSearch(ctypes.Structure):
-    """`GridSearch` of grid.h."""
-
-    _fields_ = (
-        ("box", NativeBox),
-        ("format", NativeFormat),
-        ("low", ctypes.c_void_p),
-        ("high", ctypes.c_void_p),
-        ("units", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("steps", ctypes.c_int64),
-        ("norm", ctypes.c_float),
-        ("expand", ctypes.c_float),
-        ("clip_steps", ctypes.c_float),
-        ("squares_first", ctypes.c_int64),
-        ("doubt", ctypes.c_float),
-        ("noise", ctypes.c_float),
-        ("known_errors", ctypes.c_void_p),
-        ("errors", ctypes.c_void_p),
-        ("best_low", ctypes.c_void_p),
-        ("best_high", ctypes.c_void_p),
-        ("doubtful", ctypes.c_void_p),
-    )
-
-
-class _GridReport(ctypes.Structure):
-    """`GridReport` of grid.h."""
-
-    _fields_ = (("gains", ctypes.c_void_p), ("evaluated", ctypes.c_int64))
 
 
 @dataclass
@@ -158,7 +134,7 @@ class _Search:
             shape = (self.box.groups, self.box.runs, steps)
             errors = torch.empty(shape, dtype=torch.float64, device="cpu")
         known = None if self._errors is None else self._errors[:, :steps].contiguous()
-        task = _GridSearch(
+        task = GridSearch(
             self.box,
             NativeFormat.of(self.args, self.global_scale, self.view.values.dtype),
             address(self.min_vals, count=self.box.groups),
@@ -182,9 +158,7 @@ class _Search:
             task.box.runs = 1
         parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
         gains = torch.zeros(parts, steps, dtype=torch.bool, device="cpu")
-        reports = (_GridReport * parts)(
-            *(_GridReport(address(row, torch.bool), 0) for row in gains)
-        )
+        reports = (GridReport * parts)(*(GridReport(address(row, torch.bool), 0) for row in gains))
         library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
         if errors is not None:

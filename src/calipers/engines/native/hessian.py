@@ -7,34 +7,18 @@ import ctypes
 import torch
 from torch import Tensor
 
-from calipers.engines.native.abi import LANES, NativeFormat, address, number_of_parts, supports
-from calipers.engines.native.build import library
+from calipers.engines.native.abi import (
+    LANES,
+    CoupledTask,
+    NativeFormat,
+    address,
+    library,
+    number_of_parts,
+    supports,
+)
 from calipers.ranges.projection import Scales, Scheme
 
 __all__ = ["sum_coupled", "supports"]
-
-
-class _CoupledTask(ctypes.Structure):
-    """`CoupledTask` of hessian.h."""
-
-    _fields_ = (
-        ("format", NativeFormat),
-        ("values", ctypes.c_void_p),
-        ("products", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("blocks", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("rows_of_group", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("shares", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-    )
 
 
 def sum_coupled(
@@ -59,7 +43,7 @@ def sum_coupled(
     width, whole_rank = size + -size % LANES, rank + -rank % LANES
     shares = torch.zeros(rows, count, whole_rank, dtype=torch.float32, device="cpu")
     found = torch.zeros(3, rows, count, dtype=torch.float64, device="cpu")
-    task = _CoupledTask(
+    task = CoupledTask(
         NativeFormat.of(scheme.args, None),
         *(address(each, count=blocks * rows * width) for each in by_column),
         address(matrix, count=blocks * width * width),

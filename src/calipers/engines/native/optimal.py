@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from calipers.engines.native.abi import (
+    CodeTask,
     NativeBox,
     NativeFormat,
+    ProjectionTask,
+    SumTask,
     address,
+    library,
     number_of_parts,
     supports,
 )
-from calipers.engines.native.build import library
 from calipers.ranges.codes import choose_code, covering_codes, has_scale_codes, search_codes
 from calipers.ranges.group_sums import Batch, Candidates, Sums
 from calipers.ranges.projection import (
@@ -37,55 +40,6 @@ __all__ = ["NativeBatch", "native_batches", "search_batch", "supports"]
 
 #: Values whose groups are searched by one call: what is kept of each group meanwhile stays small.
 BATCH = 2**23
-
-
-class _SumTask(ctypes.Structure):
-    """`SumTask` of sums.h."""
-
-    _fields_ = (
-        ("box", NativeBox),
-        ("format", NativeFormat),
-        ("inverse_base", ctypes.c_void_p),
-        ("ratios", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("sums", ctypes.c_void_p),
-    )
-
-
-class _ProjectionTask(ctypes.Structure):
-    """`ProjectionTask` of optimal.h."""
-
-    _fields_ = (
-        ("box", NativeBox),
-        ("format", NativeFormat),
-        ("inverse_base", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("ratios", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("factors", ctypes.c_void_p),
-        ("fine_count", ctypes.c_int64),
-        ("rounds", ctypes.c_int64),
-        ("residual", ctypes.c_int64),
-        ("best_ratio", ctypes.c_void_p),
-        ("best_zero", ctypes.c_void_p),
-    )
-
-
-class _CodeTask(ctypes.Structure):
-    """`CodeTask` of optimal.h."""
-
-    _fields_ = (
-        ("box", NativeBox),
-        ("format", NativeFormat),
-        ("scales", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("covering", ctypes.c_void_p),
-        ("above", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("best", ctypes.c_void_p),
-    )
 
 
 @dataclass(frozen=True)
@@ -124,7 +78,7 @@ class NativeBatch:
         zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
         count, units = ratios.shape[0], self.box.groups * self.box.runs
         found = torch.empty(3 * count + 1, units, dtype=torch.float64, device="cpu")
-        task = _SumTask(
+        task = SumTask(
             self.box,
             self.format,
             address(inverse, count=self.box.groups),
@@ -179,7 +133,7 @@ def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> S
     best_zero = None if zero is None else torch.empty_like(base)
     residual = not scheme.rounding.integer or scheme.rounding.num_bits >= CANCELS
     rounds = fine_rounds(scheme)
-    task = _ProjectionTask(
+    task = ProjectionTask(
         batch.box,
         batch.format,
         address(inverse, count=batch.box.groups),
@@ -202,7 +156,7 @@ def _project(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> S
 def _search_codes(batch: NativeBatch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
     table, covering, tile, above = covering_codes(low, high, scheme)
     best = torch.empty_like(covering)
-    task = _CodeTask(
+    task = CodeTask(
         batch.box,
         batch.format,
         address(table),

@@ -14,7 +14,7 @@ from compressed_tensors.quantization.utils import generate_gparam
 from loguru import logger
 
 from calipers.engines import dispatch
-from calipers.engines.native import abi, build, cache, grid, hessian, optimal
+from calipers.engines.native import abi, build, cache, grid, hessian, optimal, sums
 from calipers.engines.native import min_max as native_min_max
 from calipers.observers import Observer
 from calipers.ranges import (
@@ -113,7 +113,7 @@ def on_one_thread_and_five(monkeypatch):
         return parts[-1]
 
     monkeypatch.setattr(abi, "WORTH_THREADS", 1)
-    for module in (grid, hessian, native_min_max, optimal):
+    for module in (grid, hessian, native_min_max, optimal, sums):
         monkeypatch.setattr(module, "number_of_parts", counted)
 
     def search_twice(search):

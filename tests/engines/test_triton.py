@@ -553,7 +553,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
         if weight is not None:
             weights = list(arrange(weight.expand_as(value), "weight", args, order).views)
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
-        grid_triton.search(views, extremes, args, grid, weights, scale)
+        grid_triton.search(views, extremes, args, grid, weights, scale, None)
     for name in ("int4", "int4 asymmetric", "fp8", "nvfp4"):
         rounding = Rounding.of(FORMATS[name][0])
         for length in (32, 9000):

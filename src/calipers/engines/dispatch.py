@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from loguru import logger
 
+from calipers.engines.kernels import Kernel, Problem
 from calipers.engines.native.abi import library
 from calipers.engines.native.build import compiler, compiler_has_changed, is_built
 from calipers.errors import CalipersError
 from calipers.ranges.memory import UnreadableError
 
-__all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
+__all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine", "run"]
 
+Code = TypeVar("Code")
 Found = TypeVar("Found")
 Engine = Literal["eager", "native", "triton"]
 
@@ -112,6 +115,38 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 _PROBLEMS = {"native": native_problem, "triton": triton_problem}
+
+
+def run(
+    kernel: Kernel[Code],
+    reference: Code,
+    search: Callable[[Code], Found],
+    problem: Problem,
+    engine: str | None = None,
+) -> Found:
+    """What a search finds by an engine's code, or by the reference: the one place that chooses.
+
+    Args:
+        kernel: What the search needs.
+        reference: The same by plain torch operations.
+        search: Called with the code of the engine or with the reference, or with both one after
+            the other where the engine fails.
+        problem: What is searched.
+        engine: An engine by name, see `choose_engine`.
+
+    Raises:
+        Exception: Whatever the search raises with the reference.
+    """
+    chosen = choose_engine(problem.device, engine, problem.work)
+    if chosen not in kernel.modules:
+        return search(reference)
+
+    def by_engine() -> Found:
+        module = importlib.import_module(kernel.modules[chosen])
+        known = module.supports(problem)
+        return search(getattr(module, kernel.name) if known else reference)
+
+    return attempt(chosen, by_engine, lambda: search(reference))
 
 
 def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:

@@ -7,15 +7,16 @@ import ctypes
 import torch
 from torch import Tensor
 
+from calipers.engines.kernels import Problem
 from calipers.engines.native.abi import MinMax, NativeBox, address, knows, library, number_of_parts
 from calipers.ranges.views import GroupedView
 
 __all__ = ["min_max", "supports"]
 
 
-def supports(view: GroupedView) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether the kernels can read the values."""
-    return view.values.device.type == "cpu" and knows(view.values.dtype)
+    return knows(*problem.dtypes)
 
 
 def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:

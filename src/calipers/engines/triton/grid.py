@@ -17,6 +17,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
+from calipers.engines.kernels import GridReference, Problem
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.engines.triton import grid_kernels as kernels
 from calipers.engines.triton import launch
@@ -54,12 +55,16 @@ _SCALE_TYPES: dict[torch.dtype | None, tuple[str, float, float]] = {
 }
 
 
-def supports(args: QuantizationArgs, norm: float = 2.0, dtype: torch.dtype = torch.float32) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether the kernels know how these arguments scale and round.
 
     They make scales of float32 ranges, and take errors as they are: powers above 8 may vanish.
     """
-    if norm > HIGHEST_NORM or judged_range_dtype(args, dtype) != torch.float32:
+    args = problem.args
+    assert args is not None
+    if problem.norm > HIGHEST_NORM:
+        return False
+    if judged_range_dtype(args, problem.dtypes[0]) != torch.float32:
         return False
     if args.scale_dtype not in _SCALE_TYPES:
         return False
@@ -77,6 +82,7 @@ def search(
     grid: ShrinkGrid,
     importance: Sequence[GroupedView | None],
     global_scale: Tensor | None,
+    reference: GridReference,
 ) -> list[Range]:
     """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
 
@@ -88,6 +94,7 @@ def search(
         grid: The candidates.
         importance: For each view the weights of its values, or None.
         global_scale: TENSOR_GROUP only, shape (1,).
+        reference: Not asked: what is found stays on the device.
     """
     device = views[0].values.device
     with launch.on_device(device):

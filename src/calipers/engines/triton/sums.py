@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calipers.engines.kernels import CandidateSums, Problem
 from calipers.engines.triton import launch
 from calipers.engines.triton import sums_kernels as kernels
 from calipers.ranges.rounding import Rounding
 
-__all__ = ["sum_rows"]
+__all__ = ["candidate_sums", "sum_rows", "supports"]
 
 #: Values of a program.
 TILE = 4096
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the kernel can make sums: rows are float32, of every format."""
+    return True
 
 
 def sum_rows(
@@ -69,3 +75,6 @@ def sum_rows(
     with launch.on_device(values.device):
         launch.launch(kernels.sum_candidates, -(-rows // per_program), arguments)
     return found
+
+
+candidate_sums = CandidateSums(sum_rows=sum_rows)

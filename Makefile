@@ -80,7 +80,7 @@ $(VLLM_STAMP): Makefile
 	@touch $@
 
 test-vllm: $(BENCH_STAMP) $(VLLM_STAMP) ## checkpoints read by vLLM on the CPU, in an environment of its own (3.5 GB)
-	@$(BIN)/python -m pytest -q -m vllm $(PYTEST_ARGS) tests/engines
+	@$(BIN)/python -m pytest -q -m vllm $(PYTEST_ARGS) tests/inference
 
 $(TRITON_STAMP): $(STAMP)
 	@echo "installing triton into $(VENV) (1 GB)"
@@ -88,7 +88,7 @@ $(TRITON_STAMP): $(STAMP)
 	@touch $@
 
 test-triton: $(TRITON_STAMP) ## the Triton engine without a GPU: interpreted and compiled; installs triton
-	@$(BIN)/python -m pytest -q -n $(JOBS) tests/ranges/test_triton.py $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -q -n $(JOBS) tests/engines/test_triton.py $(PYTEST_ARGS)
 
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -51,7 +51,7 @@ from torch import Tensor
 import calipers
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGINES = ("eager", "native", "inductor", "triton")
+ENGINES = ("eager", "native", "triton")
 #: MiB beyond input and qparams.
 SCRATCH_LIMIT = 64
 #: Seconds of the first search of a process, by state of the compile cache.
@@ -148,7 +148,6 @@ def run_case(
     setting = Setting.of(case, size, device)
     on_gpu = device != "cpu"
     engine = case.engine or engine
-    compiled = compilations()
     with chosen_engine(engine):
         ours = setting.ours()
         theirs = setting.read() if case.against_read else setting.peer() if with_peer else None
@@ -179,7 +178,6 @@ def run_case(
         "dtype": str(case.dtype).removeprefix("torch."),
         "shape": list(setting.weight.shape),
         "engine": engine or os.environ.get("CALIPERS_ENGINE") or "chosen by calipers",
-        "compilations": compilations() - compiled,
         "theirs": None if theirs is None else "aminmax" if case.against_read else "llmcompressor",
         **asdict(timing),
         # Of one `torch.aminmax` of the tensor; on a GPU only.
@@ -205,13 +203,6 @@ def waited_for(call: Call) -> Call:
         torch.cuda.synchronize()
 
     return Call(run, call.prepare)
-
-
-def compilations() -> int:
-    """Graphs that torch.compile has compiled, or taken from its disk cache, in this process."""
-    if "torch._dynamo.utils" not in sys.modules:  # importing it takes seconds
-        return 0
-    return int(sys.modules["torch._dynamo.utils"].counters["stats"]["unique_graphs"])
 
 
 def is_met(case: Case, timing: Timing) -> bool | None:
@@ -291,7 +282,6 @@ def run_cold(case: Case, size: int, engine: str | None, threads: int) -> Json:
         environment = {
             **os.environ,
             "CALIPERS_CACHE": f"{folder}/native",
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }
         script = [sys.executable, str(Path(__file__).resolve()), "--first-search"]
@@ -320,7 +310,6 @@ def first_search(case: Case, size: int, engine: str | None) -> Json:
         return {
             "first_s": ours.call.seconds(),
             "second_s": ours.call.seconds(),
-            "compilations": compilations(),
         }
 
 
@@ -500,8 +489,7 @@ def measure_cold(options: argparse.Namespace, report: Json) -> None:
             print(
                 f"{case.name}, {cache} cache: first search {run['first_s']:.2f} s (at most "
                 f"{run['at_most_s']:g}: {'yes' if run['met'] else 'no'}), second "
-                f"{run['second_s']:.3f} s, whole process {run['process_s']:.1f} s, "
-                f"{run['compilations']} compilations",
+                f"{run['second_s']:.3f} s, whole process {run['process_s']:.1f} s",
                 flush=True,
             )
 

@@ -1,8 +1,8 @@
 """Peak memory of a call beyond what it leaves behind, measured in two ways.
 
 `peak_allocated` adds up what goes through torch's own allocator (by the profiler's memory events).
-That is exact and free of noise, and takes in the buffers of Inductor's graphs, which are allocated
-as tensors; it does not see what compiled kernels take from malloc or from their stacks.
+That is exact and free of noise; it does not see what compiled kernels take from malloc or from
+their stacks.
 
 `peak_resident` sees all memory, by the kernel's high-water mark of this process, which Linux resets
 through /proc/self/clear_refs. It is good to about a MiB. A call that finds the pages it needs

@@ -109,7 +109,6 @@ def test_scratch_memory_of_a_known_call(script: ModuleType) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiles")
 def test_cold_start_finds_the_cache_that_it_left(run: Run) -> None:
-    (result,) = run("--cold", "--engine", "inductor")["cold"]
-    assert result["empty"]["compilations"] == result["warm"]["compilations"] > 0
+    (result,) = run("--cold", "--engine", "native")["cold"]
     assert result["warm"]["first_s"] < result["empty"]["first_s"]
     assert result["empty"]["second_s"] < 1

@@ -219,4 +219,4 @@ def test_doctor_refuses_an_engine_that_there_is_not(
     monkeypatch.setenv("CALIPERS_ENGINE", "warp")
     result = calipers("doctor")
     assert result.exit_code == 1
-    assert "engine must be one of eager, native, inductor, triton, got 'warp'" in result.stderr
+    assert "engine must be one of eager, native, triton, got 'warp'" in result.stderr

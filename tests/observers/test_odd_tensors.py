@@ -10,8 +10,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from calipers.engines import dispatch
 from calipers.observers import Observer
-from calipers.ranges import engines, range_of_qparams
+from calipers.ranges import range_of_qparams
 from observers.samples import NVFP4, assert_same, assert_same_state, logged
 from odd_tensors import REFUSED, SAME
 
@@ -51,9 +52,9 @@ GLOBAL_SCALES: dict[str, Any] = {
 def _engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The engine that reads memory by itself, which must not be given up."""
     monkeypatch.setenv("CALIPERS_ENGINE", "native")
-    monkeypatch.setattr(engines, "_failures", {})
+    monkeypatch.setattr(dispatch, "_failures", {})
     yield
-    assert engines._failures == {}
+    assert dispatch._failures == {}
 
 
 def value() -> Tensor:

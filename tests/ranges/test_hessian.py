@@ -8,11 +8,13 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from torch import Tensor
 
-from calipers.ranges import arrange, engines, hessian, hessian_native, min_max
+from calipers.engines import dispatch
+from calipers.engines.native import hessian as hessian_native
+from calipers.ranges import arrange, hessian, min_max
 from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian, sum_coupled
 from calipers.ranges.optimal import search_optimal_scales
-from calipers.ranges.projection import Scales, Scheme, min_max_scales
+from calipers.ranges.projection import Scheme, min_max_scales
 from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
 
 
@@ -60,8 +62,8 @@ def test_both_engines_sum_the_same(name: str, shape: tuple[int, int, int]) -> No
         zeros = torch.randint(-1, 2, (groups, count), generator=torch.Generator()) + middle
     elif scheme.rounding.integer:
         scales = torch.cat([scales, -scales.flip(1)], 1)
-    candidates = Scales(scales, None if zeros is None else zeros.float())
-    arguments = (x, x @ matrix, slopes, matrix, factors, candidates, scheme)
+    zeros = None if zeros is None else zeros.float()
+    arguments = (x, x @ matrix, slopes, matrix, factors, scales, zeros, args)
     expected, found = sum_coupled(*arguments), hessian_native.sum_coupled(*arguments)
     assert expected.shape == (3, rows, scales.shape[1])
     for kind in range(3):
@@ -87,7 +89,7 @@ def test_the_reference_is_the_formula() -> None:
     row_x, row_slopes = (t.transpose(0, 1).reshape(rows, -1) for t in (x, slopes))
     q = (row_x / scale).round().clamp(-8, 7).double()
     products = (row_x @ whole).view(rows, blocks, size).transpose(0, 1)
-    found = sum_coupled(x, products, slopes, matrix, factors, Scales(scale), scheme)[..., 0]
+    found = sum_coupled(x, products, slopes, matrix, factors, scale, None, scheme.args)[..., 0]
     expected = [((q @ whole.double()) * q).sum(1), ((q @ whole.double()) * row_x).sum(1)]
     expected.append((q * row_slopes).sum(1))
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
@@ -172,7 +174,7 @@ def refined(args: QuantizationArgs, signed: bool, engine: str, coupled: bool = T
     factor = factor_of_sketch(sketch(x, 12).double(), 400, x.double().square().sum(0))
     factors = columns.by_block(factor.T.float()).transpose(-1, -2) * coupled
     found = refine_by_hessian(view, start, extremes, products, factors, scheme, engine)
-    assert not engines._failures, "the engine did not take part"
+    assert not dispatch._failures, "the engine did not take part"
     return value, x, arrangement, found
 
 

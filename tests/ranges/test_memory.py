@@ -11,16 +11,16 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.engines import dispatch
+from calipers.engines.native import abi
 from calipers.ranges import (
     ShrinkGrid,
     arrange,
-    engines,
     min_max,
     search_grid_ranges,
     search_optimal_scales,
 )
 from calipers.ranges.memory import UnreadableError, is_readable
-from calipers.ranges.native import call
 from odd_tensors import REFUSED, SAME, negative_bit
 
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel")
@@ -54,9 +54,9 @@ def value() -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(engines, "_failures", {})
+    monkeypatch.setattr(dispatch, "_failures", {})
     yield
-    assert engines._failures == {}
+    assert dispatch._failures == {}
 
 
 def test_tensors_without_memory_do_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,21 +107,21 @@ def test_no_address_is_told(kind: str) -> None:
     odd = {**REFUSED, **SAME}[kind][0](value())
     if kind in ("no numbers", "complex"):  # they lie in memory, but no kernel reads them
         with pytest.raises(TypeError):
-            call.address(odd)
+            abi.address(odd)
         return
     assert not is_readable(odd)
     with pytest.raises(UnreadableError, match="cannot be read where it lies"):
-        call.address(odd, odd.dtype)
+        abi.address(odd, odd.dtype)
 
 
 def test_other_dtypes_numbers_and_gaps_are_faults() -> None:
     x = value()
-    assert call.address(None) is None
-    assert call.address(x, count=x.numel()) == x.data_ptr()
+    assert abi.address(None) is None
+    assert abi.address(x, count=x.numel()) == x.data_ptr()
     for wrong in (
-        lambda: call.address(x, torch.float64),
-        lambda: call.address(x, count=x.numel() + 1),
-        lambda: call.address(x.t()),
+        lambda: abi.address(x, torch.float64),
+        lambda: abi.address(x, count=x.numel() + 1),
+        lambda: abi.address(x.t()),
     ):
         with pytest.raises(TypeError):
             wrong()
@@ -137,10 +137,10 @@ def test_an_engine_is_given_up_only_where_the_reference_succeeds(
         raise UnreadableError("not in memory")
 
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        engines.attempt("native", fails, fails)
-    assert engines.attempt("native", unreadable, lambda: 1) == 1
-    assert engines._failures == {}
-    assert engines.attempt("native", fails, lambda: 1) == 1
-    assert engines._failures.pop("native") == (
+        dispatch.attempt("native", fails, fails)
+    assert dispatch.attempt("native", unreadable, lambda: 1) == 1
+    assert dispatch._failures == {}
+    assert dispatch.attempt("native", fails, lambda: 1) == 1
+    assert dispatch._failures.pop("native") == (
         "the native engine failed: RuntimeError: sizes do not match"
     )

@@ -11,13 +11,13 @@ import torch
 import typer
 
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
-from calipers.ranges.engines import (
+from calipers.engines.dispatch import (
     ENVIRONMENT,
     WORTH_BUILDING,
     choose_engine,
     explain_engines,
 )
-from calipers.ranges.native.build import where
+from calipers.engines.native.build import where
 
 __all__ = ["doctor"]
 

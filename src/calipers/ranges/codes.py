@@ -52,6 +52,9 @@ def search_codes(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Sca
         scale that min/max gives it.
     """
     table, covering, tile, above = covering_codes(low, high, scheme)
+    if batch.whole is not None:
+        found = batch.whole.search_codes(table, covering, above, tile - 1)
+        return choose_code(table, found, low, high, scheme)
     found = _search_down(batch, covering, table, tile, above, scheme)
     return choose_code(table, found, low, high, scheme)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges import grid_eager, grid_inductor, grid_native
+from calipers.engines.dispatch import run
+from calipers.engines.kernels import SHRINK_GRID, GridReference, Problem
+from calipers.ranges import grid_eager
 from calipers.ranges.casting import cast_range, expand_range
-from calipers.ranges.engines import Engine, attempt, choose_engine, give_up_engine
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.shrink import ShrinkGrid
-from calipers.ranges.units import search_in_float32, times
+from calipers.ranges.ties import decide_ties
+from calipers.ranges.units import error_units, search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_grid_ranges"]
@@ -47,8 +51,7 @@ def search_grid_ranges(
             weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
             stored. Without it local scales are left unrounded, since rounding needs it.
-        engine: "eager", "native", "inductor" or "triton"; None chooses, see
-            `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         For each view minimum and maximum, of its `qparam_shape`; float32, float64 where float32
@@ -63,25 +66,21 @@ def search_grid_ranges(
     weighted = [] if importance is None else importance
     dtype = extremes[0][0].dtype
     values = sum(view.values.numel() for view in views)
-    chosen = choose_engine(views[0].values.device, engine, values)
-    dtypes = [view.values.dtype for view in (*views, *weighted)]
-    compiled = _compiled_search(chosen, args, grid.norm, dtypes)
+    dtypes = tuple(view.values.dtype for view in (*views, *weighted))
+    problem = Problem(views[0].values.device, values, dtypes, args, grid.norm)
 
-    def search(
-        views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
+    def search_part(
+        search: Callable[..., list[Range]],
+        views: Sequence[GroupedView],
+        extremes: Sequence[Range],
+        factor: float,
     ) -> list[Range]:
         expanded = [
             (expand_range(low, grid.expand), expand_range(high, grid.expand))
             for low, high in extremes
         ]
         scale = None if global_scale is None else times(global_scale, factor)
-        arguments = (views, expanded, args, grid, weights, scale)
-        if compiled is None:
-            found = grid_eager.search(*arguments)
-        else:
-            found = attempt(
-                chosen, lambda: compiled(*arguments), lambda: grid_eager.search(*arguments)
-            )
+        found = search(views, expanded, args, grid, weights, scale, _REFERENCE)
         return found if factor == 1 else [_restored(pair, factor, dtype) for pair in found]
 
     # Scales that are rounded are absolute, unless they are powers of two or have a global scale
@@ -89,9 +88,25 @@ def search_grid_ranges(
     relative = args.scale_dtype is None or (
         dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
     )
-    if relative and (dtype == torch.float64 or not args.symmetric):
-        return search_in_float32(views, extremes, search)
-    return search(views, extremes, 1.0)
+    in_float32 = relative and (dtype == torch.float64 or not args.symmetric)
+
+    def search_whole(search: Callable[..., list[Range]]) -> list[Range]:
+        part = functools.partial(search_part, search)
+        if in_float32:
+            return search_in_float32(views, extremes, part)
+        return part(views, extremes, 1.0)
+
+    return run(SHRINK_GRID, _search_eagerly, search_whole, problem, engine)
+
+
+def _search_eagerly(*arguments: Any) -> list[Range]:
+    """The reference, called as a kernel is."""
+    *problem, reference = arguments
+    found: list[Range] = reference.search(*problem)
+    return found
+
+
+_REFERENCE = GridReference(grid_eager.search, decide_ties, error_units)
 
 
 def _restored(pair: Range, factor: float, dtype: torch.dtype) -> Range:
@@ -100,21 +115,3 @@ def _restored(pair: Range, factor: float, dtype: torch.dtype) -> Range:
     limit = torch.finfo(torch.float64).max
     low, high = ((end.double() * factor).clamp(-limit, limit) for end in pair)
     return cast_range(low, wide), cast_range(high, wide)
-
-
-def _compiled_search(
-    engine: Engine, args: QuantizationArgs, norm: float, dtypes: list[torch.dtype]
-) -> Callable[..., list[tuple[Tensor, Tensor]]] | None:
-    """The search by an engine; None where it is left to the reference."""
-    if engine == "native":
-        return grid_native.search if grid_native.supports(args, norm, *dtypes) else None
-    if engine == "inductor":
-        return grid_inductor.search if grid_inductor.supports(args) else None
-    if engine == "triton":
-        try:
-            from calipers.ranges import grid_triton
-        except ImportError as error:  # an installation of Triton that does not work
-            give_up_engine("triton", error)
-            return None
-        return grid_triton.search if grid_triton.supports(args, norm, dtypes[0]) else None
-    return None

@@ -1,4 +1,4 @@
-"""A view's values piece by piece as (groups, n), and how compiled sums over them are called."""
+"""A view's values piece by piece as (groups, n)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from torch import Tensor
 
 from calipers.ranges.views import GroupedView
 
-__all__ = ["GroupPiece", "group_pieces", "group_size", "mark_dynamic", "number_of_runs"]
+__all__ = ["GroupPiece", "group_pieces", "group_size", "number_of_runs"]
 
 #: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
 LONGEST_RUN = 4096
-#: Sizes up to this are compiled as constants, which is worth it for short groups.
-LARGEST_CONSTANT = 512
 
 
 @dataclass(frozen=True)
@@ -89,25 +87,3 @@ def number_of_runs(length: int) -> int:
         if length % runs == 0:
             return runs
     return 1
-
-
-def mark_dynamic(rows: list[Tensor | None], by_row: list[Tensor | None]) -> list[Tensor | None]:
-    """Let one compilation serve all sizes, except short rows.
-
-    Args:
-        rows: Tensors of shape (rows, n).
-        by_row: Tensors whose last dimension is that of the rows.
-
-    Returns:
-        `rows` without the tensors that they are views of, on whose sizes the compiler would depend.
-    """
-    for tensor in by_row:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 1)
-    bare = [None if tensor is None else tensor.data for tensor in rows]
-    for tensor in bare:
-        if tensor is not None:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            if tensor.shape[1] > LARGEST_CONSTANT:
-                torch._dynamo.maybe_mark_dynamic(tensor, 1)
-    return bare

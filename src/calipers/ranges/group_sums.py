@@ -1,8 +1,8 @@
 """Sums over groups for many candidate scales at once: what every scale search is made of.
 
 `GroupBatch` brings a view's values together as (groups, n) float32, some groups at a time, and
-evaluates sums of a candidate tile over them: eagerly, by functions that torch.compile made, or by a
-Triton kernel, in which each value is loaded once for all candidates of the tile.
+evaluates sums of a candidate tile over them, eagerly or by a kernel of an engine. The groups of a
+`ReadBatch` are read by an engine where they lie.
 """
 
 from __future__ import annotations
@@ -13,25 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges.compiling import compile_quietly
-from calipers.ranges.engines import Engine
+from calipers.engines.kernels import CandidateSums, EngineGroups
 from calipers.ranges.group_pieces import (
     GroupPiece,
     group_pieces,
     group_size,
-    mark_dynamic,
     number_of_runs,
 )
 from calipers.ranges.rounding import Rounding, round_to_codes
 from calipers.ranges.views import GroupedView, piece_size
 
-__all__ = ["Batch", "Candidates", "GroupBatch", "Sums", "group_batches"]
-
-#: Values of a piece of the compiled engine: it stays in the second-level cache, and calls cost
-#: little beside the work on it.
-COMPILED_PIECE = 2**19
+__all__ = ["Batch", "Candidates", "GroupBatch", "ReadBatch", "Sums", "batches_of"]
 
 
 @dataclass(frozen=True)
@@ -121,11 +116,6 @@ def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
     return a * b if weight is None else a * weight * b
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(sums: Sums) -> Callable[..., Tensor]:
-    return compile_quietly(lambda *inputs: sums(*inputs))
-
-
 @dataclass(frozen=True)
 class Candidates:
     """Candidate scales of the groups of a batch.
@@ -157,6 +147,18 @@ class Batch(Protocol):
     """Some groups of a view, of which sums can be had."""
 
     @property
+    def where(self) -> tuple[slice, ...]:
+        """Index of the groups in the view's `qparam_shape`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of that part of the qparams."""
+
+    @property
+    def whole(self) -> EngineGroups | None:
+        """The groups where an engine can search them by itself."""
+
+    @property
     def selectable(self) -> bool:
         """Whether some of the groups make a batch of their own."""
 
@@ -174,7 +176,7 @@ class GroupBatch:
         values: Shape (groups, n), float32; None for groups that do not fit into a piece.
         weight: Importance, of the same shape.
         walk: For large groups: yields their pieces.
-        engine: What evaluates the sums.
+        code: What evaluates the sums.
     """
 
     where: tuple[slice, ...]
@@ -182,7 +184,12 @@ class GroupBatch:
     values: Tensor | None
     weight: Tensor | None
     walk: Callable[[], Iterator[GroupPiece]] | None
-    engine: Engine
+    code: CandidateSums
+
+    @property
+    def whole(self) -> None:
+        """No engine searches groups in memory by itself."""
+        return None
 
     @property
     def selectable(self) -> bool:
@@ -227,20 +234,69 @@ class GroupBatch:
             ratio = ratio.repeat_interleave(runs, dim=1)
             if zero_point is not None:
                 zero_point = zero_point.repeat_interleave(runs, dim=1)
-        if self.engine == "triton" and sums.kind != "polish":  # which wants float64, once
-            from calipers.ranges.sums_triton import sum_rows
-
+        sum_rows = self.code.sum_rows
+        if sum_rows is not None and sums.kind != "polish":  # which wants float64, once
             found = sums.of_all(sum_rows(sums.rounding, values, weight, inverse, ratio, zero_point))
-        elif self.engine != "inductor":
-            found = sums(values, weight, inverse, ratio, zero_point)
         else:
-            rows = mark_dynamic([values, weight], [inverse, ratio, zero_point])
-            found = _compiled(sums)(*rows, inverse, ratio, zero_point)
+            found = sums(values, weight, inverse, ratio, zero_point)
         return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
 
 
+@dataclass(frozen=True)
+class ReadBatch:
+    """Some whole groups of a view, which an engine reads where they lie."""
+
+    groups: EngineGroups
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        """Index of the groups in the view's `qparam_shape`."""
+        return self.groups.where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of that part of the qparams."""
+        return self.groups.shape
+
+    @property
+    def whole(self) -> EngineGroups | None:
+        """The groups, unless they are so long that they are read in runs."""
+        return self.groups if self.groups.in_one_run else None
+
+    @property
+    def selectable(self) -> bool:
+        """Groups cannot be told apart: a call costs little for those that are done."""
+        return False
+
+    def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
+        """The sums of every group, as `GroupBatch.sum`, float64."""
+        found = self.groups.sum(candidates.inverse_base, candidates.ratio, candidates.zero_point)
+        return sums.of_all(found)
+
+
+def batches_of(
+    view: GroupedView,
+    importance: GroupedView | None,
+    args: QuantizationArgs,
+    code: CandidateSums,
+) -> Iterator[GroupBatch | ReadBatch]:
+    """All groups of a view, some at a time, in the way that suits an engine.
+
+    Args:
+        view: The values, of any floating dtype.
+        importance: The weights of the values, of the same shape; None weighs all alike.
+        args: Quantization arguments.
+        code: What evaluates the sums.
+    """
+    if code.read_groups is None:
+        yield from group_batches(view, importance, code)
+    else:
+        for groups in code.read_groups(view, importance, args):
+            yield ReadBatch(groups)
+
+
 def group_batches(
-    view: GroupedView, importance: GroupedView | None, engine: Engine
+    view: GroupedView, importance: GroupedView | None, code: CandidateSums
 ) -> Iterator[GroupBatch]:
     """All groups of a view, some at a time, in bounded scratch memory.
 
@@ -248,15 +304,15 @@ def group_batches(
         view: The values, of any floating dtype; what is not finite becomes zero where the view
             leaves it out.
         importance: The weights of the values, of the same shape; None weighs all alike.
-        engine: What evaluates the sums.
+        code: What evaluates the sums.
     """
-    limit = COMPILED_PIECE if engine == "inductor" else piece_size(view.values)
+    limit = piece_size(view.values)
     shape = view.qparam_shape
     if group_size(view) > limit:
         everything = tuple(slice(None) for _ in shape)
         walk = functools.partial(group_pieces, view, importance, limit)
-        yield GroupBatch(everything, shape, None, None, walk, engine)
+        yield GroupBatch(everything, shape, None, None, walk, code)
         return
     for piece in group_pieces(view, importance, limit):
         found = tuple(len(range(*s.indices(n))) for s, n in zip(piece.where, shape, strict=True))
-        yield GroupBatch(piece.where, found, piece.values, piece.weight, None, engine)
+        yield GroupBatch(piece.where, found, piece.values, piece.weight, None, code)

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges import hessian_native
+from calipers.engines.dispatch import run
+from calipers.engines.kernels import COUPLED_SUMS, Problem
 from calipers.ranges.codes import all_scales, has_scale_codes
-from calipers.ranges.engines import Engine, attempt, choose_engine
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 from calipers.ranges.rounding import round_to_codes
 from calipers.ranges.views import GroupedView
@@ -44,6 +45,8 @@ LOOKS = (_Look(0.2, 32, 3), _Look(0.1, 16, 2))
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 PIECE = 2**20
 
+#: As `sum_coupled`.
+SumCoupled = Callable[..., Tensor]
 #: Some rows, and their values.
 _Values = list[tuple[slice, Tensor]]
 
@@ -70,20 +73,19 @@ def refine_by_hessian(
         factors: L such that LL' stands for X'X outside of these blocks, shape
             (column groups, blocks, size, rank).
         scheme: What is searched for.
-        engine: "eager" or "native"; None chooses, see `calipers.ranges.engines`.
+        engine: "eager" or "native"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
         maximum.
     """
-    chosen = choose_engine(view.values.device, engine, view.values.numel() * 2 * LOOKS[0].sides)
+    work = view.values.numel() * 2 * LOOKS[0].sides
+    problem = Problem(view.values.device, work, args=scheme.args)
 
-    def refine(engine: Engine) -> tuple[Tensor, Tensor]:
-        return _refine_view(view, start, extremes, hessian, factors, scheme, engine)
+    def refine(summing: SumCoupled) -> tuple[Tensor, Tensor]:
+        return _refine_view(view, start, extremes, hessian, factors, scheme, summing)
 
-    if chosen == "native" and hessian_native.supports(scheme.args):
-        return attempt("native", lambda: refine("native"), lambda: refine("eager"))
-    return refine("eager")
+    return run(COUPLED_SUMS, sum_coupled, refine, problem, engine)
 
 
 def _refine_view(
@@ -93,7 +95,7 @@ def _refine_view(
     hessian: Tensor,
     factors: Tensor,
     scheme: Scheme,
-    engine: Engine,
+    summing: SumCoupled,
 ) -> tuple[Tensor, Tensor]:
     plain = min_max_scales(*extremes, scheme)
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
@@ -111,7 +113,7 @@ def _refine_view(
                 hessian[number if len(hessian) > 1 else 0],
                 factors[number if len(factors) > 1 else 0],
                 scheme,
-                engine,
+                summing,
             )
             for number in range(first, last)
         ]
@@ -162,7 +164,7 @@ class _Columns:
         hessian: X'X of the columns, shape (blocks, size, size).
         factors: What couples blocks and groups, shape (blocks, size, rank).
         scheme: What is searched for.
-        engine: "eager" or "native".
+        summing: `sum_coupled`, or that of an engine.
     """
 
     raw: Tensor
@@ -171,7 +173,7 @@ class _Columns:
     hessian: Tensor
     factors: Tensor
     scheme: Scheme
-    engine: Engine
+    summing: SumCoupled
 
     @property
     def groups(self) -> int:
@@ -245,8 +247,8 @@ class _Columns:
                 products += (by_block.sum(0) - by_block) @ self.factors.transpose(-1, -2)
             constant.append((x * products).sum((0, 2), dtype=torch.float64))
             part = self._of_rows(candidates, rows)
-            summing = hessian_native.sum_coupled if self.engine == "native" else sum_coupled
-            sums.append(summing(x, products, slopes, self.hessian, self.factors, part, self.scheme))
+            scales = part.scale, part.zero_point, self.scheme.args
+            sums.append(self.summing(x, products, slopes, self.hessian, self.factors, *scales))
         quadratic, linear, slope = (self.of_groups(each) for each in torch.cat(sums, 1))
         scale = candidates.scale.double()
         own = self.of_groups(torch.cat(constant)).unsqueeze(1) + scale * (
@@ -317,8 +319,9 @@ def sum_coupled(
     slopes: Tensor,
     hessian: Tensor,
     factors: Tensor,
-    candidates: Scales,
-    scheme: Scheme,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
 ) -> Tensor:
     """What the errors of candidates are made of: the reference.
 
@@ -331,14 +334,16 @@ def sum_coupled(
         slopes: What else codes are multiplied by, of the same shape.
         hessian: Blocks of M on its diagonal, shape (blocks, size, size).
         factors: The others are products of these, shape (blocks, size, rank).
-        candidates: Scales and zero points, shape (groups, candidates); each group has the same
-            number of rows, which stand together.
-        scheme: The number format.
+        scale: Candidates, shape (groups, candidates), float32; each group has the same number of
+            rows, which stand together.
+        zero_point: Zero points of the same shape; None for zero.
+        args: The number format.
 
     Returns:
         Shape (3, rows, candidates), float64.
     """
-    count = candidates.scale.shape[1]
+    candidates, scheme = Scales(scale, zero_point), Scheme(args, torch.float32)
+    count = scale.shape[1]
     found = torch.empty(3, x.shape[1], count, dtype=torch.float64, device=x.device)
     for k in range(count):
         one = candidates.each(operator.itemgetter((slice(None), k)))

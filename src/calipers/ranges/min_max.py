@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calipers.ranges import min_max_native
-from calipers.ranges.engines import attempt, choose_engine
+from calipers.engines.dispatch import run
+from calipers.engines.kernels import MIN_MAX, Problem
 from calipers.ranges.views import SMALLEST_PIECE, GroupedView
 
 __all__ = ["min_max"]
@@ -20,7 +20,7 @@ def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Te
 
     Args:
         view: Values of any floating dtype.
-        engine: "native" or "eager"; None chooses, see `calipers.ranges.engines`. Of the small
+        engine: "native" or "eager"; None chooses, see `calipers.engines.dispatch`. Of the small
             values, and on other devices than the CPU, it is always eager.
 
     Returns:
@@ -28,13 +28,11 @@ def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Te
         Inf among the values show in the result, unless the view leaves them out: then a group with
         no finite value gets Inf and -Inf, the range of nothing, whose scale is that of zeros.
     """
-    if view.values.numel() > SMALLEST_PIECE and min_max_native.supports(view):
-        chosen = choose_engine(view.values.device, engine, view.values.numel() // READS)
-        if chosen == "native":
-            return attempt(
-                chosen, lambda: min_max_native.min_max(view), lambda: _min_max_eager(view)
-            )
-    return _min_max_eager(view)
+    values = view.values
+    if values.numel() <= SMALLEST_PIECE or values.device.type != "cpu":
+        return _min_max_eager(view)
+    problem = Problem(values.device, values.numel() // READS, (values.dtype,))
+    return run(MIN_MAX, _min_max_eager, lambda min_max: min_max(view), problem, engine)
 
 
 def _min_max_eager(view: GroupedView) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.engines.dispatch import run
+from calipers.engines.kernels import CANDIDATE_SUMS, CandidateSums, Problem
 from calipers.ranges.casting import cast_range
-from calipers.ranges.engines import Engine, attempt, choose_engine
+from calipers.ranges.codes import has_scale_codes, search_codes
 from calipers.ranges.global_scale import checked_global_scale
-from calipers.ranges.group_sums import GroupBatch, group_batches
-from calipers.ranges.optimal_native import NativeBatch, native_batches, search_batch, supports
-from calipers.ranges.projection import Scheme
+from calipers.ranges.group_sums import batches_of
+from calipers.ranges.projection import Scheme, project_batch
 from calipers.ranges.units import search_in_float32, times
 from calipers.ranges.views import GroupedView
 
@@ -45,8 +47,7 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
             range then serves the positive side.
-        engine: "eager", "native", "inductor" or "triton"; None chooses, see
-            `calipers.ranges.engines`.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         For each view scale and zero point, float32, of its `qparam_shape`: as they will be stored,
@@ -58,22 +59,23 @@ def search_optimal_scales(
         global_scale = checked_global_scale(global_scale, views[0].values.device)
     weights = [None] * len(views) if importance is None else importance
     values = sum(view.values.numel() for view in views)
-    chosen = choose_engine(views[0].values.device, engine, values)
+    weighted = [] if importance is None else importance
+    dtypes = tuple(each.values.dtype for each in (*views, *weighted))
+    problem = Problem(views[0].values.device, values, dtypes, args)
 
-    def search(views: Sequence[GroupedView], extremes: Sequence[Pair], factor: float) -> list[Pair]:
+    def search_part(
+        code: CandidateSums,
+        views: Sequence[GroupedView],
+        extremes: Sequence[Pair],
+        factor: float,
+    ) -> list[Pair]:
         scale = None if global_scale is None else times(global_scale, factor)
         scheme = Scheme(args, dtype, signed, scale, factor)
 
-        def search_by(engine: Engine) -> list[Pair]:
-            return [
-                _search_view(view, low, high, weight, scheme, engine)
-                for view, (low, high), weight in zip(views, extremes, weights, strict=True)
-            ]
-
-        if chosen == "eager":
-            found = search_by("eager")
-        else:
-            found = attempt(chosen, lambda: search_by(chosen), lambda: search_by("eager"))
+        found = [
+            _search_view(view, low, high, weight, scheme, code)
+            for view, (low, high), weight in zip(views, extremes, weights, strict=True)
+        ]
         if factor == 1:
             return found
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -84,7 +86,12 @@ def search_optimal_scales(
     relative = args.scale_dtype is None or (
         dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
     )
-    return search_in_float32(views, extremes, search) if relative else search(views, extremes, 1.0)
+
+    def search_whole(code: CandidateSums) -> list[Pair]:
+        part = functools.partial(search_part, code)
+        return search_in_float32(views, extremes, part) if relative else part(views, extremes, 1.0)
+
+    return run(CANDIDATE_SUMS, CandidateSums(), search_whole, problem, engine)
 
 
 def _search_view(
@@ -93,24 +100,15 @@ def _search_view(
     high: Tensor,
     importance: GroupedView | None,
     scheme: Scheme,
-    engine: Engine,
+    code: CandidateSums,
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
-    for batch in _batches(view, importance, scheme, engine):
+    search = search_codes if has_scale_codes(scheme.args) else project_batch
+    for batch in batches_of(view, importance, scheme.args, code):
         part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
-        found = search_batch(batch, *part, scheme)
+        found = search(batch, *part, scheme)
         scale[batch.where] = found.scale.view(batch.shape)
         if found.zero_point is not None:
             zero_point[batch.where] = found.zero_point.view(batch.shape)
     return scale, zero_point
-
-
-def _batches(
-    view: GroupedView, importance: GroupedView | None, scheme: Scheme, engine: Engine
-) -> Iterator[GroupBatch] | Iterator[NativeBatch]:
-    """The groups of a view, some at a time, for an engine."""
-    dtypes = [each.values.dtype for each in (view, importance) if each is not None]
-    if engine == "native" and supports(scheme.args, *dtypes):
-        return native_batches(view, importance, scheme)
-    return group_batches(view, importance, "eager" if engine == "native" else engine)

@@ -158,6 +158,13 @@ def project_batch(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Sc
         min/max serves as well or better keeps the scale of min/max.
     """
     plain = min_max_scales(low, high, scheme)
+    if batch.whole is not None:
+        base, zero, ratios, offsets = whole_range(low.float(), high.float(), scheme)
+        factors, rounds = fine_factors(scheme.rounding), fine_rounds(scheme)
+        found = batch.whole.project(
+            1 / base, zero, ratios, offsets, factors, rounds, _cancels(scheme.rounding)
+        )
+        return choose_stored(batch, base, Scales(*found), plain, scheme)
     base, candidates = candidate_scales(low.float(), high.float(), scheme)
     inverse = 1 / base
     scored = _score(batch, inverse, candidates, scheme.rounding)
@@ -339,9 +346,14 @@ def _first_largest(gain: Tensor) -> Tensor:
     return found.clamp(max=gain.shape[0] - 1).long()
 
 
+def _cancels(rounding: Rounding) -> bool:
+    """Whether A^2 / B cancels in float32."""
+    return not rounding.integer or rounding.num_bits >= CANCELS
+
+
 def _score(batch: Batch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
     """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
-    cancels = not rounding.integer or rounding.num_bits >= CANCELS
+    cancels = _cancels(rounding)
     sums = Sums(rounding, "all" if cancels else "projection", TILE)
     gains, ratios = [], []
     for first in range(0, candidates.scale.shape[0], TILE):

@@ -1,7 +1,6 @@
-"""Fake-quantization by plain arithmetic, for compiled searches.
+"""Rounding to codes by plain arithmetic, without tables or casts.
 
-compressed-tensors' `fake_quantize` is the reference. Here values are multiplied by the inverse of
-the scale and rounded without tables or casts, so that one loop over vector registers does it all.
+compressed-tensors' `fake_quantize` is the reference.
 """
 
 from __future__ import annotations
@@ -14,23 +13,8 @@ from torch import Tensor
 
 from calipers.ranges.qparams import code_range
 
-__all__ = ["Rounding", "power_of_square", "quantization_error", "round_to_codes"]
+__all__ = ["Rounding", "round_to_codes"]
 
-#: (log2(1 + m) - m) / (m * (1 - m)) and (2**f - 1 - f) / (f * (1 - f)) on [0, 1], fits of least
-#: largest error: the logarithm is right to 7e-6, the power to 4e-7 of itself.
-_LOG2 = (
-    0.44266410422331526,
-    -0.27687743502730333,
-    0.18560722249454367,
-    -0.09957908240714103,
-    0.026868604873209582,
-)
-_EXP2 = (
-    -0.3068511073741756,
-    -0.06667977633985467,
-    -0.010862594469609636,
-    -0.0018991709517222374,
-)
 #: The bits of 1.0, and of the mantissa.
 _ONE, _MANTISSA = 127 << 23, (1 << 23) - 1
 #: A float whose last bit counts ones.
@@ -58,28 +42,6 @@ class Rounding:
         """The format that quantization arguments name."""
         low, high = code_range(args)
         return cls(args.type == QuantizationType.INT, args.num_bits, low, high)
-
-
-def quantization_error(
-    values: Tensor,
-    scale: Tensor,
-    inverse: Tensor,
-    zero_point: Tensor | None,
-    rounding: Rounding,
-) -> Tensor:
-    """Values minus their fake-quantized selves; for float formats the sizes of both.
-
-    Args:
-        values: Float32.
-        scale: Float32, broadcast to the values; the global scale divided out.
-        inverse: One over the scale.
-        zero_point: Float32, broadcast to the values; None for zero.
-        rounding: The format.
-    """
-    scaled = values * inverse
-    if rounding.integer:
-        return values - round_to_codes(scaled, zero_point, rounding) * scale
-    return values.abs() - round_to_codes(scaled.abs(), None, rounding) * scale
 
 
 def round_to_codes(scaled: Tensor, zero_point: Tensor | None, rounding: Rounding) -> Tensor:
@@ -126,31 +88,3 @@ def _round_e4m3(size: Tensor) -> Tensor:
     power = exponent.view(torch.float32)
     inverse = (2 * _ONE - exponent).view(torch.float32)
     return (size * (inverse * 8)).round() * (power * 0.125)
-
-
-def power_of_square(square: Tensor, norm: float) -> Tensor:
-    """|d|**norm of a squared error d*d, float32; relative error under 1e-5 for norms up to 4.
-
-    d**norm = d*d * 2**((norm/2 - 1) * log2(d*d)). The bits of a float, read as a number, are its
-    logarithm but for a curve of the mantissa, a polynomial; the way back is the same. Of a zero,
-    which has no logarithm, the bits pass for 2**-127, and times zero nothing comes of it.
-    """
-    if norm == 2:
-        return square
-    bits, exponent = square.view(torch.int32), norm / 2 - 1
-    mantissa = (bits & _MANTISSA).float() * 2.0**-23
-    log2 = (bits - _ONE).float() * 2.0**-23 + _curve(_LOG2, mantissa)
-    power = log2 * exponent
-    if abs(exponent) > 1:
-        power = power.clamp(min=-126.0, max=127.0)
-    raised = (power + _curve(_EXP2, power - power.floor())) * 2.0**23
-    return square * (raised.to(torch.int32) + _ONE).view(torch.float32)
-
-
-def _curve(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
-    """A polynomial times x * (1 - x)."""
-    *lower, highest = coefficients
-    result = highest * x + lower.pop()
-    while lower:
-        result = result * x + lower.pop()
-    return x * (1 - x) * result

@@ -19,9 +19,10 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from loguru import logger
 
+from calipers.engines import dispatch
+from calipers.engines.dispatch import choose_engine, triton_problem
 from calipers.observers import Observer
-from calipers.ranges import GroupedView, ShrinkGrid, arrange, engines, min_max, search_grid_ranges
-from calipers.ranges.engines import choose_engine, triton_problem
+from calipers.ranges import GroupedView, ShrinkGrid, arrange, min_max, search_grid_ranges
 from calipers.ranges.optimal import search_optimal_scales
 from calipers.ranges.rounding import Rounding
 
@@ -119,7 +120,7 @@ def assert_like_the_reference(
         )
         for name in (engine, "eager")
     )
-    assert engine not in engines._failures, engines._failures
+    assert engine not in dispatch._failures, dispatch._failures
     assert choose_engine(device, engine, 2**40) == engine
     if args.strategy == "tensor_group" and global_scale is None:
         args = args.model_copy(update={"scale_dtype": None})
@@ -250,7 +251,7 @@ class TestLikeTheReference:
 
     def test_patience_over_views_and_long_groups(self, device, monkeypatch):
         """What a view gains keeps the others going; long groups take their late gains back too."""
-        from calipers.ranges import grid_triton
+        from calipers.engines.triton import grid as grid_triton
 
         monkeypatch.setattr(grid_triton, "TILE", 16)
         for seed in range(3):
@@ -261,7 +262,7 @@ class TestLikeTheReference:
     @pytest.mark.parametrize("tile", [4096, 16], ids=["short groups", "long groups"])
     def test_late_gains_are_taken_back(self, tile, device, monkeypatch):
         """Values for which the cut matters: without it another step would have won."""
-        from calipers.ranges import grid_triton
+        from calipers.engines.triton import grid as grid_triton
 
         monkeypatch.setattr(grid_triton, "TILE", tile)
         for seed in (34, 51, 52):
@@ -282,7 +283,7 @@ class TestLikeTheReference:
         empty = torch.empty(0, 1, device=device)
         found = search_grid_ranges(views, [(empty, empty)], group(4, 32), DEFAULTS, engine="triton")
         assert found[0][0].shape == (0, 1)
-        assert "triton" not in engines._failures
+        assert "triton" not in dispatch._failures
 
     def test_by_an_observer(self, device, monkeypatch):
         value = awkward(20, 128).to(device)
@@ -320,7 +321,7 @@ def optimal_twice(value, args, importance=None, **options):
                 loss *= weight.reshape(x.shape)
             errors.append(loss.sum(-1).flatten())
         yield torch.cat([t.flatten() for t, _ in found]), torch.cat(errors)
-    assert "triton" not in engines._failures, engines._failures
+    assert "triton" not in dispatch._failures, dispatch._failures
 
 
 class TestOptimal:
@@ -354,7 +355,7 @@ class TestOptimal:
 
     def test_every_sum(self, device):
         """The kernel itself, rows that fit a block and rows that do not."""
-        from calipers.ranges import sums_triton
+        from calipers.engines.triton import sums as sums_triton
         from calipers.ranges.group_sums import Sums
 
         for args in (group(4, 32), group(4, 32, symmetric=False), group(4, 32, type="float")):
@@ -402,7 +403,7 @@ class TestOnAGpu:
                 search_grid_ranges(views, extremes, args, DEFAULTS)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            assert "triton" not in engines._failures
+            assert "triton" not in dispatch._failures
 
     def test_scratch_memory(self):
         device = torch.device("cuda")
@@ -437,8 +438,8 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch):
         monkeypatch.delenv("CALIPERS_ENGINE")
-        monkeypatch.setattr(engines, "_failures", {})
-        engines._warn_once.cache_clear()
+        monkeypatch.setattr(dispatch, "_failures", {})
+        dispatch._warn_once.cache_clear()
 
     def test_the_cpu_only_in_the_interpreter(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -452,7 +453,7 @@ class TestChoice:
         assert len(messages) == 1
 
     def test_without_the_package(self, monkeypatch):
-        monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: None)
         problem = "the triton engine needs the package triton, which is not installed"
         cuda = torch.device("cuda")
         assert triton_problem(cuda) == problem
@@ -460,7 +461,7 @@ class TestChoice:
 
     def test_a_gpu_that_is_too_old(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: object())
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: object())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
         assert "needs compute capability 7.5, and cuda:0 has 6.1" in str(
             triton_problem(torch.device("cuda", 0))
@@ -468,7 +469,7 @@ class TestChoice:
 
     def test_a_gpu_takes_triton_however_little_there_is(self, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-        monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: object())
+        monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda _: object())
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         assert choose_engine(torch.device("cuda"), values=1) == "triton"
 
@@ -506,7 +507,9 @@ def test_every_kernel_compiles(capability, monkeypatch):
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from calipers.ranges import grid_triton, sums_triton
+    from calipers.engines.triton import grid as grid_triton
+    from calipers.engines.triton import launch as launching
+    from calipers.engines.triton import sums as sums_triton
 
     names = {
         torch.float32: "*fp32",
@@ -530,11 +533,11 @@ def test_every_kernel_compiles(capability, monkeypatch):
                 hints[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, hints)
         target = GPUTarget("cuda", capability, 32)
-        done = compile_kernel(source, target=target, options=grid_triton.OPTIONS)
+        done = compile_kernel(source, target=target, options=launching.OPTIONS)
         assert done.asm["cubin"]
         compiled.add(kernel.__name__)
 
-    monkeypatch.setattr(grid_triton, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     formats = ["int4", "int4 asymmetric", "fp8", "nvfp4", "mxfp4", "bfloat16 scales", "norm 2.0"]
     cases = [(awkward(20, 128).bfloat16(), *FORMATS[name], None, None) for name in formats]
     importance, g_idx = awkward(1, 128).abs(), torch.arange(128).remainder(4)
@@ -550,7 +553,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
         if weight is not None:
             weights = list(arrange(weight.expand_as(value), "weight", args, order).views)
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
-        grid_triton.search(views, extremes, args, grid, weights, scale)
+        grid_triton.search(views, extremes, args, grid, weights, scale, None)
     for name in ("int4", "int4 asymmetric", "fp8", "nvfp4"):
         rounding = Rounding.of(FORMATS[name][0])
         for length in (32, 9000):

@@ -5,36 +5,27 @@ from __future__ import annotations
 import ctypes
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import LANES, NativeFormat, address, number_of_parts, supports
-from calipers.ranges.projection import Scales, Scheme
+from calipers.engines.kernels import Problem
+from calipers.engines.native import abi
+from calipers.engines.native.abi import (
+    LANES,
+    CoupledTask,
+    NativeFormat,
+    address,
+    library,
+    number_of_parts,
+)
 
 __all__ = ["sum_coupled", "supports"]
 
 
-class _CoupledTask(ctypes.Structure):
-    """`CoupledTask` of hessian.h."""
-
-    _fields_ = (
-        ("format", NativeFormat),
-        ("values", ctypes.c_void_p),
-        ("products", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("blocks", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("rows_of_group", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("shares", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
-    )
+def supports(problem: Problem) -> bool:
+    """Whether the kernels know the number format; values are float32."""
+    assert problem.args is not None
+    return abi.supports(problem.args)
 
 
 def sum_coupled(
@@ -43,24 +34,25 @@ def sum_coupled(
     slopes: Tensor,
     hessian: Tensor,
     factors: Tensor,
-    candidates: Scales,
-    scheme: Scheme,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
 ) -> Tensor:
     """As `calipers.ranges.hessian.sum_coupled`, code by code as they change."""
-    groups, count = candidates.scale.shape
+    groups, count = scale.shape
     blocks, rows, size = x.shape
     by_column = [_fill(each, size) for each in (x, products, slopes)]
     matrix = _fill(hessian, size)
     matrix = torch.nn.functional.pad(matrix, (0, 0, 0, -size % LANES)).contiguous()
     rank = factors.shape[-1] if blocks > 1 else 0
     factors = torch.nn.functional.pad(factors, (0, -rank % LANES, 0, -size % LANES)).contiguous()
-    scales = candidates.scale.contiguous()
-    zeros = None if candidates.zero_point is None else candidates.zero_point.contiguous()
+    scales = scale.contiguous()
+    zeros = None if zero_point is None else zero_point.contiguous()
     width, whole_rank = size + -size % LANES, rank + -rank % LANES
     shares = torch.zeros(rows, count, whole_rank, dtype=torch.float32, device="cpu")
     found = torch.zeros(3, rows, count, dtype=torch.float64, device="cpu")
-    task = _CoupledTask(
-        NativeFormat.of(scheme.args, None),
+    task = CoupledTask(
+        NativeFormat.of(args, None),
         *(address(each, count=blocks * rows * width) for each in by_column),
         address(matrix, count=blocks * width * width),
         address(factors, count=blocks * width * whole_rank if rank else None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
@@ -12,20 +13,17 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import generate_gparam
 from loguru import logger
 
+from calipers.engines import dispatch
+from calipers.engines.native import abi, build, cache, grid, hessian, optimal, sums
+from calipers.engines.native import min_max as native_min_max
 from calipers.observers import Observer
 from calipers.ranges import (
     GroupedView,
     ShrinkGrid,
     arrange,
-    engines,
-    grid_native,
-    hessian_native,
     min_max,
-    min_max_native,
-    optimal_native,
     search_grid_ranges,
 )
-from calipers.ranges.native import build, cache, call
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 STRATEGIES = {
@@ -46,7 +44,7 @@ def values(rows: int = 300, cols: int = 400, dtype: torch.dtype = torch.float32)
 
 def assert_same_extremes(view: GroupedView) -> None:
     native, eager = min_max(view, engine="native"), min_max(view, engine="eager")
-    assert not engines._failures
+    assert not dispatch._failures
     for found, expected in zip(native, eager, strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
@@ -111,11 +109,11 @@ def on_one_thread_and_five(monkeypatch):
     parts = []
 
     def counted(*work):
-        parts.append(call.number_of_parts(*work))
+        parts.append(abi.number_of_parts(*work))
         return parts[-1]
 
-    monkeypatch.setattr(call, "WORTH_THREADS", 1)
-    for module in (grid_native, hessian_native, min_max_native, optimal_native):
+    monkeypatch.setattr(abi, "WORTH_THREADS", 1)
+    for module in (grid, hessian, native_min_max, optimal, sums):
         monkeypatch.setattr(module, "number_of_parts", counted)
 
     def search_twice(search):
@@ -176,7 +174,7 @@ def test_steps_that_clip_too_much_are_left_out():
     extremes = min_max(view)
     search = ShrinkGrid(maxshrink=0.8, grid=100, patience=0, norm=2.4)
     (found,) = search_grid_ranges([view], [extremes], args, search, engine="native")
-    assert grid_native.evaluated.count <= 512 * 24
+    assert grid.evaluated.count <= 512 * 24
     (expected,) = search_grid_ranges([view], [extremes], args, search, engine="eager")
     assert torch.equal(found[1], expected[1])
 
@@ -195,7 +193,7 @@ def test_steps_of_one_rounded_scale_are_tried_once(preset):
         for engine in ("native", "eager")
     )
     groups = value.numel() // args.group_size
-    assert groups <= grid_native.evaluated.count <= groups * (5 if global_scale is not None else 2)
+    assert groups <= grid.evaluated.count <= groups * (5 if global_scale is not None else 2)
     assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
 
 
@@ -212,7 +210,7 @@ def test_candidates_are_dismissed_by_their_squares(weighted):
         (found,) = search_grid_ranges(
             [view], extremes, args, search, importance=importance, engine="native"
         )
-        counts.append(grid_native.evaluated.count)
+        counts.append(grid.evaluated.count)
         (expected,) = search_grid_ranges(
             [view], extremes, args, search, importance=importance, engine="eager"
         )
@@ -226,10 +224,10 @@ class TestBuild:
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CALIPERS_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(engines, "_failures", {})
+        monkeypatch.setattr(dispatch, "_failures", {})
         for cached in (build.library, build.compiler):
             cached.cache_clear()
-        engines._warn_once.cache_clear()
+        dispatch._warn_once.cache_clear()
         yield
         for cached in (build.library, build.compiler):
             cached.cache_clear()
@@ -268,8 +266,21 @@ class TestBuild:
         assert "no such instruction" in messages[0]
         assert list((tmp_path / "cache").iterdir()) == []
 
+    def test_a_structure_of_another_size_is_found_when_the_library_is_loaded(self, monkeypatch):
+        class Longer(abi.NativeBox):
+            _fields_ = (("more", ctypes.c_int64),)
+
+        abi.library()
+        monkeypatch.setitem(abi.STRUCTURES, "Box", Longer)
+        size = ctypes.sizeof(abi.NativeBox)
+        build.library.cache_clear()
+        with pytest.raises(
+            build.BuildError, match=f"Box has {size} bytes in C\\+\\+ and {size + 8}"
+        ):
+            abi.library()
+
     def test_two_processes_may_build_at_once(self, tmp_path):
-        code = "from calipers.ranges.native.build import library; library().min_max"
+        code = "from calipers.engines.native.build import library; library().min_max"
         both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
         assert [each.wait(timeout=300) for each in both] == [0, 0]
         assert len(list((tmp_path / "cache").iterdir())) == 1

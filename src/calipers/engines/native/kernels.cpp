@@ -3,3 +3,4 @@
 #include "hessian.h"
 #include "min_max.h"
 #include "optimal.h"
+#include "sizes.h"

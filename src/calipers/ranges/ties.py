@@ -13,7 +13,7 @@ from calipers.ranges import grid_eager
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["decide_close_calls"]
+__all__ = ["decide_ties"]
 
 #: Values looked through at a time, and values gathered for one call of the reference.
 LOOKED_THROUGH, GATHERED = 2**22, 2**20
@@ -21,7 +21,7 @@ LOOKED_THROUGH, GATHERED = 2**22, 2**20
 Range = tuple[Tensor, Tensor]
 
 
-def decide_close_calls(
+def decide_ties(
     close: Tensor,
     found: Range,
     view: GroupedView,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Container
 from math import prod
 
@@ -11,12 +12,30 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges.box import MOST_DIMS, Box, Dim
+from calipers.engines.native import build
+from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.ranges.memory import UnreadableError, is_readable
 from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.views import GroupedView
 
-__all__ = ["LANES", "NativeBox", "NativeFormat", "address", "knows", "number_of_parts", "supports"]
+__all__ = [
+    "LANES",
+    "STRUCTURES",
+    "CodeTask",
+    "CoupledTask",
+    "GridReport",
+    "GridSearch",
+    "MinMax",
+    "NativeBox",
+    "NativeFormat",
+    "ProjectionTask",
+    "SumTask",
+    "address",
+    "knows",
+    "library",
+    "number_of_parts",
+    "supports",
+]
 
 #: Groups, or runs of the values of long ones, that are worked on at a time, at most.
 LANES = 16
@@ -178,6 +197,115 @@ class NativeFormat(ctypes.Structure):
         )
 
 
+class MinMax(ctypes.Structure):
+    """`MinMax` of min_max.h."""
+
+    _fields_ = (("box", NativeBox), ("low", ctypes.c_void_p), ("high", ctypes.c_void_p))
+
+
+class GridSearch(ctypes.Structure):
+    """`GridSearch` of grid.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("low", ctypes.c_void_p),
+        ("high", ctypes.c_void_p),
+        ("units", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        ("norm", ctypes.c_float),
+        ("expand", ctypes.c_float),
+        ("clip_steps", ctypes.c_float),
+        ("squares_first", ctypes.c_int64),
+        ("doubt", ctypes.c_float),
+        ("noise", ctypes.c_float),
+        ("known_errors", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+        ("best_low", ctypes.c_void_p),
+        ("best_high", ctypes.c_void_p),
+        ("doubtful", ctypes.c_void_p),
+    )
+
+
+class GridReport(ctypes.Structure):
+    """`GridReport` of grid.h."""
+
+    _fields_ = (("gains", ctypes.c_void_p), ("evaluated", ctypes.c_int64))
+
+
+class SumTask(ctypes.Structure):
+    """`SumTask` of sums.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("inverse_base", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class ProjectionTask(ctypes.Structure):
+    """`ProjectionTask` of optimal.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("inverse_base", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("ratios", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("factors", ctypes.c_void_p),
+        ("fine_count", ctypes.c_int64),
+        ("rounds", ctypes.c_int64),
+        ("residual", ctypes.c_int64),
+        ("best_ratio", ctypes.c_void_p),
+        ("best_zero", ctypes.c_void_p),
+    )
+
+
+class CodeTask(ctypes.Structure):
+    """`CodeTask` of optimal.h."""
+
+    _fields_ = (
+        ("box", NativeBox),
+        ("format", NativeFormat),
+        ("scales", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("covering", ctypes.c_void_p),
+        ("above", ctypes.c_int64),
+        ("start", ctypes.c_int64),
+        ("best", ctypes.c_void_p),
+    )
+
+
+class CoupledTask(ctypes.Structure):
+    """`CoupledTask` of hessian.h."""
+
+    _fields_ = (
+        ("format", NativeFormat),
+        ("values", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("blocks", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("rows_of_group", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("shares", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+    )
+
+
 def _is_mx(args: QuantizationArgs) -> bool:
     return bool(should_generate_mx_scales(args))
 
@@ -223,7 +351,7 @@ def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
     return tensor.data_ptr()
 
 
-def _checked_box(view: GroupedView, importance: GroupedView | None) -> Box:
+def _checked_box(view: GroupedView, importance: GroupedView | None) -> Strides:
     """The box of a view, whose weights and columns fit its values."""
     if importance is not None and importance.values.shape != view.values.shape:
         raise UnreadableError("weights must have the shape of the values")
@@ -232,7 +360,7 @@ def _checked_box(view: GroupedView, importance: GroupedView | None) -> Box:
         lowest, highest = torch.aminmax(columns)
         if lowest < 0 or highest >= view.values.shape[-1]:
             raise UnreadableError("columns beyond the values")
-    return Box.of(view, importance)
+    return Strides.of(view, importance)
 
 
 def number_of_parts(blocks: int, work: int) -> int:
@@ -243,3 +371,40 @@ def number_of_parts(blocks: int, work: int) -> int:
         work: Number of values times candidates.
     """
     return max(1, min(torch.get_num_threads(), blocks)) if work >= WORTH_THREADS else 1
+
+
+#: Structures of the same name in the sources; two have a prefix here.
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "Box": NativeBox,
+    "Format": NativeFormat,
+    "MinMax": MinMax,
+    "GridSearch": GridSearch,
+    "GridReport": GridReport,
+    "SumTask": SumTask,
+    "ProjectionTask": ProjectionTask,
+    "CodeTask": CodeTask,
+    "CoupledTask": CoupledTask,
+}
+
+
+def library() -> ctypes.CDLL:
+    """The library, whose structures are as large as those of this file.
+
+    Raises:
+        BuildError: It cannot be built or loaded, or a structure is of another size.
+    """
+    found = build.library()
+    _compare_sizes(found)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _compare_sizes(library: ctypes.CDLL) -> None:
+    for name, structure in STRUCTURES.items():
+        size_of = getattr(library, f"size_of_{name}")
+        size_of.restype = ctypes.c_int64
+        if size_of() != ctypes.sizeof(structure):
+            raise build.BuildError(
+                f"structure {name} has {size_of()} bytes in C++ and "
+                f"{ctypes.sizeof(structure)} in Python"
+            )

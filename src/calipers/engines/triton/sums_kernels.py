@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from calipers.ranges.grid_triton_kernels import _to_float_code
+from calipers.engines.triton.grid_kernels import to_float_code
 
 __all__ = ["sum_candidates"]
 
@@ -78,7 +78,7 @@ def sum_candidates(
                 q = tl.maximum(scaled + far, LOWEST + 12582912.0)
                 q = tl.minimum(q, HIGHEST + 12582912.0) - far
             else:
-                q = _to_float_code(tl.minimum(scaled, HIGHEST), SHIFT, SMALLEST)
+                q = to_float_code(tl.minimum(scaled, HIGHEST), SHIFT, SMALLEST)
             rest = x - q * ratio[:, None]
             over = tl.maximum(tl.abs(x) - HIGHEST * ratio[:, None], 0.0)
             products += tl.sum(w * x * q, axis=1)

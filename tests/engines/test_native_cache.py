@@ -15,8 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from calipers.cli import app
-from calipers.ranges import engines
-from calipers.ranges.native import build, cache
+from calipers.engines import dispatch
+from calipers.engines.native import build, cache
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,13 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def forget() -> None:
     for cached in (build.library, build.compiler, build._is_there, cache._private_folder):
         cached.cache_clear()
-    engines._warn_once.cache_clear()
+    dispatch._warn_once.cache_clear()
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache."""
-    monkeypatch.setattr(engines, "_failures", {})
+    monkeypatch.setattr(dispatch, "_failures", {})
     monkeypatch.setattr(build, "_failed_compiler", None)
     monkeypatch.delenv("CALIPERS_ENGINE", raising=False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -160,7 +160,7 @@ def test_a_compiler_that_lies(
     monkeypatch.setattr(
         build, "_compile", lambda command, made: made.write_bytes(compiled.read_bytes()) and None
     )
-    assert engines.native_problem(torch.device("cpu")) is None
+    assert dispatch.native_problem(torch.device("cpu")) is None
     build.library()
     assert build.is_built()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -11,14 +12,17 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from loguru import logger
 
+from calipers.engines.kernels import Kernel, Problem
+from calipers.engines.native.abi import library
+from calipers.engines.native.build import compiler, compiler_has_changed, is_built
 from calipers.errors import CalipersError
 from calipers.ranges.memory import UnreadableError
-from calipers.ranges.native.build import compiler, compiler_has_changed, is_built, library
 
-__all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine"]
+__all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine", "run"]
 
+Code = TypeVar("Code")
 Found = TypeVar("Found")
-Engine = Literal["eager", "native", "inductor", "triton"]
+Engine = Literal["eager", "native", "triton"]
 
 ENVIRONMENT = "CALIPERS_ENGINE"
 #: Values searched in a process before the native library is compiled for the machine, which takes
@@ -87,17 +91,6 @@ def native_problem(device: torch.device) -> str | None:
     return None
 
 
-def inductor_problem(device: torch.device) -> str | None:
-    """Why the Inductor engine cannot be used there; None where it can."""
-    if device.type != "cpu":
-        return f"the inductor engine works on the CPU, not on {device.type}"
-    if "inductor" in _failures:
-        return _failures["inductor"]
-    if compiler() is None:
-        return "the inductor engine needs a C++ compiler (g++ or clang++), and none was found"
-    return None
-
-
 def triton_problem(device: torch.device) -> str | None:
     """Why the Triton engine cannot be used there; None where it can.
 
@@ -121,7 +114,39 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
-_PROBLEMS = {"native": native_problem, "inductor": inductor_problem, "triton": triton_problem}
+_PROBLEMS = {"native": native_problem, "triton": triton_problem}
+
+
+def run(
+    kernel: Kernel[Code],
+    reference: Code,
+    search: Callable[[Code], Found],
+    problem: Problem,
+    engine: str | None = None,
+) -> Found:
+    """What a search finds by an engine's code, or by the reference: the one place that chooses.
+
+    Args:
+        kernel: What the search needs.
+        reference: The same by plain torch operations.
+        search: Called with the code of the engine or with the reference, or with both one after
+            the other where the engine fails.
+        problem: What is searched.
+        engine: An engine by name, see `choose_engine`.
+
+    Raises:
+        Exception: Whatever the search raises with the reference.
+    """
+    chosen = choose_engine(problem.device, engine, problem.work)
+    if chosen not in kernel.modules:
+        return search(reference)
+
+    def by_engine() -> Found:
+        module = importlib.import_module(kernel.modules[chosen])
+        known = module.supports(problem)
+        return search(getattr(module, kernel.name) if known else reference)
+
+    return attempt(chosen, by_engine, lambda: search(reference))
 
 
 def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:
@@ -165,16 +190,13 @@ def explain_engines(*, trial: bool = False) -> list[tuple[str, bool, str]]:
             library()
         except Exception as error:  # whatever a compiler may raise
             give_up_engine("native", error)
-    no_native, no_inductor = (
-        find(torch.device("cpu")) for find in (native_problem, inductor_problem)
-    )
+    no_native = native_problem(torch.device("cpu"))
     if torch.cuda.is_available():
         no_triton = triton_problem(torch.device("cuda", torch.cuda.current_device()))
     else:
         no_triton = "the triton engine needs a CUDA device, and torch sees none"
     return [
         ("eager", True, "plain torch operations, on every device: the reference"),
-        ("inductor", no_inductor is None, no_inductor or "torch.compile, on the CPU: when asked"),
         ("native", no_native is None, no_native or f"C++ by {compiler()}, on the CPU"),
         ("triton", no_triton is None, no_triton or "Triton kernels, on CUDA devices"),
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from calipers.ranges.native.cache import cache_folder, distrust, folder_state
+from calipers.engines.native.cache import cache_folder, distrust, folder_state
 
 __all__ = ["BuildError", "compiler", "compiler_has_changed", "is_built", "library", "where"]
 

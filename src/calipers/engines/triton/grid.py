@@ -9,7 +9,6 @@ at once where there is nothing to do, takes back what later steps have changed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,20 +17,18 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from torch import Tensor
 
-from calipers.ranges import grid_triton_kernels as kernels
-from calipers.ranges.box import MOST_DIMS, Box, Dim
-from calipers.ranges.memory import UnreadableError, is_readable
+from calipers.engines.kernels import GridReference, Problem
+from calipers.engines.strides import MOST_DIMS, Dim, Strides
+from calipers.engines.triton import grid_kernels as kernels
+from calipers.engines.triton import launch
 from calipers.ranges.qparams import code_range, judged_range_dtype
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
-__all__ = ["launch", "on_device", "power_of_two", "search", "supports"]
+__all__ = ["search", "supports"]
 
 #: Values of a program: 32 in each of 128 threads.
 TILE = 4096
-#: How kernels are compiled. The loops load nothing that is worth loading ahead. A product and its
-#: sum are rounded once, as Triton does by itself up to 3.9.
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 #: Most groups of a program: their ranges and best steps lie in registers too.
 MOST_GROUPS = 256
 #: Bits of a word in which it is noted which steps made a group better.
@@ -58,12 +55,16 @@ _SCALE_TYPES: dict[torch.dtype | None, tuple[str, float, float]] = {
 }
 
 
-def supports(args: QuantizationArgs, norm: float = 2.0, dtype: torch.dtype = torch.float32) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether the kernels know how these arguments scale and round.
 
     They make scales of float32 ranges, and take errors as they are: powers above 8 may vanish.
     """
-    if norm > HIGHEST_NORM or judged_range_dtype(args, dtype) != torch.float32:
+    args = problem.args
+    assert args is not None
+    if problem.norm > HIGHEST_NORM:
+        return False
+    if judged_range_dtype(args, problem.dtypes[0]) != torch.float32:
         return False
     if args.scale_dtype not in _SCALE_TYPES:
         return False
@@ -81,6 +82,7 @@ def search(
     grid: ShrinkGrid,
     importance: Sequence[GroupedView | None],
     global_scale: Tensor | None,
+    reference: GridReference,
 ) -> list[Range]:
     """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
 
@@ -92,9 +94,10 @@ def search(
         grid: The candidates.
         importance: For each view the weights of its values, or None.
         global_scale: TENSOR_GROUP only, shape (1,).
+        reference: Not asked: what is found stays on the device.
     """
     device = views[0].values.device
-    with on_device(device):
+    with launch.on_device(device):
         steps = _Steps.of(grid, device)
         searches = [
             _Search(view, low, high, weights, steps)
@@ -108,23 +111,6 @@ def search(
             for each in searches:
                 each.try_again(constants, global_scale)
     return [each.result() for each in searches]
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are started on this device meanwhile."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-    """Start a kernel: the one place, so that tests can look at what is started.
-
-    Raises:
-        UnreadableError: A tensor whose elements do not lie in memory.
-    """
-    for value in arguments.values():
-        if isinstance(value, Tensor) and not is_readable(value):
-            raise UnreadableError(f"a {type(value).__name__} cannot be read where it lies")
-    kernel[(programs,)](**arguments, **OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -160,7 +146,7 @@ class _Steps:
     def cut(self, patience: int) -> None:
         """Keep the steps up to the end of the patience; none where later ones changed nothing."""
         arguments = {"state": self.state, "num_steps": self.number, "patience": patience}
-        launch(kernels.cut_steps, 1, arguments)
+        launch.launch(kernels.cut_steps, 1, arguments)
 
 
 class _Search:
@@ -179,7 +165,7 @@ class _Search:
         self._groups = prod(self._shape)
         self._length = prod(view.shape) // max(1, self._groups)
         self._runs, self._run_length = _runs(self._length)
-        self._box = Box.of(view, importance)
+        self._box = Strides.of(view, importance)
         self._finite_only = view.finite_only
         self._low, self._high = min_vals.contiguous(), max_vals.contiguous()
         self._best_low, self._best_high = self._low.clone(), self._high.clone()
@@ -192,10 +178,10 @@ class _Search:
         partial = None
         if self._runs > 1:
             partial = self._low.new_empty(self._steps.number, self._groups, self._runs)
-        block = power_of_two(self._run_length)
+        block = launch.power_of_two(self._run_length)
         per_program = 1
         if partial is None:
-            per_program = min(MOST_GROUPS, TILE // block, power_of_two(self._groups))
+            per_program = min(MOST_GROUPS, TILE // block, launch.power_of_two(self._groups))
         arguments = {
             **self._ranges(),
             **_box_arguments(self._box),
@@ -212,7 +198,7 @@ class _Search:
             "BLOCK_N": block,
         }
         programs = -(-self._groups // per_program) * self._runs
-        launch(kernels.search_steps, programs, arguments)
+        launch.launch(kernels.search_steps, programs, arguments)
         if partial is not None:
             self._errors = partial.sum(-1)
             self._pick()
@@ -229,9 +215,9 @@ class _Search:
         return self._best_low.view(self._shape), self._best_high.view(self._shape)
 
     def _pick(self) -> None:
-        block = min(128, power_of_two(self._groups))
+        block = min(128, launch.power_of_two(self._groups))
         arguments = {**self._ranges(), "errors": self._errors, "BLOCK_G": block}
-        launch(kernels.pick_steps, -(-self._groups // block), arguments)
+        launch.launch(kernels.pick_steps, -(-self._groups // block), arguments)
 
     def _ranges(self) -> dict[str, Any]:
         return {
@@ -254,11 +240,6 @@ def _runs(length: int) -> tuple[int, int]:
     # A multiple of 16, so that runs can be loaded in wide words.
     run_length = -(-length // runs // 16) * 16
     return -(-length // run_length), run_length
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is at least `number`, and 2."""
-    return 1 << max(1, (number - 1).bit_length())
 
 
 def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None) -> dict[str, Any]:
@@ -284,7 +265,7 @@ def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None)
     }
 
 
-def _box_arguments(box: Box) -> dict[str, Any]:
+def _box_arguments(box: Strides) -> dict[str, Any]:
     """What the kernel has to know of where the values lie."""
     found: dict[str, Any] = {
         "values": box.values,

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import calipers
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.text import read_batches
-from engines import smollm
-from engines.cases import REFUSED, RUN, Case
-from engines.engine import (
+from inference import smollm
+from inference.cases import REFUSED, RUN, Case
+from inference.engine import (
     PYTHON,
     EngineError,
     memory_log_probabilities,

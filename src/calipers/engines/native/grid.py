@@ -16,14 +16,19 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationType
 from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
-from calipers.ranges import grid_eager
-from calipers.ranges.close_calls import decide_close_calls
+from calipers.engines.kernels import GridReference, Problem
+from calipers.engines.native import abi
+from calipers.engines.native.abi import (
+    GridReport,
+    GridSearch,
+    NativeBox,
+    NativeFormat,
+    address,
+    library,
+    number_of_parts,
+)
 from calipers.ranges.memory import UnreadableError
-from calipers.ranges.native import call
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import NativeBox, NativeFormat, address, number_of_parts
 from calipers.ranges.shrink import ShrinkGrid, last_step
-from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
 
 __all__ = ["Evaluated", "search", "supports"]
@@ -38,44 +43,15 @@ SHORT_GROUP = 64
 Range = tuple[Tensor, Tensor]
 
 
-def supports(args: QuantizationArgs, norm: float, *dtypes: torch.dtype) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether the kernels can do a search; float16 rounds powers of two in ways of its own."""
+    args, norm, dtypes = problem.args, problem.norm, problem.dtypes
+    assert args is not None
     if not 1 <= norm <= HIGHEST_NORM or (
         torch.float16 in dtypes and should_generate_mx_scales(args)
     ):
         return False
-    return call.supports(args, *dtypes)
-
-
-class _GridSearch(ctypes.Structure):
-    """`GridSearch` of grid.h."""
-
-    _fields_ = (
-        ("box", NativeBox),
-        ("format", NativeFormat),
-        ("low", ctypes.c_void_p),
-        ("high", ctypes.c_void_p),
-        ("units", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("steps", ctypes.c_int64),
-        ("norm", ctypes.c_float),
-        ("expand", ctypes.c_float),
-        ("clip_steps", ctypes.c_float),
-        ("squares_first", ctypes.c_int64),
-        ("doubt", ctypes.c_float),
-        ("noise", ctypes.c_float),
-        ("known_errors", ctypes.c_void_p),
-        ("errors", ctypes.c_void_p),
-        ("best_low", ctypes.c_void_p),
-        ("best_high", ctypes.c_void_p),
-        ("doubtful", ctypes.c_void_p),
-    )
-
-
-class _GridReport(ctypes.Structure):
-    """`GridReport` of grid.h."""
-
-    _fields_ = (("gains", ctypes.c_void_p), ("evaluated", ctypes.c_int64))
+    return abi.supports(args, *dtypes)
 
 
 @dataclass
@@ -95,6 +71,7 @@ def search(
     grid: ShrinkGrid,
     importance: Sequence[GroupedView | None],
     global_scale: Tensor | None,
+    reference: GridReference,
 ) -> list[Range]:
     """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
 
@@ -106,10 +83,11 @@ def search(
         grid: The candidates.
         importance: For each view the weights of its values, or None.
         global_scale: TENSOR_GROUP only, shape (1,).
+        reference: For ties, and for small searches in which ties may end the patience.
     """
     evaluated.count = 0
     searches = [
-        _Search(view, low, high, weights, args, grid, global_scale)
+        _Search(view, low, high, weights, args, grid, global_scale, reference)
         for view, (low, high), weights in zip(views, extremes, importance, strict=True)
     ]
     steps = grid.num_steps
@@ -118,7 +96,7 @@ def search(
     values = sum(view.values.numel() for view in views)
     if last < steps - 1 and values <= FEW and any(bool(s.doubtful.any()) for s in searches):
         # Gains that rounding makes count for the patience too.
-        return grid_eager.search(views, extremes, args, grid, importance, global_scale)
+        return reference.search(views, extremes, args, grid, importance, global_scale)
     if any(gains[last + 1 :]):  # by steps that the search would not have come to
         steps = last + 1
         for each in searches:
@@ -138,13 +116,15 @@ class _Search:
         args: QuantizationArgs,
         grid: ShrinkGrid,
         global_scale: Tensor | None,
+        reference: GridReference,
     ) -> None:
         if not min_vals.shape == max_vals.shape == view.qparam_shape:
             raise UnreadableError("extremes must have the shape of the scales")
         self.view, self.importance = view, importance
         self.min_vals, self.max_vals = min_vals.contiguous(), max_vals.contiguous()
         self.args, self.grid, self.global_scale = args, grid, global_scale
-        self.unit = error_units(self.min_vals, self.max_vals, args, grid.expand)
+        self.reference = reference
+        self.unit = reference.units(self.min_vals, self.max_vals, args, grid.expand)
         self.box = NativeBox.of(view, importance)
         self.low, self.high = torch.empty_like(self.min_vals), torch.empty_like(self.max_vals)
         self.doubtful = torch.empty(view.qparam_shape, dtype=torch.bool, device="cpu")
@@ -158,7 +138,7 @@ class _Search:
             shape = (self.box.groups, self.box.runs, steps)
             errors = torch.empty(shape, dtype=torch.float64, device="cpu")
         known = None if self._errors is None else self._errors[:, :steps].contiguous()
-        task = _GridSearch(
+        task = GridSearch(
             self.box,
             NativeFormat.of(self.args, self.global_scale, self.view.values.dtype),
             address(self.min_vals, count=self.box.groups),
@@ -182,9 +162,7 @@ class _Search:
             task.box.runs = 1
         parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
         gains = torch.zeros(parts, steps, dtype=torch.bool, device="cpu")
-        reports = (_GridReport * parts)(
-            *(_GridReport(address(row, torch.bool), 0) for row in gains)
-        )
+        reports = (GridReport * parts)(*(GridReport(address(row, torch.bool), 0) for row in gains))
         library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
         if errors is not None:
@@ -195,7 +173,7 @@ class _Search:
     def result(self, num_steps: int) -> Range:
         """The range of the best step in each group."""
         if bool(self.doubtful.any()):
-            decide_close_calls(
+            self.reference.ties(
                 self.doubtful,
                 (self.low, self.high),
                 self.view,

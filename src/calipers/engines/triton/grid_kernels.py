@@ -310,7 +310,7 @@ def _qparams(
         if SCALE_TYPE != "none":
             scale = tl.minimum(scale, SCALE_LIMIT, propagate_nan=tl.PropagateNan.ALL)
         if SCALE_TYPE == "fp8":
-            scale = _to_float_code(scale, 1572864.0, 121 << 23)
+            scale = to_float_code(scale, 1572864.0, 121 << 23)
         elif SCALE_TYPE == "bf16":
             # By bits, ties to even: casts to bfloat16 have not always rounded.
             bits = scale.to(tl.int32, bitcast=True)
@@ -362,7 +362,7 @@ def _error(
         error = value - (codes - far) * scale
     else:
         size = tl.minimum(tl.abs(value * inverse), HIGHEST)
-        error = tl.abs(value) - _to_float_code(size, SHIFT, SMALLEST) * scale
+        error = tl.abs(value) - to_float_code(size, SHIFT, SMALLEST) * scale
     return error
 
 
@@ -373,7 +373,7 @@ def _to_nearest(x):
 
 
 @triton.jit
-def _to_float_code(size, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):
+def to_float_code(size, SHIFT: tl.constexpr, SMALLEST: tl.constexpr):
     """To the nearest number of a small float format, ties to even.
 
     The exponent's bits alone are the power of two below the size; below the smallest normal number

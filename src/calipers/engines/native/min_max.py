@@ -7,22 +7,16 @@ import ctypes
 import torch
 from torch import Tensor
 
-from calipers.ranges.native.build import library
-from calipers.ranges.native.call import NativeBox, address, knows, number_of_parts
+from calipers.engines.kernels import Problem
+from calipers.engines.native.abi import MinMax, NativeBox, address, knows, library, number_of_parts
 from calipers.ranges.views import GroupedView
 
 __all__ = ["min_max", "supports"]
 
 
-class _MinMax(ctypes.Structure):
-    """`MinMax` of min_max.h."""
-
-    _fields_ = (("box", NativeBox), ("low", ctypes.c_void_p), ("high", ctypes.c_void_p))
-
-
-def supports(view: GroupedView) -> bool:
+def supports(problem: Problem) -> bool:
     """Whether the kernels can read the values."""
-    return view.values.device.type == "cpu" and knows(view.values.dtype)
+    return knows(*problem.dtypes)
 
 
 def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
@@ -30,7 +24,7 @@ def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
     box = NativeBox.of(view)
     low = view.values.new_empty(box.groups, box.runs)
     high = torch.empty_like(low)
-    task = _MinMax(box, address(low, low.dtype), address(high, low.dtype))
+    task = MinMax(box, address(low, low.dtype), address(high, low.dtype))
     parts = number_of_parts(low.numel(), view.values.numel())
     library().min_max(ctypes.byref(task), ctypes.c_int64(parts))
     if box.runs > 1:

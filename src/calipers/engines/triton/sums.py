@@ -5,14 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from calipers.ranges import grid_triton
-from calipers.ranges import sums_triton_kernels as kernels
+from calipers.engines.kernels import CandidateSums, Problem
+from calipers.engines.triton import launch
+from calipers.engines.triton import sums_kernels as kernels
 from calipers.ranges.rounding import Rounding
 
-__all__ = ["sum_rows"]
+__all__ = ["candidate_sums", "sum_rows", "supports"]
 
 #: Values of a program.
 TILE = 4096
+
+
+def supports(problem: Problem) -> bool:
+    """Whether the kernel can make sums: rows are float32, of every format."""
+    return True
 
 
 def sum_rows(
@@ -41,8 +47,8 @@ def sum_rows(
     count = ratio.shape[0]
     values, ratio = values.contiguous(), ratio.contiguous()
     found = torch.empty(3 * count + 1, rows, dtype=torch.float32, device=values.device)
-    block = min(TILE, grid_triton.power_of_two(length))
-    per_program = min(TILE // block, grid_triton.power_of_two(rows))
+    block = min(TILE, launch.power_of_two(length))
+    per_program = min(TILE // block, launch.power_of_two(rows))
     # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
     mantissa, smallest = (1, 127 << 23) if rounding.num_bits == 4 else (3, 121 << 23)
     arguments = {
@@ -66,6 +72,9 @@ def sum_rows(
         "BLOCK_G": per_program,
         "BLOCK_N": block,
     }
-    with grid_triton.on_device(values.device):
-        grid_triton.launch(kernels.sum_candidates, -(-rows // per_program), arguments)
+    with launch.on_device(values.device):
+        launch.launch(kernels.sum_candidates, -(-rows // per_program), arguments)
     return found
+
+
+candidate_sums = CandidateSums(sum_rows=sum_rows)

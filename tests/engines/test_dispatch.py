@@ -1,8 +1,6 @@
-"""The CPU engines against the eager reference, for real; and which engine is chosen when."""
+"""The native engine against the eager reference, for real; and which engine is chosen when."""
 
 from __future__ import annotations
-
-import functools
 
 import pytest
 import torch
@@ -11,19 +9,17 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from loguru import logger
 
+from calipers.engines import dispatch
+from calipers.engines.dispatch import choose_engine, explain_engines
 from calipers.errors import CalipersError
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
     arrange,
-    compiling,
-    engines,
-    grid,
     min_max,
     search_grid_ranges,
 )
-from calipers.ranges.engines import choose_engine, explain_engines
-from calipers.ranges.rounding import Rounding, power_of_square, quantization_error
+from calipers.ranges.rounding import Rounding, round_to_codes
 
 CPU = torch.device("cpu")
 DEFAULTS = ShrinkGrid(maxshrink=0.2, grid=100, patience=5, norm=2.4)
@@ -52,22 +48,15 @@ def awkward(rows: int, cols: int) -> torch.Tensor:
     return values * 0.02
 
 
-@pytest.fixture(params=["native", "inductor"])
-def both_engines(request):
-    """A search by an engine and by the reference: what both find, as one flat tensor each."""
-    return functools.partial(search_twice, request.param)
-
-
-def search_twice(
-    name, value, args, search=DEFAULTS, *, importance=None, global_scale=None, g_idx=None
-):
+def both_engines(value, args, search=DEFAULTS, *, importance=None, global_scale=None, g_idx=None):
+    """A search by `native` and by the reference: what both find, as one flat tensor each."""
     views = arrange(value, "weight", args, g_idx).views
     extremes = [min_max(view) for view in views]
     weights = None
     if importance is not None:
         weights = list(arrange(importance.expand_as(value), "weight", args, g_idx).views)
     found = {}
-    for engine in (name, "eager"):
+    for engine in ("native", "eager"):
         ranges = search_grid_ranges(
             views,
             extremes,
@@ -78,8 +67,8 @@ def search_twice(
             engine=engine,
         )
         found[engine] = torch.cat([torch.stack(pair).flatten(1) for pair in ranges], dim=1)
-    assert not engines._failures, "the engine did not take part"
-    return found[name], found["eager"]
+    assert not dispatch._failures, "the engine did not take part"
+    return found["native"], found["eager"]
 
 
 def assert_same_steps(compiled: torch.Tensor, eager: torch.Tensor) -> None:
@@ -124,14 +113,14 @@ MORE_FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_both_engines_choose_the_same_steps(name, both_engines):
+def test_both_engines_choose_the_same_steps(name):
     args, search = FORMATS[name]
     assert_same_steps(*both_engines(awkward(3200, 128), args, search))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FORMATS, *MORE_FORMATS])
-def test_both_engines_choose_the_same_steps_in_many_groups(name, both_engines):
+def test_both_engines_choose_the_same_steps_in_many_groups(name):
     args, search = {**FORMATS, **MORE_FORMATS}[name]
     cols = 128 * 8 if args.strategy == "group" and args.group_size == 32 else 512
     rows = 3200 if args.strategy != "channel" else 100_000
@@ -142,7 +131,7 @@ def test_both_engines_choose_the_same_steps_in_many_groups(name, both_engines):
 
 
 class TestLayouts:
-    """One number format, so that little is compiled: every way in which values come."""
+    """One number format: every way in which values come."""
 
     @pytest.mark.parametrize(
         "args",
@@ -154,20 +143,19 @@ class TestLayouts:
         ],
         ids=lambda args: args.strategy,
     )
-    def test_strategies_with_short_ends(self, both_engines, args):
+    def test_strategies_with_short_ends(self, args):
         assert_same_steps(*both_engines(awkward(100, 150), args))
 
-    def test_a_whole_tensor_in_several_pieces(self, monkeypatch, both_engines):
-        monkeypatch.setattr("calipers.ranges.grid_inductor.PIECE", 2**12)
+    def test_a_whole_tensor_in_several_runs(self):
         args = QuantizationArgs(num_bits=4, strategy="tensor")
         assert_same_steps(*both_engines(awkward(256, 128), args))
 
-    def test_columns_in_any_order(self, both_engines):
+    def test_columns_in_any_order(self):
         g_idx = torch.arange(128).remainder(4)
         assert_same_steps(*both_engines(awkward(64, 128), group(4, 32), g_idx=g_idx))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_sixteen_bit_values(self, both_engines, dtype):
+    def test_sixteen_bit_values(self, dtype):
         assert_same_steps(*both_engines(awkward(640, 128).to(dtype), group(4, 32)))
 
     @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
@@ -181,24 +169,22 @@ class TestLayouts:
         ids=["transposed", "every other column", "three dimensions"],
     )
     def test_values_that_lie_apart(self, value, weighted):
-        """By `native`; `inductor` would be compiled for a minute."""
         random = torch.Generator().manual_seed(1)
         importance = torch.rand(value.shape[-1], 2, generator=random)[:, 0] if weighted else None
-        assert_same_steps(*search_twice("native", value, group(4, 32), importance=importance))
+        assert_same_steps(*both_engines(value, group(4, 32), importance=importance))
 
-    def test_importance(self, both_engines):
+    def test_importance(self):
         importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) ** 3
         value = awkward(640, 128)
         weighted = both_engines(value, group(4, 32), importance=importance)
         assert_same_steps(*weighted)
         assert not torch.equal(weighted[0], both_engines(value, group(4, 32))[0])
 
-    @pytest.mark.parametrize("engine", ["native", "inductor"])
-    def test_values_that_are_not_finite(self, engine, monkeypatch):
+    def test_values_that_are_not_finite(self, monkeypatch):
         value = awkward(64, 128)
         value[3, 4], value[5, 6] = torch.nan, torch.inf
         observers = [Observer.load_from_registry("memoryless_mse", group(4, 32)) for _ in range(2)]
-        monkeypatch.setenv("CALIPERS_ENGINE", engine)
+        monkeypatch.setenv("CALIPERS_ENGINE", "native")
         compiled, _ = observers[0](value)
         monkeypatch.setenv("CALIPERS_ENGINE", "eager")
         eager, _ = observers[1](value)
@@ -206,7 +192,7 @@ class TestLayouts:
 
     @pytest.mark.parametrize("patience", [1, 2, 3, 4, 6, 7])
     @pytest.mark.parametrize("rows", [1, 2])
-    def test_patience_cuts_at_the_same_step(self, both_engines, rows, patience):
+    def test_patience_cuts_at_the_same_step(self, rows, patience):
         """Few groups, so that runs of steps without a gain come; in a tile, and across tiles."""
         search = ShrinkGrid(0.9, 40, patience, 2.4)
         for seed in range(20):
@@ -214,55 +200,25 @@ class TestLayouts:
             compiled, eager = both_engines(torch.randn(rows, 32), group(4, 32), search)
             assert torch.equal(compiled, eager)
 
-    def test_formats_that_only_the_reference_knows(self, both_engines):
+    def test_formats_that_only_the_reference_knows(self):
         args = group(8, 32, type="float", symmetric=False)
         compiled, eager = both_engines(awkward(64, 128) + 0.02, args)
         assert torch.equal(compiled, eager)
 
-    def test_candidates_that_tie_are_left_to_the_reference(self, both_engines):
+    def test_candidates_that_tie_are_left_to_the_reference(self):
         """With int3 a negative outlier among zeros is as far from its codes at .87 as at .88."""
         value = torch.full((2000, 32), 1e-4)
         value[:, 3] = -torch.logspace(-2, 2, 2000)
         assert torch.equal(*both_engines(value, group(3, 32)))
 
-    def test_global_scale(self, both_engines):
+    def test_global_scale(self):
         value = awkward(320, 128)
         scale = 2688 / value.abs().max().reshape(1)
         assert_same_steps(*both_engines(value, preset("NVFP4"), global_scale=scale))
 
 
-def test_many_shapes_of_a_scheme_need_two_compilations_by_inductor():
-    torch._dynamo.reset()
-    grid.grid_inductor._compiled_errors.cache_clear()
-    counted = torch._dynamo.utils.counters["stats"]
-    before = counted["unique_graphs"]
-    for rows, cols in [(64, 128), (96, 512), (32, 1376), (256, 64), (48, 4096), (1024, 32)]:
-        for dtype in (torch.float32, torch.bfloat16):
-            search_twice("inductor", awkward(rows, cols).to(dtype), group(4, 32))
-    assert counted["unique_graphs"] - before <= 2
-
-
-def test_many_kinds_of_search_in_a_process_are_all_compiled():
-    """torch stops compiling a piece of code after eight times and says nothing."""
-    counted = torch._dynamo.utils.counters["stats"]
-    compiled = []
-    for number in range(12):
-        function = compiling.compile_quietly(_adder(number))
-        before = counted["unique_graphs"]
-        assert float(function(torch.zeros(()))) == number
-        compiled.append(counted["unique_graphs"] - before)
-    assert compiled == [1] * 12
-
-
-def _adder(number):
-    def add(x):
-        return x + number
-
-    return add
-
-
 class TestRounding:
-    """All that the compiled engine rounds by, against compressed-tensors, code by code."""
+    """All that candidate sums are rounded by, against compressed-tensors, code by code."""
 
     @pytest.mark.parametrize(
         "args",
@@ -273,62 +229,51 @@ class TestRounding:
         ],
     )
     def test_every_tie_and_every_code(self, args):
-        from compressed_tensors.quantization import fake_quantize
-
         values = torch.cat(
             [torch.arange(-8192, 8193) / 16, torch.arange(-4096, 4097) * 2.0**-12, torch.zeros(1)]
         )
         token = args.model_copy(update={"strategy": "token"})
         zero = torch.zeros(1, dtype=torch.int8)
-        expected = values - fake_quantize(values, torch.ones(1), zero, token)
-        error = quantization_error(values, torch.ones(1), torch.ones(1), None, Rounding.of(args))
-        assert torch.equal(error.abs(), expected.abs())
-
-    @pytest.mark.parametrize("norm", [0.5, 1.0, 2.0, 2.4, 3.0, 4.0])
-    def test_powers(self, norm):
-        square = torch.logspace(-17, 12, 20_000)
-        expected = square.double() ** (norm / 2)
-        relative = (power_of_square(square, norm).double() / expected - 1).abs()
-        # The polynomials are off by 7e-6 of an octave and 4e-7.
-        assert float(relative.max()) < 1e-5
-        assert float(power_of_square(torch.zeros(1), norm)) == 0
+        expected = fake_quantize(values, torch.ones(1), zero, token)
+        sizes = values if args.type == "int" else values.abs()
+        codes = round_to_codes(sizes, None, Rounding.of(args))
+        assert torch.equal(codes, expected if args.type == "int" else expected.abs())
 
 
 class TestChoice:
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch):
         monkeypatch.delenv("CALIPERS_ENGINE")
-        monkeypatch.setattr(engines, "_failures", {})
-        engines._warn_once.cache_clear()
+        monkeypatch.setattr(dispatch, "_failures", {})
+        dispatch._warn_once.cache_clear()
 
     def test_the_native_library_is_compiled_once_enough_is_searched(self, monkeypatch):
-        monkeypatch.setattr(engines, "is_built", lambda: False)
-        monkeypatch.setattr(engines, "_searched", 0)
-        assert choose_engine(CPU, values=engines.WORTH_BUILDING - 1) == "eager"
+        monkeypatch.setattr(dispatch, "is_built", lambda: False)
+        monkeypatch.setattr(dispatch, "_searched", 0)
+        assert choose_engine(CPU, values=dispatch.WORTH_BUILDING - 1) == "eager"
         assert choose_engine(CPU, values=1) == "native"
 
     def test_the_native_library_is_taken_at_once_where_it_is(self, monkeypatch):
-        monkeypatch.setattr(engines, "is_built", lambda: True)
+        monkeypatch.setattr(dispatch, "is_built", lambda: True)
         assert choose_engine(CPU, values=1) == "native"
 
     def test_argument_before_environment(self, monkeypatch):
         monkeypatch.setenv("CALIPERS_ENGINE", "eager")
         assert choose_engine(CPU, values=2**40) == "eager"
-        assert choose_engine(CPU, "inductor") == "inductor"
+        assert choose_engine(CPU, "native") == "native"
 
-    def test_an_engine_that_there_is_not(self, monkeypatch):
-        monkeypatch.setenv("CALIPERS_ENGINE", "warp")
-        with pytest.raises(
-            CalipersError, match="one of eager, native, inductor, triton, got 'warp'"
-        ):
+    @pytest.mark.parametrize("name", ["warp", "inductor"])
+    def test_an_engine_that_there_is_not(self, name, monkeypatch):
+        monkeypatch.setenv("CALIPERS_ENGINE", name)
+        with pytest.raises(CalipersError, match=f"one of eager, native, triton, got '{name}'"):
             choose_engine(CPU)
 
     def test_other_devices_are_eager(self):
         assert choose_engine(torch.device("meta"), values=2**40) == "eager"
 
     def test_without_a_compiler_one_warning(self, monkeypatch):
-        monkeypatch.setattr(engines, "compiler", lambda: None)
-        monkeypatch.setattr(engines, "is_built", lambda: False)
+        monkeypatch.setattr(dispatch, "compiler", lambda: None)
+        monkeypatch.setattr(dispatch, "is_built", lambda: False)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:
@@ -337,7 +282,7 @@ class TestChoice:
             logger.remove(sink)
         assert len(messages) == 1
         assert "needs a C++ compiler" in messages[0]
-        assert [usable for _, usable, _ in explain_engines()[:3]] == [True, False, False]
+        assert [usable for _, usable, _ in explain_engines()[:2]] == [True, False]
 
     def test_a_compilation_that_fails_leaves_it_to_the_reference(self, monkeypatch):
         def broken(*_):
@@ -347,7 +292,7 @@ class TestChoice:
         views = arrange(value, "weight", args).views
         extremes = [min_max(view) for view in views]
         expected = search_grid_ranges(views, extremes, args, DEFAULTS, engine="eager")
-        monkeypatch.setattr(grid.grid_native, "search", broken)
+        monkeypatch.setattr("calipers.engines.native.grid.search", broken)
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
         try:

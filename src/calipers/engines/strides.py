@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calipers.ranges.views import GroupedView
 
-__all__ = ["MOST_DIMS", "Box", "Dim"]
+__all__ = ["MOST_DIMS", "Dim", "Strides"]
 
 #: Dimensions that kernels can walk through, kept and reduced ones each.
 MOST_DIMS = 3
@@ -26,7 +26,7 @@ class Dim:
 
 
 @dataclass(frozen=True)
-class Box:
+class Strides:
     """Values and weights as a box of dimensions, those that tell groups apart and the others.
 
     Args:
@@ -44,7 +44,7 @@ class Box:
     reduced: list[Dim]
 
     @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None) -> Box:
+    def of(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
         """The box of a view and of the weights of its values."""
         weights = None if importance is None else importance.values
         behind = view.values.dim() - 1
@@ -66,7 +66,7 @@ class Box:
         return cls._copied(view, importance)
 
     @classmethod
-    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> Box:
+    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
         groups = prod(view.qparam_shape)
         length = prod(view.shape) // max(1, groups)
         order = (*view.kept_dims, *view.reduce_dims)

@@ -1,0 +1,1 @@
+"""The Triton engine: kernels on CUDA devices, compiled where they are first called."""

@@ -1,4 +1,0 @@
-"""The native engine: loops in C++ over values as they lie in memory, on all of torch's threads.
-
-`build` compiles the sources once for a machine, `call` hands tensors over and spreads the work.
-"""

@@ -35,7 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calipers.ranges.engines import explain_engines
+from calipers.engines.dispatch import explain_engines
 from golden.cases import CASES, ENGINES, Case, Results
 
 __all__ = [

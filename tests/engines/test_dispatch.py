@@ -12,6 +12,7 @@ from loguru import logger
 from calipers.engines import dispatch
 from calipers.engines.dispatch import choose_engine, explain_engines
 from calipers.errors import CalipersError
+from calipers.formats import Format
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
@@ -19,7 +20,6 @@ from calipers.ranges import (
     min_max,
     search_grid_ranges,
 )
-from calipers.ranges.rounding import Rounding, round_to_codes
 
 CPU = torch.device("cpu")
 DEFAULTS = ShrinkGrid(maxshrink=0.2, grid=100, patience=5, norm=2.4)
@@ -236,7 +236,7 @@ class TestRounding:
         zero = torch.zeros(1, dtype=torch.int8)
         expected = fake_quantize(values, torch.ones(1), zero, token)
         sizes = values if args.type == "int" else values.abs()
-        codes = round_to_codes(sizes, None, Rounding.of(args))
+        codes = Format.of(args).round(sizes)
         assert torch.equal(codes, expected if args.type == "int" else expected.abs())
 
 

@@ -21,10 +21,10 @@ from loguru import logger
 
 from calipers.engines import dispatch
 from calipers.engines.dispatch import choose_engine, triton_problem
+from calipers.formats import Format
 from calipers.observers import Observer
 from calipers.ranges import GroupedView, ShrinkGrid, arrange, min_max, search_grid_ranges
 from calipers.ranges.optimal import search_optimal_scales
-from calipers.ranges.rounding import Rounding
 
 HERE = Path(__file__)
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -359,7 +359,7 @@ class TestOptimal:
         from calipers.ranges.group_sums import Sums
 
         for args in (group(4, 32), group(4, 32, symmetric=False), group(4, 32, type="float")):
-            rounding = Rounding.of(args)
+            rounding = Format.of(args)
             for length in (33, 5000):
                 x = awkward(7, length)[:5].to(device)
                 inverse = 1 / x.abs().amax(1).clamp(min=1e-6)
@@ -555,7 +555,7 @@ def test_every_kernel_compiles(capability, monkeypatch):
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
         grid_triton.search(views, extremes, args, grid, weights, scale, None)
     for name in ("int4", "int4 asymmetric", "fp8", "nvfp4"):
-        rounding = Rounding.of(FORMATS[name][0])
+        rounding = Format.of(FORMATS[name][0])
         for length in (32, 9000):
             x, ratio = awkward(20, length), torch.ones(14, 20)
             zero = ratio if "asymmetric" in name else None

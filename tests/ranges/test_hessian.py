@@ -54,13 +54,13 @@ def test_both_engines_sum_the_same(name: str, shape: tuple[int, int, int]) -> No
     inputs = random(blocks, 40, size, seed=3)
     matrix = inputs.transpose(-1, -2) @ inputs
     groups, count = rows // 2, 9
-    scales = (x.abs().amax((0, 2)).view(groups, 2).amax(1) / scheme.rounding.high).unsqueeze(1)
+    scales = (x.abs().amax((0, 2)).view(groups, 2).amax(1) / scheme.format.high).unsqueeze(1)
     scales = scales * torch.linspace(0.7, 1.3, count)
     zeros = None
     if not args.symmetric:
-        middle = (scheme.rounding.low + scheme.rounding.high + 1) // 2
+        middle = (scheme.format.low + scheme.format.high + 1) // 2
         zeros = torch.randint(-1, 2, (groups, count), generator=torch.Generator()) + middle
-    elif scheme.rounding.integer:
+    elif scheme.format.integer:
         scales = torch.cat([scales, -scales.flip(1)], 1)
     zeros = None if zeros is None else zeros.float()
     arguments = (x, x @ matrix, slopes, matrix, factors, scales, zeros, args)

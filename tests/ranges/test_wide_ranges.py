@@ -7,9 +7,10 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from calipers.formats import Format
 from calipers.observers import Observer
 from calipers.ranges import ShrinkGrid, arrange, min_max, search_grid_ranges
-from calipers.ranges.qparams import code_range, global_scale_of_range, qparams_of_range
+from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 LARGEST = {torch.float16: 4e4, torch.bfloat16: 2e38, torch.float32: 2e38, torch.float64: 1e300}
 OBSERVERS = (
@@ -34,7 +35,7 @@ def test_scales_stay_finite(name, dtype, symmetric, bits):
     scale, zero = Observer.load_from_registry(name, "weight", args, **options)(x.to(dtype))
     assert scale.isfinite().all()
     assert (scale > 0).all()
-    low, high = code_range(args)
+    low, high = Format.of(args).low, Format.of(args).high
     if not symmetric and name not in ("histogram", "optimal"):
         assert abs(float(zero) - (low + high) / 2) <= 2
     if name in ("memoryless_minmax", "static_minmax", "minmax"):

@@ -18,7 +18,6 @@ import torch
 from compressed_tensors.quantization import (
     QuantizationScheme,
     QuantizationStatus,
-    QuantizationType,
     initialize_module_for_quantization,
 )
 from loguru import logger
@@ -35,6 +34,7 @@ from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quant
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
+from calipers.formats import Format
 
 __all__ = ["LoadCheck", "check_load", "find_load_problems", "refuse_unloadable"]
 
@@ -333,9 +333,7 @@ def _quantize(module: Any, scheme: QuantizationScheme) -> None:
     scheme = scheme.model_copy(deep=True)
     initialize_module_for_quantization(module, scheme)
     args: Any = scheme.weights
-    largest = 2 ** (args.num_bits - 1) - 1
-    if args.type == QuantizationType.FLOAT:
-        largest = 6 if args.num_bits == 4 else 448
+    largest = Format.of(args).high
     scale = float(2.0 ** torch.ceil(torch.log2(module.weight.abs().max().float() / largest)))
     for name, parameter in module.named_parameters(recurse=False):
         if name == "weight_scale":

@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges.rounding import Rounding
+from calipers.formats import Format
 from calipers.ranges.views import GroupedView
 
 __all__ = [
@@ -126,7 +126,7 @@ class CandidateSums:
         Callable[[GroupedView, GroupedView | None, QuantizationArgs], Iterator[EngineGroups]] | None
     ) = None
     sum_rows: (
-        Callable[[Rounding, Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor] | None
+        Callable[[Format, Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor] | None
     ) = None
 
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.formats import E4M3, has_mx_scales
 from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
 
@@ -22,20 +21,12 @@ __all__ = [
     "all_scales",
     "choose_code",
     "covering_codes",
-    "has_scale_codes",
     "search_codes",
 ]
 
 #: Candidates of one pass. float8 has eight codes an octave: one octave above the smallest covering
 #: code and one below; of powers of two the covering one and three below.
 FLOAT8_TILE, MX_TILE = 16, 4
-
-
-def has_scale_codes(args: QuantizationArgs) -> bool:
-    """Whether scales are stored in a format of few codes (float8, or a power of two)."""
-    return bool(args.symmetric) and (
-        should_generate_mx_scales(args) or args.scale_dtype == torch.float8_e4m3fn
-    )
 
 
 def search_codes(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
@@ -67,8 +58,8 @@ def choose_code(table: Tensor, found: Tensor, low: Tensor, high: Tensor, scheme:
 
 def all_scales(scheme: Scheme, device: torch.device) -> Tensor:
     """All scales that can be stored, ascending, the global scale divided out, float32."""
-    mx = should_generate_mx_scales(scheme.args)
-    table = (_powers_of_two(scheme.dtype) if mx else _float8_codes()).to(device)
+    mx = has_mx_scales(scheme.args)
+    table = (_powers_of_two(scheme.dtype) if mx else E4M3.positive_codes()).to(device)
     return table if scheme.global_scale is None else table / scheme.global_scale
 
 
@@ -76,9 +67,9 @@ def covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, T
     """All scales, the smallest that covers each group, the tile, and how far it reaches above."""
     table = all_scales(scheme, low.device)
     amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
-    covering = torch.searchsorted(table, amax / scheme.rounding.high)
+    covering = torch.searchsorted(table, amax / scheme.format.high)
     covering = covering.clamp(max=table.numel() - 1)
-    mx = should_generate_mx_scales(scheme.args)
+    mx = has_mx_scales(scheme.args)
     return table, covering, *((MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1))
 
 
@@ -89,7 +80,7 @@ def _search_down(
 
     Subnormal float8 codes have no octave of eight codes, but the whole lowest tile covers theirs.
     """
-    sums = Sums(scheme.rounding, "bounded residual", tile)
+    sums = Sums(scheme.format, "bounded residual", tile)
     inverse = 1 / table[covering].clamp(min=torch.finfo(torch.float32).tiny)
     steps = torch.arange(tile - 1, -1, -1, dtype=torch.int64, device=table.device).unsqueeze(1)
     lowest = (covering + above - tile + 1).clamp(min=0)
@@ -112,13 +103,6 @@ def _search_down(
             batch, active = batch.select(left), active[left]
             inverse, lowest = inverse[left], lowest[left]
         lowest = (lowest - tile).clamp(min=0)
-
-
-@functools.lru_cache(maxsize=1)
-def _float8_codes() -> Tensor:
-    """The positive values of float8_e4m3fn, ascending, float32."""
-    codes = torch.arange(1, 127, dtype=torch.uint8, device="cpu")
-    return codes.view(torch.float8_e4m3fn).float()
 
 
 @functools.lru_cache(maxsize=8)

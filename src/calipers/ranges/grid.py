@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import SHRINK_GRID, GridReference, Problem
+from calipers.formats import has_mx_scales
 from calipers.ranges import grid_eager
 from calipers.ranges.casting import cast_range, expand_range
 from calipers.ranges.global_scale import checked_global_scale
@@ -86,7 +86,7 @@ def search_grid_ranges(
     # Scales that are rounded are absolute, unless they are powers of two or have a global scale
     # beside them; and symmetric ones do not overflow.
     relative = args.scale_dtype is None or (
-        dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
+        dtype == torch.float64 and (global_scale is not None or has_mx_scales(args))
     )
     in_float32 = relative and (dtype == torch.float64 or not args.symmetric)
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationStrategy,
-    QuantizationType,
-    fake_quantize,
-)
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.formats import Format
 from calipers.ranges.casting import cast_range
-from calipers.ranges.qparams import code_range, judged_range_dtype, qparams_of_range
+from calipers.ranges.qparams import fake_quantized, judged_range_dtype, qparams_of_range
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.units import error_units
 from calipers.ranges.views import GroupedView
@@ -112,9 +108,7 @@ class _Search:
         self.args, self.norm, self.global_scale = args, grid.norm, global_scale
         self.dtype = judged_range_dtype(args, view.values.dtype)
         self.unit = error_units(min_vals, max_vals, args, grid.expand)
-        # The strategy under which a scale of any shape is taken as it is.
-        self.token_args = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
-        self.code_range = code_range(args)
+        self.format = Format.of(args)
         self._buffer: Tensor | None = None
         self.best_min, self.best_max = min_vals.clone(), max_vals.clone()
         self.best_error = torch.full_like(min_vals, torch.inf)
@@ -157,11 +151,8 @@ class _Search:
 
     def _fake_quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
         """As compressed-tensors does it; integers in one buffer, which takes a quarter the time."""
-        if self.args.type != QuantizationType.INT:
-            rounded: Tensor = fake_quantize(
-                values, scale, zero_point, self.token_args, self.global_scale
-            )
-            return rounded
+        if not self.format.integer:
+            return fake_quantized(values, scale, zero_point, self.args, self.global_scale)
         if self.global_scale is not None:
             scale = scale / self.global_scale
         if self._buffer is None or self._buffer.numel() < values.numel():
@@ -170,7 +161,7 @@ class _Search:
         torch.div(values, scale, out=codes)
         if not self.args.symmetric:
             codes += zero_point
-        codes.clamp_(*self.code_range).round_()
+        codes.clamp_(self.format.low, self.format.high).round_()
         if not self.args.symmetric:
             codes -= zero_point
         return codes.mul_(scale)

@@ -17,13 +17,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.engines.kernels import CandidateSums, EngineGroups
+from calipers.formats import Format
 from calipers.ranges.group_pieces import (
     GroupPiece,
     group_pieces,
     group_size,
     number_of_runs,
 )
-from calipers.ranges.rounding import Rounding, round_to_codes
 from calipers.ranges.views import GroupedView, piece_size
 
 __all__ = ["Batch", "Candidates", "GroupBatch", "ReadBatch", "Sums", "batches_of"]
@@ -34,7 +34,7 @@ class Sums:
     """What to sum for each candidate, with x in units of its group's base and codes q of x / p.
 
     Args:
-        rounding: The number format.
+        format: The number format.
         kind: "projection": sum w x q and sum w q^2; "all": these two and sum w (x - p q)^2;
             "polish": the same, the first two in float64; "bounded residual": sum w (x - p q)^2,
             and one more row, the sum of w (x - high p)_+^2 for the last candidate p, which no
@@ -42,7 +42,7 @@ class Sums:
         tile: Number of candidates of a call.
     """
 
-    rounding: Rounding
+    format: Format
     kind: str
     tile: int
 
@@ -67,7 +67,7 @@ class Sums:
             Shape (sums * tile [+ 1], rows), one sum after the other.
         """
         x = values * inverse_base.unsqueeze(-1)
-        if not self.rounding.integer:
+        if not self.format.integer:
             x = x.abs()  # codes are symmetric: sizes do
         wx = x if weight is None else x * weight
         per_candidate = [
@@ -78,7 +78,7 @@ class Sums:
         ]
         rows = [sums[k] for k in range(len(per_candidate[0])) for sums in per_candidate]
         if self.kind == "bounded residual":
-            over = (x - self.rounding.high * ratio[self.tile - 1].unsqueeze(-1)).clamp(min=0)
+            over = (x - self.format.high * ratio[self.tile - 1].unsqueeze(-1)).clamp(min=0)
             rows.append(_weighted(over, weight, over).sum(-1))
         return torch.stack(rows)
 
@@ -98,7 +98,7 @@ class Sums:
         zero_point: Tensor | None,
     ) -> tuple[Tensor, ...]:
         zero = None if zero_point is None else zero_point.unsqueeze(-1)
-        codes = round_to_codes(x * (1 / ratio).unsqueeze(-1), zero, self.rounding)
+        codes = self.format.round(x * (1 / ratio).unsqueeze(-1), zero)
         if self.kind == "bounded residual":
             rest = x - codes * ratio.unsqueeze(-1)
             return (_weighted(rest, weight, rest).sum(-1),)
@@ -236,7 +236,7 @@ class GroupBatch:
                 zero_point = zero_point.repeat_interleave(runs, dim=1)
         sum_rows = self.code.sum_rows
         if sum_rows is not None and sums.kind != "polish":  # which wants float64, once
-            found = sums.of_all(sum_rows(sums.rounding, values, weight, inverse, ratio, zero_point))
+            found = sums.of_all(sum_rows(sums.format, values, weight, inverse, ratio, zero_point))
         else:
             found = sums(values, weight, inverse, ratio, zero_point)
         return found.view(-1, groups, runs).sum(-1) if runs > 1 else found

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import COUPLED_SUMS, Problem
-from calipers.ranges.codes import all_scales, has_scale_codes
+from calipers.formats import has_scale_codes
+from calipers.ranges.codes import all_scales
 from calipers.ranges.projection import Scales, Scheme, min_max_scales
-from calipers.ranges.rounding import round_to_codes
 from calipers.ranges.views import GroupedView
 
 __all__ = ["refine_by_hessian", "sum_coupled"]
@@ -266,8 +266,8 @@ class _Columns:
                 -look.codes, look.codes + 1, dtype=torch.int64, device=index.device
             )
             return Scales(table[(index + steps).clamp(0, table.numel() - 1)])
-        rounding, symmetric = self.scheme.rounding, bool(self.scheme.args.symmetric)
-        reach = look.reach * 0.5 ** max(0, rounding.num_bits - 4 if rounding.integer else 0)
+        codes, symmetric = self.scheme.format, bool(self.scheme.args.symmetric)
+        reach = look.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
         count = 2 * (look.sides if symmetric else look.sides // 2) + 1
         factors = 1 + reach * torch.linspace(
             -1, 1, count, dtype=torch.float32, device=start.scale.device
@@ -280,7 +280,7 @@ class _Columns:
             return Scales(scale)
         assert start.zero_point is not None
         zeros = torch.stack([start.zero_point + shift for shift in (-1, 0, 1)], 1)
-        zeros = zeros.clamp(rounding.low, rounding.high).repeat_interleave(count, 1)
+        zeros = zeros.clamp(codes.low, codes.high).repeat_interleave(count, 1)
         return Scales(torch.cat([scale, scale.flip(1), scale], 1), zeros)
 
     def _values(self) -> Iterator[tuple[slice, Tensor]]:
@@ -369,10 +369,6 @@ def _codes(x: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
     # Divided, as compressed-tensors does it: the largest value lies on a tie with min/max, and to
     # which side it goes is not all the same here.
     scaled = x / scales.scale.repeat_interleave(rows).unsqueeze(-1)
-    rounding = scheme.rounding
-    if not rounding.integer:
-        return round_to_codes(scaled.abs(), None, rounding).mul_(scaled.sign())
     if scheme.args.symmetric or scales.zero_point is None:
-        return scaled.round_().clamp_(rounding.low, rounding.high)
-    shift = scales.zero_point.repeat_interleave(rows).unsqueeze(-1)
-    return scaled.add_(shift).round_().clamp_(rounding.low, rounding.high).sub_(shift)
+        return scheme.format.round(scaled)
+    return scheme.format.round(scaled, scales.zero_point.repeat_interleave(rows).unsqueeze(-1))

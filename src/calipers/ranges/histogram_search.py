@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, fake_quantize
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
+from calipers.formats import has_mx_scales
 from calipers.ranges.casting import cast_range
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.histogram import NUM_PATTERNS, Histogram
-from calipers.ranges.qparams import qparams_of_range
+from calipers.ranges.qparams import fake_quantized, qparams_of_range
 from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE
 
 __all__ = ["search_histogram_range"]
@@ -92,7 +92,7 @@ def search_histogram_range(
 
 def _factor(low: Tensor, high: Tensor, args: QuantizationArgs) -> float:
     """A power of two to divide by, so that codes times their scale do not overflow in float32."""
-    if args.scale_dtype is not None and not should_generate_mx_scales(args):
+    if args.scale_dtype is not None and not has_mx_scales(args):
         return 1.0  # such scales are absolute
     ends = torch.stack([low, high]).float()
     largest = torch.where(ends.isfinite(), ends, 0).abs().amax()
@@ -182,14 +182,8 @@ class _Objective:
         return cast_range(scale, torch.float32), zero_point
 
     def _fake_quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        rounded: Tensor = fake_quantize(
-            values,
-            scale.unsqueeze(-1),
-            zero_point.unsqueeze(-1),
-            self.args.model_copy(update={"strategy": QuantizationStrategy.TOKEN}),
-            self.global_scale,
-        )
-        return rounded
+        each = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        return fake_quantized(values, *each, self.args, self.global_scale)
 
     def _ranges(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum for exponents (qparams, candidates, 2)."""

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.formats import Format, has_mx_scales
 from calipers.ranges.global_scale import checked_global_scale
-from calipers.ranges.qparams import code_range
 
 __all__ = ["range_of_qparams"]
-
-#: MX: the scale is the power of two of the largest value, divided by that of the format's largest.
-_POWER_OF_LARGEST = {4: 4.0, 8: 256.0}
 
 
 def range_of_qparams(
@@ -29,10 +25,10 @@ def range_of_qparams(
 
     | format | minimum | maximum |
     |---|---|---|
-    | symmetric (int, fp8, fp4) | -maximum | scale * (hi - lo) / 2 |
+    | symmetric (int, fp8, fp6, fp4) | -maximum | scale * (hi - lo) / 2 |
     | asymmetric | (lo - zero_point) * scale | (hi - zero_point) * scale |
     | NVFP4 | -maximum | 6 * scale / global_scale |
-    | MXFP4, MXFP8 | -maximum | 4 * scale, 256 * scale |
+    | MXFP4, MXFP6, MXFP8 | -maximum | 4, 4, 256 times scale |
 
     A float32 number has no room for every such product: `m / 7.5` skips some float32 scales for
     every float32 `m`. The range is therefore float64, and so is the scale that
@@ -61,11 +57,11 @@ def range_of_qparams(
     step = scale.double()
     if global_scale is not None:
         step = step / checked_global_scale(global_scale, step.device).double()
-    low, high = code_range(args)
+    codes = Format.of(args)
     if args.symmetric:
-        half = (high - low) / 2
-        if should_generate_mx_scales(args):
-            half = _POWER_OF_LARGEST[args.num_bits]
+        half = codes.width / 2
+        if has_mx_scales(args):
+            half = 2.0**codes.mx_offset
         return -half * step, half * step
     zero = torch.zeros_like(step) if zero_point is None else zero_point.double()
-    return (low - zero) * step, (high - zero) * step
+    return (codes.low - zero) * step, (codes.high - zero) * step

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import CANDIDATE_SUMS, CandidateSums, Problem
+from calipers.formats import has_mx_scales, has_scale_codes
 from calipers.ranges.casting import cast_range
-from calipers.ranges.codes import has_scale_codes, search_codes
+from calipers.ranges.codes import search_codes
 from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.group_sums import batches_of
 from calipers.ranges.projection import Scheme, project_batch
@@ -84,7 +84,7 @@ def search_optimal_scales(
     # Scales that are rounded are absolute, unless they are powers of two or have a global scale
     # beside them.
     relative = args.scale_dtype is None or (
-        dtype == torch.float64 and (global_scale is not None or should_generate_mx_scales(args))
+        dtype == torch.float64 and (global_scale is not None or has_mx_scales(args))
     )
 
     def search_whole(code: CandidateSums) -> list[Pair]:

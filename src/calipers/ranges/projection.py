@@ -18,9 +18,9 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
 from torch import Tensor
 
+from calipers.formats import Format
 from calipers.ranges.group_sums import Batch, Candidates, Sums
 from calipers.ranges.qparams import qparams_of_range
-from calipers.ranges.rounding import Rounding
 
 __all__ = [
     "CANCELS",
@@ -67,9 +67,9 @@ class Scheme:
     unit: float = 1.0
 
     @functools.cached_property
-    def rounding(self) -> Rounding:
+    def format(self) -> Format:
         """The number format."""
-        return Rounding.of(self.args)
+        return Format.of(self.args)
 
     def store(self, scale: Tensor) -> Tensor:
         """Scales as they come back from where they are stored, float32, the global scale aside."""
@@ -160,17 +160,17 @@ def project_batch(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Sc
     plain = min_max_scales(low, high, scheme)
     if batch.whole is not None:
         base, zero, ratios, offsets = whole_range(low.float(), high.float(), scheme)
-        factors, rounds = fine_factors(scheme.rounding), fine_rounds(scheme)
+        factors, rounds = fine_factors(scheme.format), fine_rounds(scheme)
         found = batch.whole.project(
-            1 / base, zero, ratios, offsets, factors, rounds, _cancels(scheme.rounding)
+            1 / base, zero, ratios, offsets, factors, rounds, _cancels(scheme.format)
         )
         return choose_stored(batch, base, Scales(*found), plain, scheme)
     base, candidates = candidate_scales(low.float(), high.float(), scheme)
     inverse = 1 / base
-    scored = _score(batch, inverse, candidates, scheme.rounding)
+    scored = _score(batch, inverse, candidates, scheme.format)
     for _ in range(fine_rounds(scheme)):
-        fine = scored.about_the_best(fine_factors(scheme.rounding), scheme.rounding)
-        scored = scored.best_and(_score(batch, inverse, fine, scheme.rounding))
+        fine = scored.about_the_best(fine_factors(scheme.format), scheme.format)
+        scored = scored.best_and(_score(batch, inverse, fine, scheme.format))
     return choose_stored(batch, base, scored.best(), plain, scheme)
 
 
@@ -184,7 +184,7 @@ def choose_stored(
     """
     inverse = 1 / base
     both = winner.stacked_on(Scales(plain.scale * inverse, plain.zero_point))
-    sums = batch.sum(Sums(scheme.rounding, "polish", 2), Candidates(inverse, *both.tensors))
+    sums = batch.sum(Sums(scheme.format, "polish", 2), Candidates(inverse, *both.tensors))
     (a, _), (b, _), (error, plain_error) = sums.double().chunk(3)
     best = torch.where(b > 0, a / b, winner.scale.double())
     stored = scheme.store((best * base).float())
@@ -195,13 +195,13 @@ def choose_stored(
     return Scales(stored, winner.zero_point).where(good, plain)
 
 
-def _bases(low: Tensor, high: Tensor, rounding: Rounding, symmetric: bool) -> Tensor:
+def _bases(low: Tensor, high: Tensor, number_format: Format, symmetric: bool) -> Tensor:
     """The unit in which a group's scales are searched: that of its range, and never zero."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        base = torch.maximum(-low, high) / ((rounding.high - rounding.low) / 2)
+        base = torch.maximum(-low, high) / (number_format.width / 2)
     else:
-        base = high / (rounding.high - rounding.low) - low / (rounding.high - rounding.low)
+        base = high / number_format.width - low / number_format.width
     return base.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -214,10 +214,10 @@ def whole_range(
         The unit of scale of each group; its zero point (None where there is none); the candidates
         in that unit; and for each what it adds to the zero point.
     """
-    rounding, symmetric = scheme.rounding, bool(scheme.args.symmetric)
-    base = _bases(low, high, rounding, symmetric)
-    ratio, offset = _candidates(rounding, symmetric, scheme.signed)
-    zero = None if symmetric else (rounding.low - low.clamp(max=0) / base).round()
+    number_format, symmetric = scheme.format, bool(scheme.args.symmetric)
+    base = _bases(low, high, number_format, symmetric)
+    ratio, offset = _candidates(number_format, symmetric, scheme.signed)
+    zero = None if symmetric else (number_format.low - low.clamp(max=0) / base).round()
     return base, zero, ratio.to(base.device), offset.to(base.device)
 
 
@@ -228,23 +228,23 @@ def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor,
     if zero is None:
         return base, Scales(scales)
     zeros = zero + offset.unsqueeze(1)
-    return base, Scales(scales, zeros.clamp(scheme.rounding.low, scheme.rounding.high))
+    return base, Scales(scales, zeros.clamp(scheme.format.low, scheme.format.high))
 
 
 @functools.lru_cache(maxsize=64)
-def _candidates(rounding: Rounding, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
     """Candidate scales, and the offsets of their zero points, a multiple of TILE of them.
 
     Asymmetric formats: each scale with the zero point of the range and some to each side, as far
     as keeping one end of the range where the scale leaves out much of it.
     """
-    ratios = candidate_ratios(rounding, signed)
+    ratios = candidate_ratios(number_format, signed)
     if symmetric:
         return ratios, torch.zeros_like(ratios)
-    most = SIDES if rounding.num_bits <= 4 else SIDES_OF_MANY_BITS
+    most = SIDES if number_format.num_bits <= 4 else SIDES_OF_MANY_BITS
     pairs = []
     for ratio in ratios.tolist():
-        left_out = max(0.0, (1 / ratio - 1) * (rounding.high - rounding.low) / 2)
+        left_out = max(0.0, (1 / ratio - 1) * number_format.width / 2)
         step = max(1, round(left_out / max(2, most)))
         sides = min(most, math.ceil((left_out + 1) / step))
         pairs += [(ratio, float(side * step)) for side in range(-sides, sides + 1)]
@@ -254,49 +254,28 @@ def _candidates(rounding: Rounding, symmetric: bool, signed: bool) -> tuple[Tens
 
 
 @functools.lru_cache(maxsize=64)
-def candidate_ratios(rounding: Rounding, signed: bool = False) -> Tensor:
+def candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
     """Candidate scales in units of the scale of the range, a multiple of TILE of them.
 
-    Integers: from where a few values of great importance pull the optimum (the fewer bits, the
-    lower) to 1.5, where the largest value takes a code below the largest. Floats: an octave up,
-    since doubling a scale that covers the range never pays, and some way down. Signed: those and
-    their negatives.
+    Signed: those and their negatives.
     """
-    start, end, count = _window(rounding)
+    start, end, count = number_format.window
     ratios = torch.logspace(
         math.log10(start), math.log10(end), count, dtype=torch.float32, device="cpu"
     )
     return torch.cat([ratios, -ratios]) if signed else ratios
 
 
-def _window(rounding: Rounding) -> tuple[float, float, int]:
-    """The smallest and the largest candidate, and how many there are, in logarithmic steps."""
-    if rounding.integer:
-        return _INTEGER_WINDOWS[min(max(rounding.num_bits, 2), 8)]
-    return (0.6, 1.96, 84) if rounding.num_bits == 8 else (0.3, 1.96, 28)
-
-
-_INTEGER_WINDOWS = {
-    2: (0.05, 1.52, 28),
-    3: (0.08, 1.52, 28),
-    4: (0.13, 1.50, 28),
-    5: (0.20, 1.52, 42),
-    6: (0.30, 1.52, 56),
-    7: (0.50, 1.50, 112),
-    8: (0.70, 1.45, 168),
-}
-
-
-def candidate_spread(rounding: Rounding) -> float:
+def candidate_spread(number_format: Format) -> float:
     """The relative distance of candidates."""
-    start, end, count = _window(rounding)
+    start, end, count = number_format.window
     return math.pow(end / start, 1 / (count - 1)) - 1
 
 
-def fine_factors(rounding: Rounding) -> Tensor:
+def fine_factors(number_format: Format) -> Tensor:
     """A tile of factors on the best candidate, as far as its neighbours to both sides."""
     steps = torch.linspace(-1, 1, TILE, dtype=torch.float32, device="cpu")
-    return 1 + candidate_spread(rounding) * steps
+    return 1 + candidate_spread(number_format) * steps
 
 
 def fine_rounds(scheme: Scheme) -> int:
@@ -325,7 +304,7 @@ class _Scored:
         scale = torch.cat([self.scales.scale.gather(0, row), theirs.scale])
         return _Scored(Scales(scale, zero), torch.cat([self.gain.gather(0, row), others.gain]))
 
-    def about_the_best(self, factors: Tensor, rounding: Rounding) -> Scales:
+    def about_the_best(self, factors: Tensor, number_format: Format) -> Scales:
         """A tile of scales about the best candidate, by factors on it.
 
         Where there are zero points, one tile for the best one and each of its neighbours.
@@ -335,7 +314,7 @@ class _Scored:
         if best.zero_point is None:
             return Scales(scales)
         zeros = torch.stack([best.zero_point - 1, best.zero_point, best.zero_point + 1])
-        zeros = zeros.clamp(rounding.low, rounding.high).repeat_interleave(TILE, dim=0)
+        zeros = zeros.clamp(number_format.low, number_format.high).repeat_interleave(TILE, dim=0)
         return Scales(scales.repeat(3, 1), zeros)
 
 
@@ -346,15 +325,15 @@ def _first_largest(gain: Tensor) -> Tensor:
     return found.clamp(max=gain.shape[0] - 1).long()
 
 
-def _cancels(rounding: Rounding) -> bool:
+def _cancels(number_format: Format) -> bool:
     """Whether A^2 / B cancels in float32."""
-    return not rounding.integer or rounding.num_bits >= CANCELS
+    return not number_format.integer or number_format.num_bits >= CANCELS
 
 
-def _score(batch: Batch, inverse: Tensor, candidates: Scales, rounding: Rounding) -> _Scored:
+def _score(batch: Batch, inverse: Tensor, candidates: Scales, number_format: Format) -> _Scored:
     """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
-    cancels = _cancels(rounding)
-    sums = Sums(rounding, "all" if cancels else "projection", TILE)
+    cancels = _cancels(number_format)
+    sums = Sums(number_format, "all" if cancels else "projection", TILE)
     gains, ratios = [], []
     for first in range(0, candidates.scale.shape[0], TILE):
         part = slice(first, first + TILE)

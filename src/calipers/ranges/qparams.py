@@ -10,7 +10,12 @@ from __future__ import annotations
 import threading
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationStrategy,
+    QuantizationType,
+    fake_quantize,
+)
 from compressed_tensors.quantization.quant_args import round_to_quantized_type_dtype
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
@@ -18,11 +23,12 @@ from compressed_tensors.quantization.utils import (
     generate_gparam,
     helpers,
 )
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
 from torch import Tensor
 
+from calipers.formats import FLOAT_FORMATS, Format, has_mx_scales, is_known_to_library
+
 __all__ = [
-    "code_range",
+    "fake_quantized",
     "global_scale_of_range",
     "judged_range_dtype",
     "qparams_of_range",
@@ -35,18 +41,6 @@ LARGEST_MX_SCALE = 2.0**127
 EXACT_BITS = 8
 
 _table_lock = threading.Lock()
-
-
-def code_range(args: QuantizationArgs) -> tuple[float, float]:
-    """Smallest and largest code of a number format, whatever the default dtype is or was.
-
-    >>> code_range(QuantizationArgs(num_bits=4))
-    (-8.0, 7.0)
-    """
-    if args.type == QuantizationType.INT:
-        return -(2.0 ** (args.num_bits - 1)), 2.0 ** (args.num_bits - 1) - 1
-    low, high = calculate_range(args, torch.device("cpu"))
-    return float(low), float(high)
 
 
 def qparams_of_range(
@@ -65,7 +59,7 @@ def qparams_of_range(
         float16, say). There it is what float64 gives, or the largest scale that the dtype holds.
     """
     _mend_table(args, low.device)
-    scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+    scale, zero_point = _calculated(low, high, args, global_scale)
     lost = _overflowed(low, high, scale, args)
     if lost is None or not bool(lost.any()):
         return scale, zero_point
@@ -73,6 +67,32 @@ def qparams_of_range(
     wide_scale = wide_scale.clamp(max=torch.finfo(scale.dtype).max).to(scale.dtype)
     lost = lost.reshape(scale.shape)
     return torch.where(lost, wide_scale, scale), torch.where(lost, wide_zero_point, zero_point)
+
+
+def fake_quantized(
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    args: QuantizationArgs,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """Values quantized and dequantized by scales that are broadcast to them.
+
+    Args:
+        values: Float32.
+        scale: Float32, as stored.
+        zero_point: Of the shape of `scale`.
+        args: Quantization arguments; the strategy does not count.
+        global_scale: TENSOR_GROUP only, shape (1,).
+    """
+    if is_known_to_library(args):
+        # The strategy under which a scale of any shape is taken as it is.
+        args = args.model_copy(update={"strategy": QuantizationStrategy.TOKEN})
+        found: Tensor = fake_quantize(values, scale, zero_point, args, global_scale)
+        return found
+    if global_scale is not None:
+        scale = scale / global_scale
+    return Format.of(args).round(values / scale).mul_(scale)
 
 
 def global_scale_of_range(low: Tensor, high: Tensor) -> Tensor:
@@ -134,23 +154,46 @@ def _overflowed(low: Tensor, high: Tensor, scale: Tensor, args: QuantizationArgs
     if not args.symmetric:
         return (high.clamp(min=0) - low.clamp(max=0)).isinf() & (low <= high)
     # Rounding up to a power of two may pass the largest number.
-    return scale.isinf() if should_generate_mx_scales(args) else None
+    return scale.isinf() if has_mx_scales(args) else None
 
 
 def _in_float64(
     low: Tensor, high: Tensor, args: QuantizationArgs, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     low, high = low.double(), high.double()
-    if should_generate_mx_scales(args):
-        scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+    if has_mx_scales(args):
+        scale, zero_point = _calculated(low, high, args, global_scale)
         return scale.clamp(max=LARGEST_MX_SCALE), zero_point
     # A quarter of the range, whose width is a number in float64 too; powers of two are exact.
     plain = args.model_copy(update={"scale_dtype": None})
-    scale, zero_point = calculate_qparams(low / 4, high / 4, plain)
+    scale, zero_point = _calculated(low / 4, high / 4, plain, None)
     scale = scale * 4
     if args.scale_dtype is not None:
         scale = round_to_quantized_type_dtype(scale, args.scale_dtype)
     return scale, zero_point
+
+
+def _calculated(
+    low: Tensor, high: Tensor, args: QuantizationArgs, global_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `calculate_qparams`, also of formats that the installed version does not know."""
+    if is_known_to_library(args):
+        scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
+        return scale, zero_point
+    if not args.symmetric:
+        raise NotImplementedError(f"float formats of {args.num_bits} bits are always symmetric")
+    size = torch.maximum(low.clamp(max=0).abs(), high.clamp(min=0))
+    if has_mx_scales(args):
+        scale = FLOAT_FORMATS[args.num_bits].mx_scale(size)
+    else:
+        scale = size / Format.of(args).high
+    if global_scale is not None:
+        scale = global_scale * scale
+    if args.scale_dtype is not None and not has_mx_scales(args):
+        scale = round_to_quantized_type_dtype(scale, args.scale_dtype)
+    eps = 1.0 if has_mx_scales(args) else torch.finfo(args.scale_dtype or scale.dtype).eps
+    scale = torch.where(scale == 0, eps, scale)
+    return scale, torch.zeros_like(scale, dtype=args.zp_dtype)
 
 
 def _mend_table(args: QuantizationArgs, device: torch.device) -> None:

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.formats import Format
 from calipers.ranges.views import GroupedView
 
 __all__ = ["error_units", "search_in_float32", "times"]
 
-#: The largest rounding error of a float format of 4 and of 8 bits, as a part of its largest code.
-_LARGEST_ERROR = {4: 1 / 6, 8: 16 / 448}
 #: Exponents of units, so that neither a unit nor a value in it overflows.
 _MOST_EXPONENT = 120
 #: Values of a larger exponent are searched as if they were smaller by a power of two.
@@ -47,9 +46,7 @@ def error_units(low: Tensor, high: Tensor, args: QuantizationArgs, expand: float
     """
     low, high = low.clamp(max=0), high.clamp(min=0)
     half = torch.maximum(-low, high) if args.symmetric else high / 2 - low / 2
-    integer = args.type == QuantizationType.INT
-    part = 1 / (2.0**args.num_bits - 1) if integer else _LARGEST_ERROR.get(args.num_bits, 1 / 28)
-    exponent = torch.frexp(half * (part / expand)).exponent.to(torch.int32)
+    exponent = torch.frexp(half * (Format.of(args).largest_error / expand)).exponent.to(torch.int32)
     exponent = torch.where(half.isfinite(), exponent, 0).clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
     return ((127 - exponent) << 23).view(torch.float32)
 

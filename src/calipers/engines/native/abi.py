@@ -8,14 +8,14 @@ from collections.abc import Container
 from math import prod
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.engines.native import build
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
+from calipers.formats import E4M3, Format, has_mx_scales
 from calipers.ranges.memory import UnreadableError, is_readable
-from calipers.ranges.qparams import code_range, judged_range_dtype
+from calipers.ranges.qparams import judged_range_dtype
 from calipers.ranges.views import GroupedView
 
 __all__ = [
@@ -61,11 +61,11 @@ def supports(args: QuantizationArgs, *dtypes: torch.dtype) -> bool:
     """Whether the kernels know a number format, the way it makes scales, and values' dtypes."""
     if not knows(*dtypes):
         return False
-    if args.type == QuantizationType.INT:
+    if Format.of(args).integer:
         whole = args.zp_dtype is not None and not args.zp_dtype.is_floating_point
         return args.scale_dtype is None and (bool(args.symmetric) or whole)
-    known = args.scale_dtype in (None, torch.float8_e4m3fn) or should_generate_mx_scales(args)
-    return args.num_bits in (4, 8) and bool(args.symmetric) and known
+    known = args.scale_dtype in (None, torch.float8_e4m3fn) or has_mx_scales(args)
+    return bool(args.symmetric) and known
 
 
 class _Dims(ctypes.Structure):
@@ -170,29 +170,27 @@ class NativeFormat(ctypes.Structure):
         dtype: torch.dtype = torch.float32,
     ) -> NativeFormat:
         """The format of arguments that the kernels support, for values of a dtype."""
-        lowest, highest = code_range(args)
+        codes = Format.of(args)
         scale_type, limit = _ANY_SCALE, 0.0
-        eps = torch.finfo(args.scale_dtype or torch.float32).eps if not _is_mx(args) else 0.0
+        eps = torch.finfo(args.scale_dtype or torch.float32).eps if not has_mx_scales(args) else 0.0
         if args.scale_dtype == torch.float8_e4m3fn:
-            scale_type, limit = _FLOAT8_SCALE, torch.finfo(args.scale_dtype).max
-        elif _is_mx(args):
+            scale_type, limit = _FLOAT8_SCALE, E4M3.high
+        elif has_mx_scales(args):
             scale_type = _POWER_OF_TWO_SCALE
-        # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
-        mantissa, smallest = (1, 127 << 23) if args.num_bits == 4 else (3, 121 << 23)
         return cls(
-            args.type == QuantizationType.INT,
+            codes.integer,
             bool(args.symmetric),
             scale_type,
             global_scale is not None,
-            2 if args.num_bits == 4 else 8,
-            lowest,
-            highest,
-            (highest - lowest) / 2,
+            codes.mx_offset,
+            codes.low,
+            codes.high,
+            codes.width / 2,
             1.0 if global_scale is None else float(global_scale),
             limit,
             eps,
-            1.5 * 2**23 / 2**mantissa,
-            smallest,
+            codes.shift,
+            codes.smallest_bits,
             _TYPES[judged_range_dtype(args, dtype)],
         )
 
@@ -304,10 +302,6 @@ class CoupledTask(ctypes.Structure):
         ("shares", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
     )
-
-
-def _is_mx(args: QuantizationArgs) -> bool:
-    return bool(should_generate_mx_scales(args))
 
 
 def address(

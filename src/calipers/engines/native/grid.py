@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
-from compressed_tensors.quantization.utils.mxfp_utils import should_generate_mx_scales
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.engines.kernels import GridReference, Problem
@@ -27,6 +26,7 @@ from calipers.engines.native.abi import (
     library,
     number_of_parts,
 )
+from calipers.formats import Format, has_mx_scales, has_plain_mx_scales
 from calipers.ranges.memory import UnreadableError
 from calipers.ranges.shrink import ShrinkGrid, last_step
 from calipers.ranges.views import GroupedView
@@ -44,12 +44,15 @@ Range = tuple[Tensor, Tensor]
 
 
 def supports(problem: Problem) -> bool:
-    """Whether the kernels can do a search; float16 rounds powers of two in ways of its own."""
+    """Whether the kernels can do a search.
+
+    Float16 rounds powers of two in ways of its own, and so does MXFP6.
+    """
     args, norm, dtypes = problem.args, problem.norm, problem.dtypes
     assert args is not None
-    if not 1 <= norm <= HIGHEST_NORM or (
-        torch.float16 in dtypes and should_generate_mx_scales(args)
-    ):
+    if not 1 <= norm <= HIGHEST_NORM:
+        return False
+    if has_mx_scales(args) and (not has_plain_mx_scales(args) or torch.float16 in dtypes):
         return False
     return abi.supports(args, *dtypes)
 
@@ -212,10 +215,7 @@ def _clip_steps(args: QuantizationArgs) -> int:
     """Scales that a range spans; 0 where scales are rounded up to a range far larger."""
     if args.scale_dtype is not None or args.num_bits < 4:
         return 0
-    levels = 2**args.num_bits - 1
-    if args.type == QuantizationType.INT:
-        return int(levels)
-    return 2 * 448 if levels > 15 else 12
+    return int(Format.of(args).width)
 
 
 def _squares_first(args: QuantizationArgs, grid: ShrinkGrid) -> bool:
@@ -223,4 +223,4 @@ def _squares_first(args: QuantizationArgs, grid: ShrinkGrid) -> bool:
 
     Of int8 a fifteenth is left over, of int4 two thirds.
     """
-    return grid.norm > 2 and args.type == QuantizationType.INT and args.num_bits >= 6
+    return grid.norm > 2 and Format.of(args).integer and args.num_bits >= 6

@@ -14,14 +14,15 @@ from math import prod
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationType
+from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.engines.kernels import GridReference, Problem
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.engines.triton import grid_kernels as kernels
 from calipers.engines.triton import launch
-from calipers.ranges.qparams import code_range, judged_range_dtype
+from calipers.formats import Format, has_plain_mx_scales
+from calipers.ranges.qparams import judged_range_dtype
 from calipers.ranges.shrink import ShrinkGrid
 from calipers.ranges.views import GroupedView
 
@@ -68,11 +69,10 @@ def supports(problem: Problem) -> bool:
         return False
     if args.scale_dtype not in _SCALE_TYPES:
         return False
-    if args.type == QuantizationType.INT:
+    if Format.of(args).integer:
         whole = args.zp_dtype is not None and not args.zp_dtype.is_floating_point
         return args.num_bits <= 16 and args.scale_dtype != torch.uint8 and (args.symmetric or whole)
-    is_mx = args.scale_dtype == torch.uint8
-    return args.num_bits in (4, 8) and args.symmetric and (not is_mx or args.group_size == 32)
+    return bool(args.symmetric) and (args.scale_dtype != torch.uint8 or has_plain_mx_scales(args))
 
 
 def search(
@@ -244,20 +244,18 @@ def _runs(length: int) -> tuple[int, int]:
 
 def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None) -> dict[str, Any]:
     """The format, as the constants that the kernel is compiled for."""
-    lowest, highest = code_range(args)
+    codes = Format.of(args)
     name, limit, eps = _SCALE_TYPES[args.scale_dtype]
-    # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
-    mantissa, smallest = (1, 127 << 23) if args.num_bits == 4 else (3, 121 << 23)
     return {
         "NORM": float(norm),
-        "INTEGER": args.type == QuantizationType.INT,
+        "INTEGER": codes.integer,
         "SYMMETRIC": bool(args.symmetric),
-        "LOWEST": lowest,
-        "HIGHEST": highest,
-        "HALF_RANGE": (highest - lowest) / 2,
-        "SHIFT": 1.5 * 2**23 / 2**mantissa,
-        "SMALLEST": smallest,
-        "MX_OFFSET": 2 if args.num_bits == 4 else 8,
+        "LOWEST": codes.low,
+        "HIGHEST": codes.high,
+        "HALF_RANGE": codes.width / 2,
+        "SHIFT": codes.shift,
+        "SMALLEST": codes.smallest_bits,
+        "MX_OFFSET": codes.mx_offset,
         "SCALED_GLOBALLY": global_scale is not None,
         "SCALE_TYPE": name,
         "SCALE_LIMIT": limit,

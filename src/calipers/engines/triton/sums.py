@@ -8,7 +8,7 @@ from torch import Tensor
 from calipers.engines.kernels import CandidateSums, Problem
 from calipers.engines.triton import launch
 from calipers.engines.triton import sums_kernels as kernels
-from calipers.ranges.rounding import Rounding
+from calipers.formats import Format
 
 __all__ = ["candidate_sums", "sum_rows", "supports"]
 
@@ -22,7 +22,7 @@ def supports(problem: Problem) -> bool:
 
 
 def sum_rows(
-    rounding: Rounding,
+    number_format: Format,
     values: Tensor,
     weight: Tensor | None,
     inverse_base: Tensor,
@@ -32,7 +32,7 @@ def sum_rows(
     """For each row and candidate the sums of `calipers.ranges.group_sums.Sums`, all of them.
 
     Args:
-        rounding: The number format.
+        number_format: The number format.
         values: Shape (rows, n), float32.
         weight: Of the same shape, >= 0; None weighs all alike.
         inverse_base: Shape (rows,): x = value * inverse_base.
@@ -49,8 +49,6 @@ def sum_rows(
     found = torch.empty(3 * count + 1, rows, dtype=torch.float32, device=values.device)
     block = min(TILE, launch.power_of_two(length))
     per_program = min(TILE // block, launch.power_of_two(rows))
-    # E2M1 has normal numbers from 1 on, E4M3 from 2**-6.
-    mantissa, smallest = (1, 127 << 23) if rounding.num_bits == 4 else (3, 121 << 23)
     arguments = {
         "values": values,
         "weights": values if weight is None else weight.contiguous(),
@@ -63,11 +61,11 @@ def sum_rows(
         "count": count,
         "WEIGHTED": weight is not None,
         "SHIFTED": zero_point is not None,
-        "INTEGER": rounding.integer,
-        "LOWEST": rounding.low,
-        "HIGHEST": rounding.high,
-        "SHIFT": 1.5 * 2**23 / 2**mantissa,
-        "SMALLEST": smallest,
+        "INTEGER": number_format.integer,
+        "LOWEST": number_format.low,
+        "HIGHEST": number_format.high,
+        "SHIFT": number_format.shift,
+        "SMALLEST": number_format.smallest_bits,
         "SHORT": length <= block,
         "BLOCK_G": per_program,
         "BLOCK_N": block,

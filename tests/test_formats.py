@@ -10,9 +10,26 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers import formats
-from calipers.formats import E2M1, E2M3, E3M2, E4M3, FloatFormat, Format, is_known_to_library
+from calipers.formats import (
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    FloatFormat,
+    Format,
+    has_plain_mx_scales,
+    is_known_to_library,
+)
 from calipers.observers import Observer
-from calipers.ranges import arrange, min_max, qparams, range_of_qparams, search_optimal_scales
+from calipers.ranges import (
+    ShrinkGrid,
+    arrange,
+    min_max,
+    qparams,
+    range_of_qparams,
+    search_grid_ranges,
+    search_optimal_scales,
+)
 from calipers.ranges.qparams import fake_quantized, qparams_of_range
 
 MXFP6 = QuantizationArgs(
@@ -136,6 +153,18 @@ class TestSixBits:
         errors = torch.stack([group_errors(weight, scale) for scale in powers])
         assert bool((found.log2() % 1 == 0).all())
         assert bool((group_errors(weight, found) <= errors.amin(0) * (1 + 1e-5)).all())
+
+    def test_what_a_kernel_does_not_know_goes_to_the_reference(self, six_bits: FloatFormat) -> None:
+        view = arrange(torch.randn(64, 256), "weight", MXFP6).views[0]
+        grid = ShrinkGrid(0.8, 40, 0, 2.4)
+        found = [
+            search_grid_ranges([view], [min_max(view)], MXFP6, grid, engine=engine)[0]
+            for engine in ("eager", "native")
+        ]
+        if not has_plain_mx_scales(MXFP6):
+            assert torch.equal(found[0][0], found[1][0])
+        scales = [qparams_of_range(*each, MXFP6)[0] for each in found]
+        assert torch.equal(*scales)
 
     @pytest.mark.parametrize("strategy", ["channel", "tensor"])
     @pytest.mark.parametrize("name", ["memoryless_mse", "optimal"])

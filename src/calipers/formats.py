@@ -30,6 +30,7 @@ __all__ = [
     "has_plain_mx_scales",
     "has_scale_codes",
     "is_known_to_library",
+    "range_dtype",
 ]
 
 #: Values that share a scale in the MX formats.
@@ -249,6 +250,20 @@ def has_plain_mx_scales(args: QuantizationArgs) -> bool:
 def has_scale_codes(args: QuantizationArgs) -> bool:
     """Whether scales are stored in a format of few codes (float8, or a power of two)."""
     return bool(args.symmetric) and (has_mx_scales(args) or args.scale_dtype == torch.float8_e4m3fn)
+
+
+def range_dtype(args: QuantizationArgs, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a search computes the scales of its candidates.
+
+    A scale that is rounded to few codes (MX, NVFP4, `scale_dtype`) may fall on another code once
+    its range is cast, so candidates are cast as the range found will be. Other scales are judged in
+    float32, as a plain evaluation of the grid does it.
+
+    Args:
+        args: Quantization arguments.
+        dtype: Dtype of the values, to which the range found is cast.
+    """
+    return torch.float32 if args.scale_dtype is None else dtype
 
 
 def is_known_to_library(args: QuantizationArgs) -> bool:

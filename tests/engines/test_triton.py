@@ -356,7 +356,7 @@ class TestOptimal:
     def test_every_sum(self, device):
         """The kernel itself, rows that fit a block and rows that do not."""
         from calipers.engines.triton import sums as sums_triton
-        from calipers.ranges.group_sums import Sums
+        from calipers.ranges.candidate_sums import Sums
 
         for args in (group(4, 32), group(4, 32, symmetric=False), group(4, 32, type="float")):
             rounding = Format.of(args)

@@ -56,7 +56,7 @@ def qparams(
 @pytest.fixture(autouse=True)
 def forgotten_tables() -> None:
     """What is memoised is computed anew, so that odd surroundings may leave their traces in it."""
-    for module in (calipers.ranges.projection, calipers.ranges.codes):
+    for module in (calipers.ranges.least_squares, calipers.ranges.scale_codes):
         for each in vars(module).values():
             if hasattr(each, "cache_clear"):
                 each.cache_clear()

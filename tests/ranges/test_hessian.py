@@ -11,11 +11,10 @@ from torch import Tensor
 from calipers.engines import dispatch
 from calipers.engines.native import hessian as hessian_native
 from calipers.ranges import arrange, hessian, min_max
-from calipers.ranges.column_groups import column_groups
 from calipers.ranges.hessian import refine_by_hessian, sum_coupled
+from calipers.ranges.input_gram import column_groups, factor_of_sketch, rank_for, sketch
+from calipers.ranges.least_squares import ScaleSpec, min_max_scales
 from calipers.ranges.optimal import search_optimal_scales
-from calipers.ranges.projection import Scheme, min_max_scales
-from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
 
 
 def integers(bits: int, **fields) -> QuantizationArgs:
@@ -47,7 +46,7 @@ def correlated(tokens: int, cols: int) -> Tensor:
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_engines_sum_the_same(name: str, shape: tuple[int, int, int]) -> None:
     args = FORMATS[name]
-    scheme = Scheme(args, torch.float32)
+    scheme = ScaleSpec(args, torch.float32)
     blocks, rows, size = shape
     x, slopes = random(*shape), random(*shape, seed=1)
     factors = random(blocks, size, 5, seed=2)
@@ -74,7 +73,7 @@ def test_both_engines_sum_the_same(name: str, shape: tuple[int, int, int]) -> No
 def test_the_reference_is_the_formula() -> None:
     """M written out, with the factors' products outside of the blocks on its diagonal."""
     blocks, rows, size = 2, 3, 4
-    scheme = Scheme(integers(4), torch.float32)
+    scheme = ScaleSpec(integers(4), torch.float32)
     x, slopes, factors = (
         random(blocks, rows, size, seed=i) if i < 2 else random(blocks, size, 3, seed=i)
         for i in range(3)
@@ -168,7 +167,7 @@ def refined(args: QuantizationArgs, signed: bool, engine: str, coupled: bool = T
     arrangement = arrange(value, "weight", args)
     (view,) = arrangement.views
     extremes = min_max(view)
-    scheme = Scheme(args, torch.float32, signed)
+    scheme = ScaleSpec(args, torch.float32, signed)
     (start,) = search_optimal_scales([view], [extremes], args, signed=signed)
     products = columns.products(columns.triangles(x))
     factor = factor_of_sketch(sketch(x, 12).double(), 400, x.double().square().sum(0))
@@ -187,7 +186,7 @@ def output_error(value: Tensor, x: Tensor, arrangement, pair, args: Quantization
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_both_engines_find_scales_as_good(name: str, layout: str, monkeypatch) -> None:
-    monkeypatch.setattr("calipers.ranges.column_groups.ROW_BLOCK", 32)
+    monkeypatch.setattr("calipers.ranges.input_gram.ROW_BLOCK", 32)
     args = QuantizationArgs(**SCHEMES[name], **LAYOUTS[layout])
     results = {}
     for engine in ("eager", "native"):
@@ -204,7 +203,7 @@ def test_both_engines_find_scales_as_good(name: str, layout: str, monkeypatch) -
 
 @pytest.mark.parametrize("layout", ["group", "channel"])
 def test_groups_and_blocks_make_up_for_each_other(layout: str, monkeypatch) -> None:
-    monkeypatch.setattr("calipers.ranges.column_groups.ROW_BLOCK", 32)
+    monkeypatch.setattr("calipers.ranges.input_gram.ROW_BLOCK", 32)
     args = QuantizationArgs(num_bits=4, **LAYOUTS[layout])
     errors = []
     for coupled in (True, False):
@@ -224,7 +223,7 @@ def test_no_group_is_worse_than_with_minimum_and_maximum(name: str, layout: str)
     value, x, arrangement, found = refined(args, name == "int4 signed", "native")
     size = args.group_size or value.shape[1]
     blocks = x.unflatten(1, (-1, size)).transpose(0, 1).double()
-    plain = min_max_scales(*min_max(arrangement.views[0]), Scheme(args, torch.float32))
+    plain = min_max_scales(*min_max(arrangement.views[0]), ScaleSpec(args, torch.float32))
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
     errors = []
     token_args = args.model_copy(update={"strategy": "token"})

@@ -16,7 +16,7 @@ from calipers.engines.kernels import Kernel, Problem
 from calipers.engines.native.abi import library
 from calipers.engines.native.build import compiler, compiler_has_changed, is_built
 from calipers.errors import CalipersError
-from calipers.ranges.memory import UnreadableError
+from calipers.memory import UnreadableError
 
 __all__ = ["Engine", "attempt", "choose_engine", "explain_engines", "give_up_engine", "run"]
 

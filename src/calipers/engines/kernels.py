@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -20,13 +21,18 @@ __all__ = [
     "SHRINK_GRID",
     "CandidateSums",
     "EngineGroups",
+    "GridProblem",
     "GridReference",
     "Kernel",
     "Problem",
+    "ShrinkGrid",
 ]
 
 Code = TypeVar("Code")
 Range = tuple[Tensor, Tensor]
+
+#: Exponents of units of error, so that neither a unit nor a value in it overflows.
+MOST_EXPONENT = 120
 
 
 @dataclass(frozen=True)
@@ -63,18 +69,105 @@ class Kernel(Generic[Code]):
 
 
 @dataclass(frozen=True)
+class ShrinkGrid:
+    """The candidates of a shrink grid: step i is the range times `expand * (1 - i / grid)`.
+
+    Args:
+        maxshrink: Largest part of the range to give up, 0 to 1.
+        grid: Number of steps that the whole range would have.
+        patience: Steps in a row without a better group after which the search ends; 0: never.
+        norm: Exponent of the absolute error.
+        expand: Factor on the range before it shrinks, at least 1.
+        include_end: Whether step `max(1, int(maxshrink * grid))` itself is a candidate.
+    """
+
+    maxshrink: float
+    grid: float
+    patience: int
+    norm: float
+    expand: float = 1.0
+    include_end: bool = False
+
+    @property
+    def num_steps(self) -> int:
+        """Number of candidates, at least one."""
+        steps = int(self.maxshrink * self.grid)
+        return max(1, steps) + 1 if self.include_end else max(1, steps)
+
+    def shrink(self, step: int) -> float:
+        """Factor on the expanded range at `step`."""
+        return 1 - step / self.grid
+
+    def factors(self, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
+        """Factors on the expanded range of the first steps, float32, shape (num_steps,)."""
+        shrinks = [self.shrink(step) for step in range(num_steps)]
+        return torch.tensor(shrinks, dtype=torch.float32, device=device)
+
+    def last_step(self, gains: Iterable[bool]) -> int:
+        """The step at which the patience ends; a search that makes gains lazily ends there too.
+
+        Args:
+            gains: Of each step, whether it made any group better.
+        """
+        without_gain = 0
+        for step, gain in enumerate(gains):
+            without_gain = 0 if gain else without_gain + 1
+            if self.patience and without_gain >= self.patience:
+                return step
+        return self.num_steps - 1
+
+
+@dataclass(frozen=True)
+class GridProblem:
+    """A shrink grid in one view of a value; the problems of its other views differ in the groups.
+
+    Args:
+        view: The values.
+        low: Minimum of each group, float32, expanded, of the view's `qparam_shape`.
+        high: Maximum of each group, likewise.
+        importance: The weights of the values, >= 0, of the same shape; None weighs all alike.
+        args: Quantization arguments, without the scale's dtype where it is not to be rounded. The
+            strategy does not count.
+        grid: The candidates.
+        global_scale: TENSOR_GROUP only, shape (1,).
+    """
+
+    view: GroupedView
+    low: Tensor
+    high: Tensor
+    importance: GroupedView | None
+    args: QuantizationArgs
+    grid: ShrinkGrid
+    global_scale: Tensor | None
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """Factor on values and scales of each group that brings its largest error close to 1.
+
+        In that unit the largest rounding error with the scale of minimum and maximum lies from 0.5
+        to 1, so that no norm makes it vanish, or overflow, in float32. A power of two changes no
+        code and no order of errors. Float32, of the shape of `low`.
+        """
+        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
+        half = torch.maximum(-low, high) if self.args.symmetric else high / 2 - low / 2
+        part = Format.of(self.args).largest_error / self.grid.expand
+        exponent = torch.frexp(half * part).exponent.to(torch.int32)
+        exponent = torch.where(half.isfinite(), exponent, 0).clamp(-MOST_EXPONENT, MOST_EXPONENT)
+        return ((127 - exponent) << 23).view(torch.float32)
+
+
+@dataclass(frozen=True)
 class GridReference:
     """The shrink grid by plain torch operations, for what a kernel leaves open.
 
     Args:
-        search: Finds the ranges; arguments are those of the kernel.
-        ties: Searches the groups of a view that are marked, and corrects what was found for them.
-        units: Makes the unit of error of each group of a view.
+        search: Finds the ranges of all views.
+        ties: Searches the groups of a view that are marked, among the first steps, and corrects
+            the ranges that were found for them.
     """
 
-    search: Callable[..., list[Range]]
-    ties: Callable[..., None]
-    units: Callable[..., Tensor]
+    search: Callable[[Sequence[GridProblem]], list[Range]]
+    ties: Callable[[GridProblem, Range, Tensor, int], None]
 
 
 class EngineGroups(Protocol):
@@ -90,7 +183,7 @@ class EngineGroups(Protocol):
 
     @property
     def in_one_run(self) -> bool:
-        """Whether no group is cut into runs, so that `project` and `search_codes` can be had."""
+        """Whether no group is cut: then there are `project` and `search_scale_codes`."""
 
     def sum(self, inverse_base: Tensor, ratio: Tensor, zero_point: Tensor | None) -> Tensor:
         """All sums for candidates, shape (3 * candidates + 1, groups), float64."""
@@ -107,7 +200,7 @@ class EngineGroups(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """The best scale of each group in units of its base, and its zero point."""
 
-    def search_codes(self, table: Tensor, covering: Tensor, above: int, start: int) -> Tensor:
+    def search_scale_codes(self, table: Tensor, covering: Tensor, above: int, start: int) -> Tensor:
         """Index of the best scale of each group, int64."""
 
 
@@ -137,7 +230,7 @@ MIN_MAX: Kernel[Callable[[GroupedView], Range]] = Kernel(
     "min_max", {"native": f"{_NATIVE}.min_max"}
 )
 #: The best range of a shrink grid for each group of some views.
-SHRINK_GRID: Kernel[Callable[..., list[Range]]] = Kernel(
+SHRINK_GRID: Kernel[Callable[[Sequence[GridProblem], GridReference], list[Range]]] = Kernel(
     "search", {"native": f"{_NATIVE}.grid", "triton": f"{_TRITON}.grid"}
 )
 #: Sums for candidate scales, of which scales with the smallest squared error are made.

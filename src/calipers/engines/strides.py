@@ -27,7 +27,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class Strides:
-    """Values and weights as a box of dimensions, those that tell groups apart and the others.
+    """Values and weights by dimension: those that tell groups apart, and the others.
 
     Args:
         values: The values, of any strides.
@@ -45,7 +45,7 @@ class Strides:
 
     @classmethod
     def of(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
-        """The box of a view and of the weights of its values."""
+        """Where the values of a view and their weights lie."""
         weights = None if importance is None else importance.values
         behind = view.values.dim() - 1
         dims = [
@@ -80,7 +80,7 @@ class Strides:
 
 
 def _merge(dims: Sequence[Dim]) -> list[Dim]:
-    """The same box with as few dimensions as the strides allow, at least one."""
+    """The same places with as few dimensions as the strides allow, at least one."""
     merged: list[Dim] = []
     for dim in dims:
         if dim.size == 1:

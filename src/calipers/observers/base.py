@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
+from calipers.memory import plain_values
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.plugins import load_entry_points
@@ -40,11 +41,14 @@ from calipers.ranges import (
     min_max,
     range_of_qparams,
 )
-from calipers.ranges.casting import cast_range
-from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.layout import ATTENTION_NAMES
-from calipers.ranges.memory import plain_values
-from calipers.ranges.qparams import global_scale_of_range, qparams_of_range, scale_dtype_problem
+from calipers.ranges.qparams import (
+    cast_range,
+    checked_global_scale,
+    global_scale_of_range,
+    qparams_of_range,
+    scale_dtype_problem,
+)
 
 __all__ = ["Observation", "Observer"]
 

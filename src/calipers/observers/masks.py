@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from calipers.ranges.memory import plain_tensor
+from calipers.memory import plain_tensor
 
 __all__ = ["TokenMask", "blank_tokens", "current_mask", "select_tokens", "token_mask"]
 

@@ -10,7 +10,7 @@ from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.moving_base import MovingAverageObserverBase, MovingAverageOptions
 from calipers.observers.options import ObserverOptions
 from calipers.ranges import GroupedView, ShrinkGrid, search_grid_ranges
-from calipers.ranges.casting import widened
+from calipers.ranges.qparams import widened
 
 __all__ = [
     "GridOptions",

@@ -20,13 +20,16 @@ from calipers.observers.state_checks import Problem, check_scales, check_sum, co
 from calipers.observers.statistics import LAST, SUM, Statistic
 from calipers.observers.updates import whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
-from calipers.ranges.casting import cast_range, widened
-from calipers.ranges.column_groups import ColumnGroups, column_groups
-from calipers.ranges.global_scale import checked_global_scale
 from calipers.ranges.hessian import refine_by_hessian
-from calipers.ranges.projection import Scheme
-from calipers.ranges.qparams import global_scale_of_range
-from calipers.ranges.sketch import factor_of_sketch, rank_for, sketch
+from calipers.ranges.input_gram import (
+    ColumnGroups,
+    column_groups,
+    factor_of_sketch,
+    rank_for,
+    sketch,
+)
+from calipers.ranges.least_squares import ScaleSpec
+from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range, widened
 from calipers.ranges.units import search_in_float32, times
 
 __all__ = ["OptimalObserver"]
@@ -59,7 +62,7 @@ class OptimalObserver(InputEnergyObserver):
     - "imatrix": squared error of a weight times E[x^2] of its input column;
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
       its columns, plus what groups of a row add to each other's error, as far as a sketch of the
-      whole sum of x x' tells (`calipers.ranges.sketch`): groups are chosen one after the other,
+      whole sum of x x' tells (`calipers.ranges.input_gram`): groups are chosen one after the other,
       each with the others as they are. At most group_size values are kept for each column, 256
       where groups are wider, and 512 for the strategies channel and tensor, whose rows are taken
       in blocks of that many columns;
@@ -98,7 +101,7 @@ class OptimalObserver(InputEnergyObserver):
     input_products: Tensor | None
     #: "hessian": sums of a batch that is not done.
     _waiting_sums: dict[str, Tensor]
-    #: "hessian": the sketch of `calipers.ranges.sketch`, (cols, rank + 1), float64.
+    #: "hessian": the sketch of `calipers.ranges.input_gram`, (cols, rank + 1), float64.
     input_sketch: Tensor | None
 
     def __init__(
@@ -218,7 +221,7 @@ class OptimalObserver(InputEnergyObserver):
         products = columns.products((self.input_products / size).float().to(device))
         factors = factor_of_sketch(self.input_sketch, self.num_input_tokens, self.input_square_sum)
         factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
-        scheme = Scheme(
+        scheme = ScaleSpec(
             self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
         )
         found = []

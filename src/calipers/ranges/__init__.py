@@ -1,13 +1,16 @@
 """Pure functions from tensors to ranges: they know no observer and no model."""
 
-from calipers.ranges.grid import search_grid_ranges
-from calipers.ranges.histogram import Histogram, count_patterns, percentile_range
-from calipers.ranges.histogram_search import search_histogram_range
-from calipers.ranges.identities import range_of_qparams
+from calipers.ranges.histogram import (
+    Histogram,
+    count_patterns,
+    percentile_range,
+    search_histogram_range,
+)
 from calipers.ranges.layout import arrange, arrange_whole
 from calipers.ranges.min_max import min_max
 from calipers.ranges.optimal import search_optimal_scales
-from calipers.ranges.shrink import ShrinkGrid
+from calipers.ranges.qparams import range_of_qparams
+from calipers.ranges.shrink_grid import ShrinkGrid, search_grid_ranges
 from calipers.ranges.views import Arrangement, GroupedView
 
 __all__ = [

@@ -23,15 +23,15 @@ from torch import Tensor
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import COUPLED_SUMS, Problem
 from calipers.formats import has_scale_codes
-from calipers.ranges.codes import all_scales
-from calipers.ranges.projection import Scales, Scheme, min_max_scales
+from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
+from calipers.ranges.scale_codes import all_scales
 from calipers.ranges.views import GroupedView
 
 __all__ = ["refine_by_hessian", "sum_coupled"]
 
 
-class _Look(NamedTuple):
-    """Candidates about a scale, by which all groups are looked at once."""
+class _Sweep(NamedTuple):
+    """Candidate scales for one sweep over all groups."""
 
     #: How far factors reach with up to 4 bits (half as far with each bit more) and with floats.
     reach: float
@@ -41,7 +41,7 @@ class _Look(NamedTuple):
     codes: int
 
 
-LOOKS = (_Look(0.2, 32, 3), _Look(0.1, 16, 2))
+SWEEPS = (_Sweep(0.2, 32, 3), _Sweep(0.1, 16, 2))
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 PIECE = 2**20
 
@@ -57,7 +57,7 @@ def refine_by_hessian(
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
     factors: Tensor,
-    scheme: Scheme,
+    spec: ScaleSpec,
     engine: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points with a smaller error of the output than those given.
@@ -72,18 +72,18 @@ def refine_by_hessian(
             where all groups span all columns.
         factors: L such that LL' stands for X'X outside of these blocks, shape
             (column groups, blocks, size, rank).
-        scheme: What is searched for.
+        spec: What is searched for.
         engine: "eager" or "native"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
         maximum.
     """
-    work = view.values.numel() * 2 * LOOKS[0].sides
-    problem = Problem(view.values.device, work, args=scheme.args)
+    work = view.values.numel() * 2 * SWEEPS[0].sides
+    problem = Problem(view.values.device, work, args=spec.args)
 
     def refine(summing: SumCoupled) -> tuple[Tensor, Tensor]:
-        return _refine_view(view, start, extremes, hessian, factors, scheme, summing)
+        return _refine_view(view, start, extremes, hessian, factors, spec, summing)
 
     return run(COUPLED_SUMS, sum_coupled, refine, problem, engine)
 
@@ -94,10 +94,10 @@ def _refine_view(
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
     factors: Tensor,
-    scheme: Scheme,
+    spec: ScaleSpec,
     summing: SumCoupled,
 ) -> tuple[Tensor, Tensor]:
-    plain = min_max_scales(*extremes, scheme)
+    plain = min_max_scales(*extremes, spec)
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
@@ -112,7 +112,7 @@ def _refine_view(
                 view.finite_only,
                 hessian[number if len(hessian) > 1 else 0],
                 factors[number if len(factors) > 1 else 0],
-                scheme,
+                spec,
                 summing,
             )
             for number in range(first, last)
@@ -137,9 +137,9 @@ def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -
         own.append(torch.where(bad, limit, error))
         limits.append(limit)
         total = torch.where(each.by_row(bad).unsqueeze(-1), plain_share, share) + total
-    for look in LOOKS:
+    for sweep in SWEEPS:
         for i, each in enumerate(columns):
-            best, own[i], total = each.best(_column(found, i), own[i], limits[i], total, look)
+            best, own[i], total = each.best(_column(found, i), own[i], limits[i], total, sweep)
             _put(found, i, best)
 
 
@@ -163,7 +163,7 @@ class _Columns:
         finite_only: Leave NaN and Inf out.
         hessian: X'X of the columns, shape (blocks, size, size).
         factors: What couples blocks and groups, shape (blocks, size, rank).
-        scheme: What is searched for.
+        spec: What is searched for.
         summing: `sum_coupled`, or that of an engine.
     """
 
@@ -172,7 +172,7 @@ class _Columns:
     finite_only: bool
     hessian: Tensor
     factors: Tensor
-    scheme: Scheme
+    spec: ScaleSpec
     summing: SumCoupled
 
     @property
@@ -204,7 +204,7 @@ class _Columns:
         return self.of_groups(torch.cat(own)), torch.cat(share)
 
     def best(
-        self, start: Scales, own: Tensor, limit: Tensor, total: Tensor, look: _Look
+        self, start: Scales, own: Tensor, limit: Tensor, total: Tensor, sweep: _Sweep
     ) -> tuple[Scales, Tensor, Tensor]:
         """The best scales, as stored, their d'Hd, and the sum of L'd with them.
 
@@ -213,9 +213,9 @@ class _Columns:
             own: d'Hd of each group with them.
             limit: The same with the scales of minimum and maximum, which it must not exceed.
             total: Sum of L'd over all column groups, (groups * rows, rank).
-            look: Which candidates are tried.
+            sweep: Which candidates are tried.
         """
-        candidates = self._candidates(start, look)
+        candidates = self._candidates(start, sweep)
         values = list(self._values()) if self.raw.numel() <= PIECE else None
         own_of_each, coupled, share = self._score(candidates, start, total, values)
         allowed = own_of_each <= limit.unsqueeze(1)
@@ -247,7 +247,7 @@ class _Columns:
                 products += (by_block.sum(0) - by_block) @ self.factors.transpose(-1, -2)
             constant.append((x * products).sum((0, 2), dtype=torch.float64))
             part = self._of_rows(candidates, rows)
-            scales = part.scale, part.zero_point, self.scheme.args
+            scales = part.scale, part.zero_point, self.spec.args
             sums.append(self.summing(x, products, slopes, self.hessian, self.factors, *scales))
         quadratic, linear, slope = (self.of_groups(each) for each in torch.cat(sums, 1))
         scale = candidates.scale.double()
@@ -256,25 +256,25 @@ class _Columns:
         )
         return own, scale * slope, torch.cat(shares)
 
-    def _candidates(self, start: Scales, look: _Look) -> Scales:
+    def _candidates(self, start: Scales, sweep: _Sweep) -> Scales:
         """Scales as stored, and zero points, (groups, candidates), neighbours side by side."""
-        if has_scale_codes(self.scheme.args):
-            table = all_scales(self.scheme, start.scale.device)
+        if has_scale_codes(self.spec.args):
+            table = all_scales(self.spec, start.scale.device)
             # The start is one of them, but for the rounding of a division.
             index = torch.searchsorted(table, start.scale * (1 - 1e-3)).unsqueeze(1)
             steps = torch.arange(
-                -look.codes, look.codes + 1, dtype=torch.int64, device=index.device
+                -sweep.codes, sweep.codes + 1, dtype=torch.int64, device=index.device
             )
             return Scales(table[(index + steps).clamp(0, table.numel() - 1)])
-        codes, symmetric = self.scheme.format, bool(self.scheme.args.symmetric)
-        reach = look.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
-        count = 2 * (look.sides if symmetric else look.sides // 2) + 1
+        codes, symmetric = self.spec.format, bool(self.spec.args.symmetric)
+        reach = sweep.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
+        count = 2 * (sweep.sides if symmetric else sweep.sides // 2) + 1
         factors = 1 + reach * torch.linspace(
             -1, 1, count, dtype=torch.float32, device=start.scale.device
         )
-        if self.scheme.signed:
+        if self.spec.signed:
             factors = torch.cat([factors, -factors.flip(0)])
-        scale = self.scheme.store(start.scale.unsqueeze(1) * factors)
+        scale = self.spec.store(start.scale.unsqueeze(1) * factors)
         scale = torch.where(scale == 0, start.scale.unsqueeze(1), scale)  # too small to be stored
         if symmetric:
             return Scales(scale)
@@ -310,7 +310,7 @@ class _Columns:
         """Dequantized values less the values."""
         part = self._of_rows(scales, rows)
         scale = part.scale.repeat_interleave(x.shape[1] // len(part.scale))
-        return _codes(x, part, self.scheme).mul_(scale.unsqueeze(-1)).sub_(x)
+        return _codes(x, part, self.spec).mul_(scale.unsqueeze(-1)).sub_(x)
 
 
 def sum_coupled(
@@ -342,12 +342,12 @@ def sum_coupled(
     Returns:
         Shape (3, rows, candidates), float64.
     """
-    candidates, scheme = Scales(scale, zero_point), Scheme(args, torch.float32)
+    candidates, spec = Scales(scale, zero_point), ScaleSpec(args, torch.float32)
     count = scale.shape[1]
     found = torch.empty(3, x.shape[1], count, dtype=torch.float64, device=x.device)
     for k in range(count):
         one = candidates.each(operator.itemgetter((slice(None), k)))
-        q = _codes(x, one, scheme)
+        q = _codes(x, one, spec)
         found[0, :, k] = _quadratic(q @ hessian, q, q @ factors)
         found[1, :, k] = (q * products).sum(-1).sum(0, dtype=torch.float64)
         found[2, :, k] = (q * slopes).sum(-1).sum(0, dtype=torch.float64)
@@ -363,12 +363,12 @@ def _quadratic(products: Tensor, u: Tensor, by_block: Tensor) -> Tensor:
     return total
 
 
-def _codes(x: Tensor, scales: Scales, scheme: Scheme) -> Tensor:
+def _codes(x: Tensor, scales: Scales, spec: ScaleSpec) -> Tensor:
     """Codes relative to the zero point, of the values' shape; scales by group, (groups,)."""
     rows = x.shape[1] // len(scales.scale)
     # Divided, as compressed-tensors does it: the largest value lies on a tie with min/max, and to
     # which side it goes is not all the same here.
     scaled = x / scales.scale.repeat_interleave(rows).unsqueeze(-1)
-    if scheme.args.symmetric or scales.zero_point is None:
-        return scheme.format.round(scaled)
-    return scheme.format.round(scaled, scales.zero_point.repeat_interleave(rows).unsqueeze(-1))
+    if spec.args.symmetric or scales.zero_point is None:
+        return spec.format.round(scaled)
+    return spec.format.round(scaled, scales.zero_point.repeat_interleave(rows).unsqueeze(-1))

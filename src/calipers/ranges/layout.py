@@ -9,7 +9,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from calipers.ranges.memory import plain_tensor
+from calipers.memory import plain_tensor
 from calipers.ranges.views import Arrangement, GroupedView
 
 __all__ = ["ACTIVATION_NAMES", "ATTENTION_NAMES", "BASE_NAMES", "arrange", "arrange_whole"]

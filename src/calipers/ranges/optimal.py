@@ -11,13 +11,12 @@ from torch import Tensor
 
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import CANDIDATE_SUMS, CandidateSums, Problem
-from calipers.formats import has_mx_scales, has_scale_codes
-from calipers.ranges.casting import cast_range
-from calipers.ranges.codes import search_codes
-from calipers.ranges.global_scale import checked_global_scale
-from calipers.ranges.group_sums import batches_of
-from calipers.ranges.projection import Scheme, project_batch
-from calipers.ranges.units import search_in_float32, times
+from calipers.formats import has_scale_codes
+from calipers.ranges.candidate_sums import batches_of
+from calipers.ranges.least_squares import ScaleSpec, search_least_squares
+from calipers.ranges.qparams import cast_range, checked_global_scale
+from calipers.ranges.scale_codes import search_scale_codes
+from calipers.ranges.units import has_free_scales, search_in_float32, times
 from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
@@ -70,10 +69,10 @@ def search_optimal_scales(
         factor: float,
     ) -> list[Pair]:
         scale = None if global_scale is None else times(global_scale, factor)
-        scheme = Scheme(args, dtype, signed, scale, factor)
+        spec = ScaleSpec(args, dtype, signed, scale, factor)
 
         found = [
-            _search_view(view, low, high, weight, scheme, code)
+            _search_view(view, low, high, weight, spec, code)
             for view, (low, high), weight in zip(views, extremes, weights, strict=True)
         ]
         if factor == 1:
@@ -81,15 +80,10 @@ def search_optimal_scales(
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return [(cast_range(scale.double() * factor, wide), zero) for scale, zero in found]
 
-    # Scales that are rounded are absolute, unless they are powers of two or have a global scale
-    # beside them.
-    relative = args.scale_dtype is None or (
-        dtype == torch.float64 and (global_scale is not None or has_mx_scales(args))
-    )
+    free = has_free_scales(args, dtype, global_scale)
 
     def search_whole(code: CandidateSums) -> list[Pair]:
-        part = functools.partial(search_part, code)
-        return search_in_float32(views, extremes, part) if relative else part(views, extremes, 1.0)
+        return search_in_float32(views, extremes, functools.partial(search_part, code), free)
 
     return run(CANDIDATE_SUMS, CandidateSums(), search_whole, problem, engine)
 
@@ -99,15 +93,15 @@ def _search_view(
     low: Tensor,
     high: Tensor,
     importance: GroupedView | None,
-    scheme: Scheme,
+    spec: ScaleSpec,
     code: CandidateSums,
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
-    search = search_codes if has_scale_codes(scheme.args) else project_batch
-    for batch in batches_of(view, importance, scheme.args, code):
+    search = search_scale_codes if has_scale_codes(spec.args) else search_least_squares
+    for batch in batches_of(view, importance, spec.args, code):
         part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
-        found = search(batch, *part, scheme)
+        found = search(batch, *part, spec)
         scale[batch.where] = found.scale.view(batch.shape)
         if found.zero_point is not None:
             zero_point[batch.where] = found.zero_point.view(batch.shape)

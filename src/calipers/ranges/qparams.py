@@ -1,4 +1,4 @@
-"""Scale and zero point of a range: compressed-tensors' own, and what stands in where they overflow.
+"""Ranges and qparams: scale and zero point of a range, a range that gives back qparams, and casts.
 
 Every range of this package becomes a scale here, so that two faults of `calculate_qparams` are met
 in one place: it computes in the dtype of the range, in which `high - low` may overflow, and it
@@ -26,13 +26,18 @@ from compressed_tensors.quantization.utils import (
 from torch import Tensor
 
 from calipers.formats import FLOAT_FORMATS, Format, has_mx_scales, is_known_to_library
+from calipers.memory import plain_values
 
 __all__ = [
+    "cast_range",
+    "checked_global_scale",
+    "expand_range",
     "fake_quantized",
     "global_scale_of_range",
-    "judged_range_dtype",
     "qparams_of_range",
+    "range_of_qparams",
     "scale_dtype_problem",
+    "widened",
 ]
 
 #: The largest E8M0 code that is a number.
@@ -116,20 +121,6 @@ def _in_float32(scale: Tensor) -> Tensor:
     return torch.where(scale > limits.max, 1.0, scale.clamp(min=limits.tiny)).float()
 
 
-def judged_range_dtype(args: QuantizationArgs, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a search computes the scales of its candidates.
-
-    A scale that is rounded to few codes (MX, NVFP4, `scale_dtype`) may fall on another code once
-    its range is cast, so candidates are cast as the range found will be. Other scales are judged in
-    float32, as a plain evaluation of the grid does it.
-
-    Args:
-        args: Quantization arguments.
-        dtype: Dtype of the values, to which the range found is cast.
-    """
-    return torch.float32 if args.scale_dtype is None else dtype
-
-
 def scale_dtype_problem(args: QuantizationArgs, dtype: torch.dtype) -> str | None:
     """Why scales of values of a dtype cannot have `args.scale_dtype`; None where they can.
 
@@ -210,3 +201,125 @@ def _mend_table(args: QuantizationArgs, device: torch.device) -> None:
             calculate_range(args, device)
         finally:
             torch.set_default_dtype(default)
+
+
+def cast_range(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast, with what the dtype cannot hold taken to its limits (an expanded float16 range)."""
+    if values.dtype == dtype:
+        return values
+    limits = torch.finfo(dtype)
+    if limits.max < torch.finfo(values.dtype).max:
+        values = values.clamp(limits.min, limits.max)
+    return values.to(dtype)
+
+
+def expand_range(values: Tensor, factor: float) -> Tensor:
+    """Float32 values times a factor; what float32 cannot hold is taken to its limits.
+
+    Args:
+        values: Ends of ranges, of any floating dtype. Inf, the end of a range of nothing, stays.
+        factor: At least 1.
+    """
+    limits = torch.finfo(torch.float32)
+    grown = (values.float() * factor).clamp(limits.min, limits.max)
+    return torch.where(values.isinf(), values.float(), grown)
+
+
+def widened(ends: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum times a factor, finite: float64 for float64 values, else float32.
+
+    Args:
+        ends: Of any floating dtype; Inf and -Inf of a range of nothing stay.
+        factor: At least 1.
+    """
+    if ends[0].dtype != torch.float64:
+        low, high = (expand_range(end, factor) for end in ends)
+        return low, high
+    limit = torch.finfo(torch.float64).max
+    grown = ((end * factor).clamp(-limit, limit) for end in ends)
+    low, high = (torch.where(old.isinf(), old, new) for old, new in zip(ends, grown, strict=True))
+    return low, high
+
+
+def range_of_qparams(
+    scale: Tensor,
+    zero_point: Tensor | None,
+    args: QuantizationArgs,
+    global_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The range that `calculate_qparams` turns back into this scale and zero point.
+
+    So an observer that finds scales can answer where a minimum and maximum are asked for. With
+    lo and hi the smallest and largest code:
+
+    | format | minimum | maximum |
+    |---|---|---|
+    | symmetric (int, fp8, fp6, fp4) | -maximum | scale * (hi - lo) / 2 |
+    | asymmetric | (lo - zero_point) * scale | (hi - zero_point) * scale |
+    | NVFP4 | -maximum | 6 * scale / global_scale |
+    | MXFP4, MXFP6, MXFP8 | -maximum | 4, 4, 256 times scale |
+
+    A float32 number has no room for every such product: `m / 7.5` skips some float32 scales for
+    every float32 `m`. The range is therefore float64, and so is the scale that
+    `calculate_qparams` makes of it; cast to the dtype of `scale` it is equal, bit for bit. (Of a
+    float64 scale the last bit may differ.)
+
+    Args:
+        scale: Multipliers, > 0, any shape and floating dtype; under NVFP4 as stored, that is
+            multiplied by the global scale and rounded to float8.
+        zero_point: Codes of 0.0, of the same shape; read where `args` are asymmetric, None there
+            stands for zeros.
+        args: Quantization arguments; the strategy does not count.
+        global_scale: What the scale was multiplied by, if anything, shape (1,).
+
+    Returns:
+        Minimum, <= 0, and maximum, >= 0, float64, of the shape of `scale`.
+
+    Raises:
+        ValueError: A scale that is not positive: `calculate_qparams` never makes one, so that no
+            range gives it back. A global scale that is not one positive finite number.
+
+    Source: `calculate_qparams` of compressed-tensors, solved for its arguments.
+    """
+    if not bool((scale > 0).all()):
+        raise ValueError(
+            f"scale: expected positive values, got a minimum of {float(scale.min())}; "
+            "`calculate_qparams` never gives such a scale, so no range does"
+        )
+    step = scale.double()
+    if global_scale is not None:
+        step = step / checked_global_scale(global_scale, step.device).double()
+    codes = Format.of(args)
+    if args.symmetric:
+        half = codes.width / 2
+        if has_mx_scales(args):
+            half = 2.0**codes.mx_offset
+        return -half * step, half * step
+    zero = torch.zeros_like(step) if zero_point is None else zero_point.double()
+    return (codes.low - zero) * step, (codes.high - zero) * step
+
+
+def checked_global_scale(scale: object, device: torch.device | None = None) -> Tensor:
+    """A global scale as one positive finite number in float32, shape (1,).
+
+    Args:
+        scale: One element, of any shape and real dtype.
+        device: Where it is needed; None leaves it where it is.
+
+    Raises:
+        ValueError: What came instead, without the name of what it is for.
+    """
+    expected = "global_scale: expected one positive finite number, shape (1,)"
+    if not isinstance(scale, Tensor):
+        raise ValueError(f"{expected}, got {type(scale).__name__}")
+    try:
+        value = plain_values(scale)
+    except ValueError as error:
+        raise ValueError(f"global_scale: {error}") from error
+    if value.numel() != 1:
+        raise ValueError(f"{expected}, got shape {tuple(value.shape)}")
+    value = value.to(device=device, dtype=torch.float32).reshape(1)
+    number = float(value)
+    if not 0 < number < torch.inf:  # NaN is neither
+        raise ValueError(f"{expected}, got {number}")
+    return value

@@ -5,12 +5,13 @@ Which of them the reference takes is decided by the order in which it sums; so i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.ranges import grid_eager
-from calipers.ranges.shrink import ShrinkGrid
+from calipers.engines.kernels import GridProblem
 from calipers.ranges.views import GroupedView
 
 __all__ = ["decide_ties"]
@@ -22,98 +23,70 @@ Range = tuple[Tensor, Tensor]
 
 
 def decide_ties(
-    close: Tensor,
+    search_few: Callable[[GridProblem, int], Range],
+    problem: GridProblem,
     found: Range,
-    view: GroupedView,
-    extremes: Range,
-    args: QuantizationArgs,
-    grid: ShrinkGrid,
-    importance: GroupedView | None,
-    global_scale: Tensor | None,
+    ties: Tensor,
     num_steps: int,
 ) -> None:
     """Search the groups that are marked by the reference, and write what it finds.
 
     Args:
-        close: Which groups, of the view's `qparam_shape`.
+        search_few: The reference, for groups of shape (groups, n).
+        problem: The values of the view.
         found: Minimum and maximum found for each group, to be corrected in place.
-        view: The values.
-        extremes: Minimum and maximum of each group, float32, expanded.
-        args: Quantization arguments, as for the search.
-        grid: The candidates.
-        importance: The weights of the values, or None.
-        global_scale: TENSOR_GROUP only, shape (1,).
+        ties: Which groups, of the view's `qparam_shape`.
         num_steps: Steps that the search came to.
     """
+    view, importance = problem.view, problem.importance
     weights = None if importance is None else importance.pieces(LOOKED_THROUGH)
-    group_size = view.values.numel() // max(1, close.numel())
-    batch = _Batch(found, extremes, args, grid, global_scale, num_steps, view.finite_only)
+    group_size = view.values.numel() // max(1, ties.numel())
+    gathered: list[_Ties] = []
+
+    def decide() -> None:
+        if gathered:
+            _decide(search_few, problem, found, gathered, num_steps)
+            gathered.clear()
+
     for where, piece in view.pieces(LOOKED_THROUGH):
         weight = None if weights is None else next(weights)[1]
-        marked = close[where]
+        marked = ties[where]
         if piece.numel() < group_size * marked.numel() or not bool(marked.any()):
             continue  # parts of groups: sums of so many values leave little doubt
-        batch.add(where, marked.nonzero(as_tuple=True), piece, weight)
-    batch.decide()
+        index = marked.nonzero(as_tuple=True)
+        its_weight = None if weight is None else weight[index].flatten(1)
+        gathered.append((where, index, piece[index].flatten(1), its_weight))
+        if sum(values.numel() for _, _, values, _ in gathered) >= GATHERED:
+            decide()
+    decide()
 
 
-class _Batch:
-    """Groups gathered for one call of the reference."""
+#: Where some groups lie (of which part of the qparams which ones), their values and weights.
+_Ties = tuple[tuple[slice, ...], tuple[Tensor, ...], Tensor, Tensor | None]
 
-    def __init__(
-        self,
-        found: Range,
-        extremes: Range,
-        args: QuantizationArgs,
-        grid: ShrinkGrid,
-        global_scale: Tensor | None,
-        num_steps: int,
-        finite_only: bool,
-    ) -> None:
-        self.found, self.extremes, self.args, self.grid = found, extremes, args, grid
-        self.global_scale, self.num_steps = global_scale, num_steps
-        self.finite_only = finite_only
-        self._clear()
 
-    def _clear(self) -> None:
-        self.places: list[tuple[tuple[slice, ...], tuple[Tensor, ...]]] = []
-        self.values: list[Tensor] = []
-        self.weights: list[Tensor] = []
-
-    def add(
-        self,
-        where: tuple[slice, ...],
-        marked: tuple[Tensor, ...],
-        piece: Tensor,
-        weight: Tensor | None,
-    ) -> None:
-        self.places.append((where, marked))
-        self.values.append(piece[marked].flatten(1))
-        if weight is not None:
-            self.weights.append(weight[marked].flatten(1))
-        if sum(values.numel() for values in self.values) >= GATHERED:
-            self.decide()
-
-    def decide(self) -> None:
-        if not self.places:
-            return
-        view = GroupedView(torch.cat(self.values), (1,), finite_only=self.finite_only)
-        low, high = (
-            torch.cat([whole[where][marked] for where, marked in self.places])
-            for whole in self.extremes
-        )
-        lows, highs = grid_eager.search_few(
-            view,
-            (low, high),
-            self.args,
-            self.grid,
-            GroupedView(torch.cat(self.weights), (1,)) if self.weights else None,
-            self.global_scale,
-            self.num_steps,
-        )
-        sizes = [len(values) for values in self.values]
-        for (where, marked), its_low, its_high in zip(
-            self.places, lows.split(sizes), highs.split(sizes), strict=True
-        ):
-            self.found[0][where][marked], self.found[1][where][marked] = its_low, its_high
-        self._clear()
+def _decide(
+    search_few: Callable[[GridProblem, int], Range],
+    problem: GridProblem,
+    found: Range,
+    gathered: list[_Ties],
+    num_steps: int,
+) -> None:
+    """One call of the reference for all groups gathered."""
+    places = [(where, index) for where, index, _, _ in gathered]
+    values = [its_values for _, _, its_values, _ in gathered]
+    weights = [weight for _, _, _, weight in gathered if weight is not None]
+    ranges = search_few(
+        replace(
+            problem,
+            view=GroupedView(torch.cat(values), (1,), finite_only=problem.view.finite_only),
+            low=torch.cat([problem.low[where][index] for where, index in places]),
+            high=torch.cat([problem.high[where][index] for where, index in places]),
+            importance=GroupedView(torch.cat(weights), (1,)) if weights else None,
+        ),
+        num_steps,
+    )
+    sizes = [len(its_values) for its_values in values]
+    for target, ends in zip(found, ranges, strict=True):
+        for (where, index), its_ends in zip(places, ends.split(sizes), strict=True):
+            target[where][index] = its_ends

@@ -1,4 +1,4 @@
-"""Units of error: powers of two that keep powers of errors away from the ends of float32."""
+"""Searches in float32 of values that float32 may not hold."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.formats import Format
+from calipers.formats import has_mx_scales
 from calipers.ranges.views import GroupedView
 
-__all__ = ["error_units", "search_in_float32", "times"]
+__all__ = ["has_free_scales", "search_in_float32", "times"]
 
-#: Exponents of units, so that neither a unit nor a value in it overflows.
-_MOST_EXPONENT = 120
 #: Values of a larger exponent are searched as if they were smaller by a power of two.
 _LARGEST_EXPONENT = 124
 #: Float64 values of a smaller exponent are searched as if they were larger.
@@ -28,33 +26,24 @@ _REACH = 200
 Range = tuple[Tensor, Tensor]
 
 
-def error_units(low: Tensor, high: Tensor, args: QuantizationArgs, expand: float) -> Tensor:
-    """Factor on the values and scales of each group that brings its largest error close to 1.
+def has_free_scales(
+    args: QuantizationArgs, dtype: torch.dtype, global_scale: Tensor | None
+) -> bool:
+    """Whether scales of values of a dtype can be divided by a power of two.
 
-    In that unit the largest rounding error with the scale of minimum and maximum lies from 0.5 to
-    1, so that no norm makes it vanish, or overflow, in float32. A power of two changes no code and
-    no order of errors.
-
-    Args:
-        low: Minimum of each group, float32, expanded.
-        high: Maximum of each group.
-        args: Quantization arguments; the strategy does not count.
-        expand: What the range is expanded by.
-
-    Returns:
-        Powers of two, float32, of the shape of `low`.
+    Scales that are rounded cannot, unless they are powers of two or have a global scale beside
+    them.
     """
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    half = torch.maximum(-low, high) if args.symmetric else high / 2 - low / 2
-    exponent = torch.frexp(half * (Format.of(args).largest_error / expand)).exponent.to(torch.int32)
-    exponent = torch.where(half.isfinite(), exponent, 0).clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
-    return ((127 - exponent) << 23).view(torch.float32)
+    return args.scale_dtype is None or (
+        dtype == torch.float64 and (global_scale is not None or has_mx_scales(args))
+    )
 
 
 def search_in_float32(
     views: Sequence[GroupedView],
     extremes: Sequence[Range],
     search: Callable[[Sequence[GroupedView], Sequence[Range], float], list[Range]],
+    free: bool = True,
 ) -> list[Range]:
     """What a float32 search finds of values that float32 may not hold, or not their `high - low`.
 
@@ -67,11 +56,12 @@ def search_in_float32(
         extremes: For each view the minimum and maximum of its groups.
         search: Called with views and extremes divided by a power of two, and with that number.
             What it returns for each view is multiplied by it already.
+        free: Whether scales can be divided by a power of two; else values are searched as they are.
 
     Returns:
         For each view what was found for its groups.
     """
-    if extremes[0][0].dtype == torch.float16:
+    if not free or extremes[0][0].dtype == torch.float16:
         return search(views, extremes, 1.0)
     exponents = [_needed_exponents(low, high) for low, high in extremes]
     if not any(bool(each.any()) for each in exponents):

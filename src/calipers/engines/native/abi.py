@@ -13,9 +13,8 @@ from torch import Tensor
 
 from calipers.engines.native import build
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
-from calipers.formats import E4M3, Format, has_mx_scales
-from calipers.ranges.memory import UnreadableError, is_readable
-from calipers.ranges.qparams import judged_range_dtype
+from calipers.formats import E4M3, Format, has_mx_scales, range_dtype
+from calipers.memory import UnreadableError, is_readable
 from calipers.ranges.views import GroupedView
 
 __all__ = [
@@ -191,7 +190,7 @@ class NativeFormat(ctypes.Structure):
             eps,
             codes.shift,
             codes.smallest_bits,
-            _TYPES[judged_range_dtype(args, dtype)],
+            _TYPES[range_dtype(args, dtype)],
         )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.engines.kernels import GridReference, Problem
+from calipers.engines.kernels import GridProblem, GridReference, Problem, ShrinkGrid
 from calipers.engines.native import abi
 from calipers.engines.native.abi import (
     GridReport,
@@ -27,9 +27,7 @@ from calipers.engines.native.abi import (
     number_of_parts,
 )
 from calipers.formats import Format, has_mx_scales, has_plain_mx_scales
-from calipers.ranges.memory import UnreadableError
-from calipers.ranges.shrink import ShrinkGrid, last_step
-from calipers.ranges.views import GroupedView
+from calipers.memory import UnreadableError
 
 __all__ = ["Evaluated", "search", "supports"]
 
@@ -67,75 +65,52 @@ class Evaluated:
 evaluated = Evaluated()
 
 
-def search(
-    views: Sequence[GroupedView],
-    extremes: Sequence[Range],
-    args: QuantizationArgs,
-    grid: ShrinkGrid,
-    importance: Sequence[GroupedView | None],
-    global_scale: Tensor | None,
-    reference: GridReference,
-) -> list[Range]:
-    """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
+def search(problems: Sequence[GridProblem], reference: GridReference) -> list[Range]:
+    """The ranges of all views of a value.
 
     Args:
-        views: The views of one value.
-        extremes: For each view the minimum and maximum of its groups, float32, expanded.
-        args: Quantization arguments that the engine `supports`, without the scale's dtype where it
-            is not to be rounded.
-        grid: The candidates.
-        importance: For each view the weights of its values, or None.
-        global_scale: TENSOR_GROUP only, shape (1,).
+        problems: The views, with arguments that the engine `supports`.
         reference: For ties, and for small searches in which ties may end the patience.
     """
     evaluated.count = 0
-    searches = [
-        _Search(view, low, high, weights, args, grid, global_scale, reference)
-        for view, (low, high), weights in zip(views, extremes, importance, strict=True)
-    ]
+    searches = [_Search(problem) for problem in problems]
+    grid = problems[0].grid
     steps = grid.num_steps
     gains = torch.stack([each.try_steps(steps) for each in searches]).any(0).tolist()
-    last = last_step(gains, grid.patience)
-    values = sum(view.values.numel() for view in views)
-    if last < steps - 1 and values <= FEW and any(bool(s.doubtful.any()) for s in searches):
+    last = grid.last_step(gains)
+    values = sum(problem.view.values.numel() for problem in problems)
+    if last < steps - 1 and values <= FEW and any(bool(each.ties.any()) for each in searches):
         # Gains that rounding makes count for the patience too.
-        return reference.search(views, extremes, args, grid, importance, global_scale)
+        return reference.search(problems)
     if any(gains[last + 1 :]):  # by steps that the search would not have come to
         steps = last + 1
         for each in searches:
             each.try_steps(steps)
-    return [each.result(steps) for each in searches]
+    for each in searches:
+        if bool(each.ties.any()):
+            reference.ties(each.problem, (each.low, each.high), each.ties, steps)
+    return [(each.low, each.high) for each in searches]
 
 
 class _Search:
-    """The search in one view."""
+    """The search in one view: the best range of each group, and in which groups there are ties."""
 
-    def __init__(
-        self,
-        view: GroupedView,
-        min_vals: Tensor,
-        max_vals: Tensor,
-        importance: GroupedView | None,
-        args: QuantizationArgs,
-        grid: ShrinkGrid,
-        global_scale: Tensor | None,
-        reference: GridReference,
-    ) -> None:
-        if not min_vals.shape == max_vals.shape == view.qparam_shape:
+    def __init__(self, problem: GridProblem) -> None:
+        if not problem.low.shape == problem.high.shape == problem.view.qparam_shape:
             raise UnreadableError("extremes must have the shape of the scales")
-        self.view, self.importance = view, importance
-        self.min_vals, self.max_vals = min_vals.contiguous(), max_vals.contiguous()
-        self.args, self.grid, self.global_scale = args, grid, global_scale
-        self.reference = reference
-        self.unit = reference.units(self.min_vals, self.max_vals, args, grid.expand)
-        self.box = NativeBox.of(view, importance)
-        self.low, self.high = torch.empty_like(self.min_vals), torch.empty_like(self.max_vals)
-        self.doubtful = torch.empty(view.qparam_shape, dtype=torch.bool, device="cpu")
+        self.problem = replace(
+            problem, low=problem.low.contiguous(), high=problem.high.contiguous()
+        )
+        self.box = NativeBox.of(problem.view, problem.importance)
+        self.low, self.high = torch.empty_like(self.problem.low), torch.empty_like(self.problem.low)
+        self.ties = torch.empty(problem.view.qparam_shape, dtype=torch.bool, device="cpu")
         self._errors: Tensor | None = None
 
     def try_steps(self, steps: int) -> Tensor:
         """Search the first steps; which of them made any group better, shape (steps,)."""
-        factors = self.grid.factors(steps)
+        problem = self.problem
+        grid, args = problem.grid, problem.args
+        factors = grid.factors(steps)
         errors = None
         if self.box.runs > 1 and self._errors is None:
             shape = (self.box.groups, self.box.runs, steps)
@@ -143,23 +118,23 @@ class _Search:
         known = None if self._errors is None else self._errors[:, :steps].contiguous()
         task = GridSearch(
             self.box,
-            NativeFormat.of(self.args, self.global_scale, self.view.values.dtype),
-            address(self.min_vals, count=self.box.groups),
-            address(self.max_vals, count=self.box.groups),
-            address(self.unit, count=self.box.groups),
+            NativeFormat.of(args, problem.global_scale, problem.view.values.dtype),
+            address(problem.low, count=self.box.groups),
+            address(problem.high, count=self.box.groups),
+            address(problem.unit, count=self.box.groups),
             address(factors, count=steps),
             steps,
-            self.grid.norm,
-            self.grid.expand,
-            _clip_steps(self.args) if self.importance is None else 0,
-            _squares_first(self.args, self.grid),
-            _doubt(self.grid.norm),
+            grid.norm,
+            grid.expand,
+            _clip_steps(args) if problem.importance is None else 0,
+            _squares_first(args, grid),
+            _doubt(grid.norm),
             _noise(self.box.size),
             address(known, torch.float64),
             address(errors, torch.float64),
             address(self.low),
             address(self.high),
-            address(self.doubtful, torch.bool),
+            address(self.ties, torch.bool),
         )
         if known is not None:
             task.box.runs = 1
@@ -172,22 +147,6 @@ class _Search:
             self._errors = errors.sum(1)
             return self.try_steps(steps)
         return gains.any(0)
-
-    def result(self, num_steps: int) -> Range:
-        """The range of the best step in each group."""
-        if bool(self.doubtful.any()):
-            self.reference.ties(
-                self.doubtful,
-                (self.low, self.high),
-                self.view,
-                (self.min_vals, self.max_vals),
-                self.args,
-                self.grid,
-                self.importance,
-                self.global_scale,
-                num_steps,
-            )
-        return self.low, self.high
 
 
 def _doubt(norm: float) -> float:

@@ -105,7 +105,7 @@ class NativeGroups:
         library().project(ctypes.byref(task), ctypes.c_int64(parts))
         return best, best_zero
 
-    def search_codes(self, table: Tensor, covering: Tensor, above: int, start: int) -> Tensor:
+    def search_scale_codes(self, table: Tensor, covering: Tensor, above: int, start: int) -> Tensor:
         """Index of the best scale of each group, int64.
 
         Args:

@@ -14,17 +14,13 @@ from math import prod
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.engines.kernels import GridReference, Problem
+from calipers.engines.kernels import GridProblem, GridReference, Problem, ShrinkGrid
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.engines.triton import grid_kernels as kernels
 from calipers.engines.triton import launch
-from calipers.formats import Format, has_plain_mx_scales
-from calipers.ranges.qparams import judged_range_dtype
-from calipers.ranges.shrink import ShrinkGrid
-from calipers.ranges.views import GroupedView
+from calipers.formats import Format, has_plain_mx_scales, range_dtype
 
 __all__ = ["search", "supports"]
 
@@ -65,7 +61,7 @@ def supports(problem: Problem) -> bool:
     assert args is not None
     if problem.norm > HIGHEST_NORM:
         return False
-    if judged_range_dtype(args, problem.dtypes[0]) != torch.float32:
+    if range_dtype(args, problem.dtypes[0]) != torch.float32:
         return False
     if args.scale_dtype not in _SCALE_TYPES:
         return False
@@ -75,41 +71,25 @@ def supports(problem: Problem) -> bool:
     return bool(args.symmetric) and (args.scale_dtype != torch.uint8 or has_plain_mx_scales(args))
 
 
-def search(
-    views: Sequence[GroupedView],
-    extremes: Sequence[Range],
-    args: QuantizationArgs,
-    grid: ShrinkGrid,
-    importance: Sequence[GroupedView | None],
-    global_scale: Tensor | None,
-    reference: GridReference,
-) -> list[Range]:
-    """As `calipers.ranges.search_grid_ranges`, whose arguments are checked and completed.
+def search(problems: Sequence[GridProblem], reference: GridReference) -> list[Range]:
+    """The ranges of all views of a value.
 
     Args:
-        views: The views of one value.
-        extremes: For each view the minimum and maximum of its groups, float32, expanded.
-        args: Quantization arguments that the engine `supports`, without the scale's dtype where it
-            is not to be rounded.
-        grid: The candidates.
-        importance: For each view the weights of its values, or None.
-        global_scale: TENSOR_GROUP only, shape (1,).
+        problems: The views, with arguments that the engine `supports`.
         reference: Not asked: what is found stays on the device.
     """
-    device = views[0].values.device
+    one = problems[0]
+    device = one.view.values.device
     with launch.on_device(device):
-        steps = _Steps.of(grid, device)
-        searches = [
-            _Search(view, low, high, weights, steps)
-            for view, (low, high), weights in zip(views, extremes, importance, strict=True)
-        ]
-        constants = _constants(args, grid.norm, global_scale)
+        steps = _Steps.of(one.grid, device)
+        searches = [_Search(problem, steps) for problem in problems]
+        constants = _constants(one)
         for each in searches:
-            each.try_steps(constants, global_scale)
-        if 0 < grid.patience < grid.num_steps:
-            steps.cut(grid.patience)
+            each.try_steps(constants)
+        if 0 < one.grid.patience < one.grid.num_steps:
+            steps.cut(one.grid.patience)
             for each in searches:
-                each.try_again(constants, global_scale)
+                each.try_again(constants)
     return [each.result() for each in searches]
 
 
@@ -152,26 +132,21 @@ class _Steps:
 class _Search:
     """The search in one view."""
 
-    def __init__(
-        self,
-        view: GroupedView,
-        min_vals: Tensor,
-        max_vals: Tensor,
-        importance: GroupedView | None,
-        steps: _Steps,
-    ) -> None:
+    def __init__(self, problem: GridProblem, steps: _Steps) -> None:
+        view = problem.view
         self._shape = view.qparam_shape
         self._steps = steps
         self._groups = prod(self._shape)
         self._length = prod(view.shape) // max(1, self._groups)
         self._runs, self._run_length = _runs(self._length)
-        self._box = Strides.of(view, importance)
+        self._strides = Strides.of(view, problem.importance)
         self._finite_only = view.finite_only
-        self._low, self._high = min_vals.contiguous(), max_vals.contiguous()
+        self._low, self._high = problem.low.contiguous(), problem.high.contiguous()
         self._best_low, self._best_high = self._low.clone(), self._high.clone()
+        self._global_scale = problem.global_scale
         self._errors: Tensor | None = None
 
-    def try_steps(self, constants: dict[str, Any], global_scale: Tensor | None) -> None:
+    def try_steps(self, constants: dict[str, Any]) -> None:
         """Try as many steps as the state says; note which ones made a group better."""
         if not self._groups:
             return
@@ -184,9 +159,9 @@ class _Search:
             per_program = min(MOST_GROUPS, TILE // block, launch.power_of_two(self._groups))
         arguments = {
             **self._ranges(),
-            **_box_arguments(self._box),
+            **_stride_arguments(self._strides),
             **constants,
-            "global_scale": self._low if global_scale is None else global_scale,
+            "global_scale": self._low if self._global_scale is None else self._global_scale,
             "partial": self._low if partial is None else partial,
             "length": self._length,
             "run_length": self._run_length,
@@ -203,10 +178,10 @@ class _Search:
             self._errors = partial.sum(-1)
             self._pick()
 
-    def try_again(self, constants: dict[str, Any], global_scale: Tensor | None) -> None:
+    def try_again(self, constants: dict[str, Any]) -> None:
         """The same with the steps that are left; the errors of long groups are still known."""
         if self._errors is None:
-            self.try_steps(constants, global_scale)
+            self.try_steps(constants)
         else:
             self._pick()
 
@@ -242,12 +217,13 @@ def _runs(length: int) -> tuple[int, int]:
     return -(-length // run_length), run_length
 
 
-def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None) -> dict[str, Any]:
+def _constants(problem: GridProblem) -> dict[str, Any]:
     """The format, as the constants that the kernel is compiled for."""
+    args = problem.args
     codes = Format.of(args)
     name, limit, eps = _SCALE_TYPES[args.scale_dtype]
     return {
-        "NORM": float(norm),
+        "NORM": float(problem.grid.norm),
         "INTEGER": codes.integer,
         "SYMMETRIC": bool(args.symmetric),
         "LOWEST": codes.low,
@@ -256,26 +232,26 @@ def _constants(args: QuantizationArgs, norm: float, global_scale: Tensor | None)
         "SHIFT": codes.shift,
         "SMALLEST": codes.smallest_bits,
         "MX_OFFSET": codes.mx_offset,
-        "SCALED_GLOBALLY": global_scale is not None,
+        "SCALED_GLOBALLY": problem.global_scale is not None,
         "SCALE_TYPE": name,
         "SCALE_LIMIT": limit,
         "SCALE_EPS": eps,
     }
 
 
-def _box_arguments(box: Strides) -> dict[str, Any]:
+def _stride_arguments(strides: Strides) -> dict[str, Any]:
     """What the kernel has to know of where the values lie."""
     found: dict[str, Any] = {
-        "values": box.values,
-        "weights": box.values if box.weights is None else box.weights,
-        "columns": box.values if box.columns is None else box.columns,
-        "num_column_groups": 1 if box.columns is None else box.columns.shape[0],
-        "KEPT": len(box.kept),
-        "REDUCED": len(box.reduced),
-        "GATHERED": box.columns is not None,
-        "WEIGHTED": box.weights is not None,
+        "values": strides.values,
+        "weights": strides.values if strides.weights is None else strides.weights,
+        "columns": strides.values if strides.columns is None else strides.columns,
+        "num_column_groups": 1 if strides.columns is None else strides.columns.shape[0],
+        "KEPT": len(strides.kept),
+        "REDUCED": len(strides.reduced),
+        "GATHERED": strides.columns is not None,
+        "WEIGHTED": strides.weights is not None,
     }
-    for name, dims in (("kept", box.kept), ("reduced", box.reduced)):
+    for name, dims in (("kept", strides.kept), ("reduced", strides.reduced)):
         padded = [Dim(1, 0, 0)] * (MOST_DIMS - len(dims)) + dims
         for position, dim in enumerate(padded):
             found[f"value_{name}_{position}"] = dim.value

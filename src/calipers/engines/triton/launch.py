@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calipers.ranges.memory import UnreadableError, is_readable
+from calipers.memory import UnreadableError, is_readable
 
 __all__ = ["OPTIONS", "launch", "on_device", "power_of_two"]
 

@@ -29,7 +29,7 @@ def sum_rows(
     ratio: Tensor,
     zero_point: Tensor | None,
 ) -> Tensor:
-    """For each row and candidate the sums of `calipers.ranges.group_sums.Sums`, all of them.
+    """For each row and candidate the sums of `calipers.ranges.candidate_sums.Sums`, all of them.
 
     Args:
         number_format: The number format.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calipers.engines import dispatch
 from calipers.engines.native import abi
+from calipers.memory import UnreadableError, is_readable
 from calipers.ranges import (
     ShrinkGrid,
     arrange,
@@ -20,7 +21,6 @@ from calipers.ranges import (
     search_grid_ranges,
     search_optimal_scales,
 )
-from calipers.ranges.memory import UnreadableError, is_readable
 from odd_tensors import REFUSED, SAME, negative_bit
 
 CHANNEL = QuantizationArgs(num_bits=4, strategy="channel")

@@ -14,73 +14,57 @@ import torch
 from torch import Tensor
 
 from calipers.formats import E4M3, has_mx_scales
-from calipers.ranges.group_sums import Batch, Candidates, GroupBatch, Sums
-from calipers.ranges.projection import Scales, Scheme, min_max_scales
+from calipers.ranges.candidate_sums import Batch, Candidates, GroupBatch, Sums
+from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
 
-__all__ = [
-    "all_scales",
-    "choose_code",
-    "covering_codes",
-    "search_codes",
-]
+__all__ = ["all_scales", "search_scale_codes"]
 
 #: Candidates of one pass. float8 has eight codes an octave: one octave above the smallest covering
 #: code and one below; of powers of two the covering one and three below.
 FLOAT8_TILE, MX_TILE = 16, 4
 
 
-def search_codes(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+def search_scale_codes(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     """The scale code of each group with the smallest sum of w (x - dequantized x)^2 of all codes.
 
     Args:
         batch: The groups.
         low: Minimum of each group, in the dtype of the values, shape (groups,).
         high: Maximum of each group.
-        scheme: What is searched for.
+        spec: What is searched for.
 
     Returns:
         Scales, the global scale divided out, float32, shape (groups,). A group of zeros gets the
         scale that min/max gives it.
     """
-    table, covering, tile, above = covering_codes(low, high, scheme)
+    table = all_scales(spec, low.device)
+    amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
+    # The smallest scale that covers each group.
+    covering = torch.searchsorted(table, amax / spec.format.high).clamp(max=table.numel() - 1)
+    tile, above = (MX_TILE, 0) if has_mx_scales(spec.args) else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1)
     if batch.whole is not None:
-        found = batch.whole.search_codes(table, covering, above, tile - 1)
-        return choose_code(table, found, low, high, scheme)
-    found = _search_down(batch, covering, table, tile, above, scheme)
-    return choose_code(table, found, low, high, scheme)
-
-
-def choose_code(table: Tensor, found: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
-    """The scales found, by index into all of them; of groups of zeros that of min/max."""
-    plain = min_max_scales(low, high, scheme)
+        found = batch.whole.search_scale_codes(table, covering, above, tile - 1)
+    else:
+        found = _search_down(batch, covering, table, tile, above, spec)
+    plain = min_max_scales(low, high, spec)
     return Scales(torch.where((low < 0) | (high > 0), table[found], plain.scale))
 
 
-def all_scales(scheme: Scheme, device: torch.device) -> Tensor:
+def all_scales(spec: ScaleSpec, device: torch.device) -> Tensor:
     """All scales that can be stored, ascending, the global scale divided out, float32."""
-    mx = has_mx_scales(scheme.args)
-    table = (_powers_of_two(scheme.dtype) if mx else E4M3.positive_codes()).to(device)
-    return table if scheme.global_scale is None else table / scheme.global_scale
-
-
-def covering_codes(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, int, int]:
-    """All scales, the smallest that covers each group, the tile, and how far it reaches above."""
-    table = all_scales(scheme, low.device)
-    amax = torch.maximum(-low.float().clamp(max=0), high.float().clamp(min=0))
-    covering = torch.searchsorted(table, amax / scheme.format.high)
-    covering = covering.clamp(max=table.numel() - 1)
-    mx = has_mx_scales(scheme.args)
-    return table, covering, *((MX_TILE, 0) if mx else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1))
+    mx = has_mx_scales(spec.args)
+    table = (_powers_of_two(spec.dtype) if mx else E4M3.positive_codes()).to(device)
+    return table if spec.global_scale is None else table / spec.global_scale
 
 
 def _search_down(
-    batch: Batch, covering: Tensor, table: Tensor, tile: int, above: int, scheme: Scheme
+    batch: Batch, covering: Tensor, table: Tensor, tile: int, above: int, spec: ScaleSpec
 ) -> Tensor:
     """Index of the best code of each group: tile after tile downwards, until the bound says stop.
 
     Subnormal float8 codes have no octave of eight codes, but the whole lowest tile covers theirs.
     """
-    sums = Sums(scheme.format, "bounded residual", tile)
+    sums = Sums(spec.format, "bounded residual", tile)
     inverse = 1 / table[covering].clamp(min=torch.finfo(torch.float32).tiny)
     steps = torch.arange(tile - 1, -1, -1, dtype=torch.int64, device=table.device).unsqueeze(1)
     lowest = (covering + above - tile + 1).clamp(min=0)

@@ -19,23 +19,10 @@ from compressed_tensors.quantization.quant_args import round_to_quantized_type_d
 from torch import Tensor
 
 from calipers.formats import Format
-from calipers.ranges.group_sums import Batch, Candidates, Sums
+from calipers.ranges.candidate_sums import Batch, Candidates, Sums
 from calipers.ranges.qparams import qparams_of_range
 
-__all__ = [
-    "CANCELS",
-    "SIDES",
-    "Scales",
-    "Scheme",
-    "candidate_ratios",
-    "candidate_scales",
-    "choose_stored",
-    "fine_factors",
-    "fine_rounds",
-    "min_max_scales",
-    "project_batch",
-    "whole_range",
-]
+__all__ = ["ScaleSpec", "Scales", "min_max_scales", "search_least_squares"]
 
 #: Candidates of one pass over the values: their sums stay in registers.
 TILE = 14
@@ -49,7 +36,7 @@ CANCELS = 5
 
 
 @dataclass(frozen=True)
-class Scheme:
+class ScaleSpec:
     """What is searched for.
 
     Args:
@@ -123,59 +110,60 @@ class Scales:
         return Scales(torch.stack([self.scale, other.scale]), zero)
 
 
-def min_max_scales(low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+def min_max_scales(low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     """What compressed-tensors makes of a range, the global scale divided out, float32.
 
     Args:
         low: Minimum of each group, in the dtype of the values; Inf for a group of nothing.
         high: Maximum of each group; -Inf for a group of nothing.
-        scheme: What is searched for.
+        spec: What is searched for.
     """
-    denormal = scheme.unit < 1 and scheme.global_scale is None and scheme.dtype != torch.float64
+    denormal = spec.unit < 1 and spec.global_scale is None and spec.dtype != torch.float64
     if denormal:
         # Scales are far apart there, and the zero point follows from the one that is stored.
-        low, high = low * scheme.unit, high * scheme.unit
-    scale, zero_point = qparams_of_range(low, high, scheme.args, scheme.global_scale)
-    scale = (scale.double() / scheme.unit).float() if denormal else scale.float()
+        low, high = low * spec.unit, high * spec.unit
+    scale, zero_point = qparams_of_range(low, high, spec.args, spec.global_scale)
+    scale = (scale.double() / spec.unit).float() if denormal else scale.float()
     # A float64 scale may be too small for float32.
     scale = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
-    if scheme.global_scale is not None:
-        scale = scale / scheme.global_scale
-    return Scales(scale, None if scheme.args.symmetric else zero_point.float())
+    if spec.global_scale is not None:
+        scale = scale / spec.global_scale
+    return Scales(scale, None if spec.args.symmetric else zero_point.float())
 
 
-def project_batch(batch: Batch, low: Tensor, high: Tensor, scheme: Scheme) -> Scales:
+def search_least_squares(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     """Scale and zero point of each group with the smallest sum of w (x - dequantized x)^2.
 
     Args:
         batch: The groups.
         low: Minimum of each group, in the dtype of the values, shape (groups,).
         high: Maximum of each group.
-        scheme: What is searched for.
+        spec: What is searched for.
 
     Returns:
         Scales as they will be stored, the global scale divided out, shape (groups,). A group that
         min/max serves as well or better keeps the scale of min/max.
     """
-    plain = min_max_scales(low, high, scheme)
+    plain, codes = min_max_scales(low, high, spec), spec.format
+    base, zero, ratios, offsets = _whole_range(low.float(), high.float(), spec)
+    inverse, factors, rounds = 1 / base, _fine_factors(codes), 1 if zero is None else ZERO_ROUNDS
     if batch.whole is not None:
-        base, zero, ratios, offsets = whole_range(low.float(), high.float(), scheme)
-        factors, rounds = fine_factors(scheme.format), fine_rounds(scheme)
-        found = batch.whole.project(
-            1 / base, zero, ratios, offsets, factors, rounds, _cancels(scheme.format)
+        best = batch.whole.project(inverse, zero, ratios, offsets, factors, rounds, _cancels(codes))
+        return _choose_stored(batch, base, Scales(*best), plain, spec)
+    candidates = Scales(ratios.unsqueeze(1).expand(-1, base.numel()))
+    if zero is not None:
+        zeros = (zero + offsets.unsqueeze(1)).clamp(codes.low, codes.high)
+        candidates = Scales(candidates.scale, zeros)
+    scored = _score(batch, inverse, candidates, codes)
+    for _ in range(rounds):
+        scored = scored.best_and(
+            _score(batch, inverse, scored.about_the_best(factors, codes), codes)
         )
-        return choose_stored(batch, base, Scales(*found), plain, scheme)
-    base, candidates = candidate_scales(low.float(), high.float(), scheme)
-    inverse = 1 / base
-    scored = _score(batch, inverse, candidates, scheme.format)
-    for _ in range(fine_rounds(scheme)):
-        fine = scored.about_the_best(fine_factors(scheme.format), scheme.format)
-        scored = scored.best_and(_score(batch, inverse, fine, scheme.format))
-    return choose_stored(batch, base, scored.best(), plain, scheme)
+    return _choose_stored(batch, base, scored.best(), plain, spec)
 
 
-def choose_stored(
-    batch: Batch, base: Tensor, winner: Scales, plain: Scales, scheme: Scheme
+def _choose_stored(
+    batch: Batch, base: Tensor, winner: Scales, plain: Scales, spec: ScaleSpec
 ) -> Scales:
     """The winner projected once more and rounded as stored, unless min/max is as good.
 
@@ -184,10 +172,10 @@ def choose_stored(
     """
     inverse = 1 / base
     both = winner.stacked_on(Scales(plain.scale * inverse, plain.zero_point))
-    sums = batch.sum(Sums(scheme.format, "polish", 2), Candidates(inverse, *both.tensors))
+    sums = batch.sum(Sums(spec.format, "polish", 2), Candidates(inverse, *both.tensors))
     (a, _), (b, _), (error, plain_error) = sums.double().chunk(3)
     best = torch.where(b > 0, a / b, winner.scale.double())
-    stored = scheme.store((best * base).float())
+    stored = spec.store((best * base).float())
     gap, miss = a - winner.scale * b, stored * inverse - best
     bound = error - gap * gap / b + miss * miss * b
     # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
@@ -205,8 +193,8 @@ def _bases(low: Tensor, high: Tensor, number_format: Format, symmetric: bool) ->
     return base.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def whole_range(
-    low: Tensor, high: Tensor, scheme: Scheme
+def _whole_range(
+    low: Tensor, high: Tensor, spec: ScaleSpec
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """What candidates are made of.
 
@@ -214,21 +202,11 @@ def whole_range(
         The unit of scale of each group; its zero point (None where there is none); the candidates
         in that unit; and for each what it adds to the zero point.
     """
-    number_format, symmetric = scheme.format, bool(scheme.args.symmetric)
+    number_format, symmetric = spec.format, bool(spec.args.symmetric)
     base = _bases(low, high, number_format, symmetric)
-    ratio, offset = _candidates(number_format, symmetric, scheme.signed)
+    ratio, offset = _candidates(number_format, symmetric, spec.signed)
     zero = None if symmetric else (number_format.low - low.clamp(max=0) / base).round()
     return base, zero, ratio.to(base.device), offset.to(base.device)
-
-
-def candidate_scales(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Scales]:
-    """A unit of scale for each group, and the candidates in that unit, (candidates, groups)."""
-    base, zero, ratio, offset = whole_range(low, high, scheme)
-    scales = ratio.unsqueeze(1).expand(-1, base.numel())
-    if zero is None:
-        return base, Scales(scales)
-    zeros = zero + offset.unsqueeze(1)
-    return base, Scales(scales, zeros.clamp(scheme.format.low, scheme.format.high))
 
 
 @functools.lru_cache(maxsize=64)
@@ -238,7 +216,7 @@ def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[T
     Asymmetric formats: each scale with the zero point of the range and some to each side, as far
     as keeping one end of the range where the scale leaves out much of it.
     """
-    ratios = candidate_ratios(number_format, signed)
+    ratios = _candidate_ratios(number_format, signed)
     if symmetric:
         return ratios, torch.zeros_like(ratios)
     most = SIDES if number_format.num_bits <= 4 else SIDES_OF_MANY_BITS
@@ -254,7 +232,7 @@ def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[T
 
 
 @functools.lru_cache(maxsize=64)
-def candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
+def _candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
     """Candidate scales in units of the scale of the range, a multiple of TILE of them.
 
     Signed: those and their negatives.
@@ -266,21 +244,11 @@ def candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
     return torch.cat([ratios, -ratios]) if signed else ratios
 
 
-def candidate_spread(number_format: Format) -> float:
-    """The relative distance of candidates."""
-    start, end, count = number_format.window
-    return math.pow(end / start, 1 / (count - 1)) - 1
-
-
-def fine_factors(number_format: Format) -> Tensor:
+def _fine_factors(number_format: Format) -> Tensor:
     """A tile of factors on the best candidate, as far as its neighbours to both sides."""
-    steps = torch.linspace(-1, 1, TILE, dtype=torch.float32, device="cpu")
-    return 1 + candidate_spread(number_format) * steps
-
-
-def fine_rounds(scheme: Scheme) -> int:
-    """How often finer candidates are tried about the best one."""
-    return 1 if scheme.args.symmetric else ZERO_ROUNDS
+    start, end, count = number_format.window
+    distance = math.pow(end / start, 1 / (count - 1)) - 1
+    return 1 + distance * torch.linspace(-1, 1, TILE, dtype=torch.float32, device="cpu")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Shrink grid: among shrunk copies of a range, the one with the smallest error.
+
+The search by plain torch operations is the reference of all engines.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+from torch import Tensor
+
+from calipers.engines.dispatch import run
+from calipers.engines.kernels import (
+    SHRINK_GRID,
+    GridProblem,
+    GridReference,
+    Problem,
+    ShrinkGrid,
+)
+from calipers.formats import Format, range_dtype
+from calipers.ranges.qparams import (
+    cast_range,
+    checked_global_scale,
+    expand_range,
+    fake_quantized,
+    qparams_of_range,
+)
+from calipers.ranges.ties import decide_ties
+from calipers.ranges.units import has_free_scales, search_in_float32, times
+from calipers.ranges.views import GroupedView
+
+__all__ = ["ShrinkGrid", "search_grid_ranges"]
+
+Range = tuple[Tensor, Tensor]
+Search = Callable[[Sequence[GridProblem], GridReference], list[Range]]
+
+
+def search_grid_ranges(
+    views: Sequence[GroupedView],
+    extremes: Sequence[tuple[Tensor, Tensor]],
+    args: QuantizationArgs,
+    grid: ShrinkGrid,
+    *,
+    importance: list[GroupedView] | None = None,
+    global_scale: Tensor | None = None,
+    engine: str | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Range with the smallest sum of |fake_quantize(x) - x|**norm in each group.
+
+    The first of equally good steps wins. The search ends once `grid.patience` steps in a row made
+    no group of any view better. Errors are float32, summed piece by piece, so that scratch memory
+    stays at a few pieces whatever the size of the values.
+
+    Args:
+        views: The views of one value.
+        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`.
+        args: Quantization arguments; the strategy does not count.
+        grid: The candidates.
+        importance: For each view the weights of its values, >= 0, broadcast to the same shape; None
+            weighs all alike.
+        global_scale: TENSOR_GROUP only, shape (1,): candidates are then rounded as they will be
+            stored. Without it local scales are left unrounded, since rounding needs it.
+        engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
+
+    Returns:
+        For each view minimum and maximum, of its `qparam_shape`; float32, float64 where float32
+        cannot hold them. A group whose errors are
+        not finite keeps the first step.
+    """
+    if args.strategy == QuantizationStrategy.TENSOR_GROUP and global_scale is None:
+        args = args.model_copy(update={"scale_dtype": None})
+    if global_scale is not None:
+        global_scale = checked_global_scale(global_scale, views[0].values.device)
+    weights = [None] * len(views) if importance is None else importance
+    dtype = extremes[0][0].dtype
+
+    def problems(
+        views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
+    ) -> list[GridProblem]:
+        scale = None if global_scale is None else times(global_scale, factor)
+        return [
+            GridProblem(
+                view,
+                expand_range(low, grid.expand),
+                expand_range(high, grid.expand),
+                weight,
+                args,
+                grid,
+                scale,
+            )
+            for view, (low, high), weight in zip(views, extremes, weights, strict=True)
+        ]
+
+    def search_part(search: Search, *part: Any) -> list[Range]:
+        found, factor = search(problems(*part), _REFERENCE), part[-1]
+        return found if factor == 1 else [_restored(pair, factor, dtype) for pair in found]
+
+    # Scales of symmetric formats do not overflow.
+    free = dtype == torch.float64 or not args.symmetric
+    free = free and has_free_scales(args, dtype, global_scale)
+
+    def search_whole(search: Search) -> list[Range]:
+        return search_in_float32(views, extremes, functools.partial(search_part, search), free)
+
+    values = sum(view.values.numel() for view in views)
+    dtypes = tuple(view.values.dtype for view in (*views, *(importance or ())))
+    problem = Problem(views[0].values.device, values, dtypes, args, grid.norm)
+    return run(SHRINK_GRID, _search_eagerly, search_whole, problem, engine)
+
+
+def search(problems: Sequence[GridProblem]) -> list[Range]:
+    """The ranges of all views of a value, by compressed-tensors' own functions."""
+    searches = [_Search(problem) for problem in problems]
+    grid = problems[0].grid
+
+    def gains() -> Iterator[bool]:
+        for step in range(grid.num_steps):
+            gain = [each.try_step(grid.shrink(step)) for each in searches]
+            yield any(gain)
+
+    grid.last_step(gains())
+    return [(each.best_min, each.best_max) for each in searches]
+
+
+def _search_eagerly(problems: Sequence[GridProblem], reference: GridReference) -> list[Range]:
+    """The reference, called as a kernel is."""
+    return reference.search(problems)
+
+
+def search_few(problem: GridProblem, num_steps: int) -> Range:
+    """As `search`, of a view whose groups are few, by all of the first steps in one go.
+
+    Args:
+        problem: Its values have the shape (groups, n), its range float32.
+        num_steps: Number of candidates.
+    """
+
+    def at_each_step(one: GroupedView) -> GroupedView:
+        values = one.values.expand(num_steps, *one.values.shape)
+        return GroupedView(values, (2,), finite_only=one.finite_only)
+
+    factors = problem.grid.factors(num_steps, problem.low.device).unsqueeze(1)
+    low, high = problem.low * factors, problem.high * factors
+    weights = None if problem.importance is None else at_each_step(problem.importance)
+    view = at_each_step(problem.view)
+    every = _Search(replace(problem, view=view, low=low, high=high, importance=weights))
+    every.unit = problem.unit.expand(num_steps, -1)
+    error = every.error(*every.qparams(low, high))
+    error = torch.where(error < torch.inf, error, torch.inf)  # NaN is never smaller
+    # torch's argmin does not promise the first of equals.
+    steps = torch.arange(num_steps, dtype=torch.int64, device=error.device).unsqueeze(1)
+    first = torch.where(error == error.amin(0), steps, num_steps).amin(0, keepdim=True)
+    return low.gather(0, first)[0], high.gather(0, first)[0]
+
+
+class _Search:
+    """The state of the search in one view."""
+
+    def __init__(self, problem: GridProblem) -> None:
+        self.problem, self.view = problem, problem.view
+        self.dtype = range_dtype(problem.args, problem.view.values.dtype)
+        self.format = Format.of(problem.args)
+        self.unit = problem.unit
+        self._buffer: Tensor | None = None
+        self.best_min, self.best_max = problem.low.clone(), problem.high.clone()
+        self.best_error = torch.full_like(problem.low, torch.inf)
+
+    def try_step(self, shrink: float) -> bool:
+        """Try one candidate; returns whether any group became better."""
+        low, high = self.problem.low * shrink, self.problem.high * shrink
+        error = self.error(*self.qparams(low, high))
+        better = error < self.best_error
+        self.best_error = torch.where(better, error, self.best_error)
+        self.best_min = torch.where(better, low, self.best_min)
+        self.best_max = torch.where(better, high, self.best_max)
+        return bool(better.any())
+
+    def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale, float32, and zero point of a candidate range, as they will be stored."""
+        low, high = cast_range(low, self.dtype), cast_range(high, self.dtype)
+        scale, zero_point = qparams_of_range(
+            low, high, self.problem.args, self.problem.global_scale
+        )
+        return cast_range(scale, torch.float32), zero_point
+
+    def error(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Sum over each group of weight * |fake_quantize(x) - x|**norm, float32, in its unit."""
+        problem, view = self.problem, self.view
+        scale = scale * self.unit
+        error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)
+        weights = None if problem.importance is None else problem.importance.pieces()
+        for where, piece in view.pieces():
+            values = piece.float()
+            if view.finite_only:
+                # A zero is quantized to zero: what is left out adds no error.
+                values = torch.where(values.isfinite(), values, 0)
+            behind = (...,) + (None,) * (values.dim() - len(where))
+            values = values * self.unit[where][behind]
+            rounded = self._fake_quantize(values, scale[where][behind], zero_point[where][behind])
+            loss = _power(rounded.sub_(values), problem.grid.norm)
+            if weights is not None:
+                loss *= next(weights)[1]
+            error[where] += loss.sum(tuple(range(len(where), loss.dim())))
+        return error
+
+    def _fake_quantize(self, values: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """As compressed-tensors does it; integers in one buffer, which takes a quarter the time."""
+        args, global_scale = self.problem.args, self.problem.global_scale
+        if not self.format.integer:
+            return fake_quantized(values, scale, zero_point, args, global_scale)
+        if global_scale is not None:
+            scale = scale / global_scale
+        if self._buffer is None or self._buffer.numel() < values.numel():
+            self._buffer = values.new_empty(values.numel())
+        codes = self._buffer[: values.numel()].view(values.shape)
+        torch.div(values, scale, out=codes)
+        if not args.symmetric:
+            codes += zero_point
+        codes.clamp_(self.format.low, self.format.high).round_()
+        if not args.symmetric:
+            codes -= zero_point
+        return codes.mul_(scale)
+
+
+def _power(error: Tensor, norm: float) -> Tensor:
+    """|error|**norm, in place or not."""
+    if norm < 2:
+        return error.abs_().pow_(norm)
+    square = error.square_()
+    if norm == 2:
+        return square
+    # A third of the time of pow, and as exact: little of the logarithm's rounding comes through.
+    return square.log2().mul_(norm / 2 - 1).exp2_().mul_(square)
+
+
+_REFERENCE = GridReference(search, functools.partial(decide_ties, search_few))
+
+
+def _restored(pair: Range, factor: float, dtype: torch.dtype) -> Range:
+    """A range times a factor, at most what the dtype holds, float32 at least."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    limit = torch.finfo(torch.float64).max
+    low, high = ((end.double() * factor).clamp(-limit, limit) for end in pair)
+    return cast_range(low, wide), cast_range(high, wide)

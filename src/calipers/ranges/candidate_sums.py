@@ -105,7 +105,7 @@ class Sums:
 
     Args:
         format: The number format.
-        kind: "projection": sum w x q and sum w q^2; "all": these two and sum w (x - p q)^2;
+        kind: "least squares": sum w x q and sum w q^2; "all": these two and sum w (x - p q)^2;
             "polish": the same, the first two in float64; "bounded residual": sum w (x - p q)^2,
             and one more row, the sum of w (x - high p)_+^2 for the last candidate p, which no
             smaller scale undercuts.
@@ -155,7 +155,7 @@ class Sums:
     def of_all(self, found: Tensor) -> Tensor:
         """The rows that `kind` asks for, out of the 3 * tile + 1 rows that a kernel computes."""
         count = found.shape[0] // 3
-        if self.kind == "projection":
+        if self.kind == "least squares":
             return found[: 2 * count]
         return found[2 * count :] if self.kind == "bounded residual" else found[: 3 * count]
 
@@ -172,11 +172,11 @@ class Sums:
         if self.kind == "bounded residual":
             rest = x - codes * ratio.unsqueeze(-1)
             return (_weighted(rest, weight, rest).sum(-1),)
-        # Sums of the last projection: in float64 they are the same in any order.
+        # Sums of the last fit: in float64 they are the same in any order.
         dtype = torch.float64 if self.kind == "polish" else torch.float32
         a = (wx * codes).sum(-1, dtype=dtype)
         b = _weighted(codes, weight, codes).sum(-1, dtype=dtype)
-        if self.kind == "projection":
+        if self.kind == "least squares":
             return a, b
         rest = x - codes * ratio.unsqueeze(-1)
         return a, b, _weighted(rest, weight, rest).sum(-1).to(dtype)

@@ -1,9 +1,9 @@
-"""Scales of formats whose scale may be any number: candidates, then projection onto their codes.
+"""Scales that may be any number: candidates, and the least squares of their codes.
 
 For fixed codes q the best scale is A / B with A = sum w x q and B = sum w q^2, and its error is
 sum w x^2 - A^2 / B (weighted least squares). Candidates are ranked by that error, others about
-the best one are tried at a finer distance, and the winner is projected once more, which never makes
-it worse, and rounded as it will be stored.
+the best one are tried at a finer distance, and the winner is fitted to its codes once more, which
+never makes it worse, and rounded as it will be stored.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def search_least_squares(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpe
 def _choose_stored(
     batch: Batch, base: Tensor, winner: Scales, plain: Scales, spec: ScaleSpec
 ) -> Scales:
-    """The winner projected once more and rounded as stored, unless min/max is as good.
+    """The winner fitted to its codes once more and rounded as stored, unless min/max is as good.
 
     What the winner's codes give at the rounded scale is an upper bound on the error there, since
     rounding to the nearest code is better still: so the comparison takes one pass over the values.
@@ -253,7 +253,7 @@ def _fine_factors(number_format: Format) -> Tensor:
 
 @dataclass(frozen=True)
 class _Scored:
-    """Candidates, projected where that costs nothing, and their gains, (candidates, groups)."""
+    """Candidates, fitted to their codes where it costs nothing, and gains, (candidates, groups)."""
 
     scales: Scales
     gain: Tensor
@@ -301,7 +301,7 @@ def _cancels(number_format: Format) -> bool:
 def _score(batch: Batch, inverse: Tensor, candidates: Scales, number_format: Format) -> _Scored:
     """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
     cancels = _cancels(number_format)
-    sums = Sums(number_format, "all" if cancels else "projection", TILE)
+    sums = Sums(number_format, "all" if cancels else "least squares", TILE)
     gains, ratios = [], []
     for first in range(0, candidates.scale.shape[0], TILE):
         part = slice(first, first + TILE)

@@ -13,9 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from calipers.calibration.choice import ObserverChoice, needs_observer
 from calipers.calibration.targets import Target
 from calipers.observers import Observer
-from calipers.observers.input_energy import first_tensor
+from calipers.observers.hooks import first_tensor
 from calipers.observers.masks import current_mask
-from calipers.observers.updates import UpdateState
+from calipers.observers.statistics import UpdateState
 
 __all__ = ["ObservedModule", "build_observed"]
 

@@ -24,7 +24,7 @@ from calipers.calibration.report import CalibrationReport, quantized_share
 from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
-from calipers.observers.updates import UpdateState
+from calipers.observers.statistics import UpdateState
 
 __all__ = ["Calibration", "OnMissing", "check_on_missing"]
 

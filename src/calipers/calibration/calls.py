@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from compressed_tensors.offload import get_execution_device
@@ -13,10 +12,10 @@ from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.offload.utils import send_tensors
 from loguru import logger
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from calipers.calibration.batches import eval_mode, uncompiled
 from calipers.calibration.example_inputs import example_inputs
+from calipers.observers.hooks import add_call_hook, remove_hooks
 
 __all__ = ["CallCounter", "find_never_called"]
 
@@ -32,12 +31,12 @@ class CallCounter:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._names = list(names)
         self._calls: Counter[str] = Counter()
-        self._handles: list[RemovableHandle] = []
         watched = {*self._names, *(_parent(name) for name in self._names if name)}
-        for name in sorted(watched):
-            hook = _Count(self._calls, name)
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(hook))
+        self._hooked = [
+            (model.get_submodule(name), _Count(self._calls, name)) for name in sorted(watched)
+        ]
+        for module, count in self._hooked:
+            add_call_hook(module, count.add)
 
     @property
     def never_called(self) -> set[str]:
@@ -85,17 +84,17 @@ class CallCounter:
 
     def remove(self) -> None:
         """Take the hooks off; what was counted stays."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self._hooked:
+            remove_hooks(*self._hooked.pop())
 
 
 class _Count:
-    """A forward hook; a class, so that a copied model can be pickled with it."""
+    """Counts the calls of one module."""
 
     def __init__(self, calls: Counter[str], name: str) -> None:
         self._calls, self._name = calls, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def add(self) -> None:
         self._calls[self._name] += 1
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationScheme
 from loguru import logger
 from torch import nn
 
-from calipers.calibration.targets import Resolution
+from calipers.calibration.targets import Resolution, has_global_scale
 
 __all__ = ["find_fused_groups", "find_fused_problems"]
 
@@ -88,4 +88,4 @@ def _said(scheme: QuantizationScheme | None) -> str:
 
 def _is_nvfp4(scheme: QuantizationScheme | None) -> bool:
     weights = None if scheme is None else scheme.weights
-    return weights is not None and weights.strategy == QuantizationStrategy.TENSOR_GROUP
+    return weights is not None and has_global_scale(weights)

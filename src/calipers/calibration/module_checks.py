@@ -12,30 +12,22 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import (
     QuantizationArgs,
-    QuantizationStrategy,
     QuantizationType,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
 
-from calipers.calibration.targets import Target
+from calipers.calibration.targets import (
+    ACTIVATION_STRATEGIES,
+    GROUPED,
+    WEIGHT_STRATEGIES,
+    Target,
+)
 from calipers.ranges.qparams import scale_dtype_problem
 
 __all__ = ["find_module_problems", "find_shape_problems"]
 
-_GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _FLOAT_BITS = (4, 8)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WEIGHT_STRATEGIES = (
-    QuantizationStrategy.TENSOR,
-    QuantizationStrategy.CHANNEL,
-    QuantizationStrategy.BLOCK,
-    *_GROUPED,
-)
-_ACTIVATION_STRATEGIES = (
-    QuantizationStrategy.TENSOR,
-    QuantizationStrategy.TOKEN,
-    *_GROUPED,
-)
 
 
 def find_module_problems(target: Target) -> Iterator[str]:
@@ -77,7 +69,7 @@ def _args_problems(target: Target, base_name: str, args: QuantizationArgs) -> It
 def _shape_problems(
     target: Target, base_name: str, args: QuantizationArgs, weight: torch.Tensor
 ) -> Iterator[str]:
-    if args.strategy in _GROUPED:
+    if args.strategy in GROUPED:
         columns = _columns(target, base_name, weight)
         # a group wider than the row is refused too, not taken as one short group
         if args.group_size is None or columns % args.group_size:
@@ -100,7 +92,7 @@ def _scale_dtype_problems(args: QuantizationArgs, dtype: torch.dtype) -> Iterato
 
 
 def _weight_problems(args: QuantizationArgs) -> Iterator[str]:
-    if args.strategy not in _WEIGHT_STRATEGIES:
+    if args.strategy not in WEIGHT_STRATEGIES:
         yield f"strategy {_text(args.strategy)!r} means nothing for a weight"
     if args.dynamic:
         yield f"must be static, got dynamic={_text(args.dynamic)!r}"
@@ -109,9 +101,9 @@ def _weight_problems(args: QuantizationArgs) -> Iterator[str]:
 def _activation_problems(target: Target, base_name: str, args: QuantizationArgs) -> Iterator[str]:
     if base_name == "input" and isinstance(target.module, torch.nn.Embedding):
         yield "an Embedding's input is token ids, which cannot be quantized"
-    if args.strategy not in _ACTIVATION_STRATEGIES:
+    if args.strategy not in ACTIVATION_STRATEGIES:
         yield f"strategy {_text(args.strategy)!r} means nothing for the activations of a layer"
-    elif args.strategy in _GROUPED and not args.dynamic:
+    elif args.strategy in GROUPED and not args.dynamic:
         yield (
             f"static strategy {_text(args.strategy)!r} cannot run: fake-quantize would take "
             "groups for tokens; use dynamic=True, or 'local' with tensor_group"

@@ -16,11 +16,10 @@ from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES
 from pydantic import BaseModel, ValidationError
 
 from calipers._words import did_you_mean
+from calipers.calibration.targets import TENSORS
 from calipers.errors import SchemeError
 
 __all__ = ["read_scheme_file"]
-
-_ARGS_FIELDS = ("weights", "input_activations", "output_activations")
 
 
 def read_scheme_file(path: Path) -> QuantizationConfig | QuantizationScheme:
@@ -96,7 +95,7 @@ def _find_problems(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _scheme_problems(data: Mapping[str, Any], where: str) -> Iterator[str]:
     yield from _unknown_fields(data, QuantizationScheme, where)
-    for field in _ARGS_FIELDS:
+    for field in dict.fromkeys(kind.field for kind in TENSORS.values()):
         yield from _args_problems(data.get(field), f"{where}{field}.")
 
 

@@ -14,10 +14,9 @@ from loguru import logger
 
 from calipers.calibration.batches import Progress, expect_batches, run_batches
 from calipers.calibration.calls import CallCounter
-from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
 from calipers.calibration.masks import BatchMask, find_mask
-from calipers.calibration.missing import find_missing, missing_data_error
+from calipers.calibration.missing import find_missing, missing_data_error, set_fallbacks
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
@@ -182,8 +181,8 @@ class Calibration:
         with self._clock():
             never_called = self._calls.never_called
             called = [each for each in self.observed if each.name not in never_called]
-            kept, substitutes = self._settle_missing(called, on_missing)
-            rows = freeze_modules(kept, self._plan.choice, substitutes, progress)
+            kept = self._settle_missing(called, on_missing)
+            rows = freeze_modules(kept, self._plan.choice, progress)
         self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
@@ -235,19 +234,22 @@ class Calibration:
 
     def _settle_missing(
         self, observed: list[ObservedModule], on_missing: OnMissing
-    ) -> tuple[list[ObservedModule], Substitutes]:
+    ) -> list[ObservedModule]:
+        """The modules that can be quantized, with fallbacks set where those are asked for."""
         missing = find_missing(observed)
+        for tensor in missing:
+            tensor.fallback = None
         if not missing:
-            return observed, {}
+            return observed
         if on_missing == "skip":
-            lacking = {each.observed.name for each in missing}
-            return [each for each in observed if each.name not in lacking], {}
+            lacking = {tensor.name for tensor in missing}
+            return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
             raise missing_data_error(missing, self.batches, tried_fallback=False)
-        substitutes, left = find_substitutes(observed, missing)
+        left = set_fallbacks(observed, missing)
         if left:
             raise missing_data_error(left, self.batches, tried_fallback=True)
-        return observed, substitutes
+        return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
         """Those of the plan and those found while running, in the model's order."""

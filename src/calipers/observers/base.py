@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
+from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.plugins import load_entry_points
@@ -262,10 +263,21 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         return scale
 
     def attach(self, module: torch.nn.Module) -> None:
-        """Set the hooks on `module` that this observer needs beside `observe`; none here."""
+        """Collect the inputs of `module` by a hook, where they are needed (`needs_data`).
+
+        A second call counts nothing twice. An observer of one's own may set hooks of its own here:
+        its inputs are left to it then.
+        """
+        self.detach(module)
+        if self.needs_data:
+            add_hook(module, "input", self._see_input)
 
     def detach(self, module: torch.nn.Module) -> None:
-        """Remove what `attach` set."""
+        """Stop collecting; what was collected stays."""
+        remove_hooks(module, self)
+
+    def _see_input(self, seen: Seen) -> None:
+        self.observe_input(seen.value)
 
     def extra_repr(self) -> str:
         """Base name, strategy and format, for `print(module)`."""

@@ -11,7 +11,6 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
 from calipers.observers.base import Observer
-from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.masks import select_tokens
 from calipers.observers.state_checks import Problem, check_sum, count_in
 from calipers.observers.statistics import (
@@ -191,11 +190,7 @@ class InputMoments(HoldsStatistics):
 
 
 class InputObserver(Observer):
-    """Base of weight observers that look at the inputs of their module first.
-
-    `attach(module)` sets a forward hook and `detach(module)` removes it; `calipers.calibrate` feeds
-    all observers of a model by hooks of its own.
-    """
+    """Base of weight observers that look at the inputs of their module first."""
 
     needs_data = True
     #: What the inputs have taught; several observers may hold the same.
@@ -235,18 +230,6 @@ class InputObserver(Observer):
 
     def _parts(self) -> tuple[HoldsStatistics, ...]:
         return self, self.moments
-
-    def attach(self, module: nn.Module) -> None:
-        """Collect what the inputs of `module` teach; a second call counts nothing twice."""
-        self.detach(module)
-        add_hook(module, "input", self._see_input)
-
-    def detach(self, module: nn.Module) -> None:
-        """Stop collecting; what was collected stays."""
-        remove_hooks(module, self)
-
-    def _see_input(self, seen: Seen) -> None:
-        self.observe_input(seen.value)
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of the module's inputs to the moments; see `InputMoments.observe`."""

@@ -127,11 +127,6 @@ class OptimalObserver(InputObserver):
         products = self._column_groups if self.objective == "hessian" else None
         self.moments.observe(inputs, mask, products)
 
-    def attach(self, module: torch.nn.Module) -> None:
-        """Collect what the objective needs of the inputs of `module`."""
-        if self.objective != "mse":
-            super().attach(module)
-
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""
         found = search_optimal_scales(

@@ -13,6 +13,7 @@ import torch
 from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.batches import Progress
 from calipers.calibration.checks import OnUnfit
+from calipers.calibration.config import SchemeLike
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -21,7 +22,6 @@ from calipers.calibration.plan import (
     without_never_called,
 )
 from calipers.calibration.report import CalibrationReport
-from calipers.calibration.schemes import SchemeLike
 from calipers.calibration.session import Calibration, OnMissing, check_on_missing
 from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model

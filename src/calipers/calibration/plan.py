@@ -14,8 +14,8 @@ from loguru import logger
 from calipers.calibration.architectures import has_fused_experts
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit, resolve_and_check
+from calipers.calibration.config import SchemeLike, resolve_config
 from calipers.calibration.observed import ObservedModule, ObservedTensor
-from calipers.calibration.schemes import SchemeLike, resolve_config
 from calipers.calibration.targets import Reason, Resolution, Target
 from calipers.errors import CalipersError, MissingDataError
 from calipers.observers import Observer

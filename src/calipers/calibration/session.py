@@ -12,10 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 from loguru import logger
 
-from calipers.calibration.batches import Progress, expect_batches, run_batches
+from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.freeze import freeze_modules
-from calipers.calibration.masks import BatchMask, find_mask
 from calipers.calibration.missing import find_missing, missing_data_error, set_fallbacks
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan

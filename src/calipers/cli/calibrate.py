@@ -14,7 +14,8 @@ from rich.filesize import decimal
 from calipers._words import first_line
 from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
-from calipers.calibration.group_sizes import has_free_group_size, suggest_group_size
+from calipers.calibration.checks import suggest_group_size
+from calipers.calibration.config import has_free_group_size
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import (
     ObserverChoice,

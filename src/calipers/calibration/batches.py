@@ -31,7 +31,6 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], object]
 def run_batches(
     model: torch.nn.Module,
     batches: Iterable[Any],
-    on_batch: Callable[[], None],
     progress: Progress | None = None,
     within: Callable[[object], AbstractContextManager[object]] = nullcontext,
 ) -> None:
@@ -42,7 +41,6 @@ def run_batches(
         batches: Each one a mapping (called as `model(**batch)`, a transformers BatchEncoding
             included), a tensor (`model(batch)`), or a tuple or list (`model(*batch)`). Tensors
             are moved to the device that the model executes on.
-        on_batch: Called after each batch that the model took.
         progress: Called as `progress("batches", done, total)` before the first batch and after
             each; `total` is None where `batches` has no length.
         within: Called with each batch, for a context that the model's call runs in.
@@ -59,7 +57,6 @@ def run_batches(
         for done, batch in enumerate(batches, start=1):
             with within(batch):
                 _call(model, batch, device)
-            on_batch()
             if progress is not None:
                 progress("batches", done, total)
 

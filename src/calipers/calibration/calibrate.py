@@ -12,6 +12,7 @@ import torch
 
 from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.batches import Progress
+from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import SchemeLike
 from calipers.calibration.plan import (
@@ -19,7 +20,7 @@ from calipers.calibration.plan import (
     Plan,
     plan_observers,
     refuse_without_data,
-    without_never_called,
+    without_modules,
 )
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing, check_on_missing
@@ -142,7 +143,8 @@ def run_plan(
     """
     if batches is None:
         refuse_without_data(plan)
-        plan = without_never_called(model, plan)
+        uncalled = find_never_called(model, [each.name for each in plan.observed])
+        plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan) as calibration:
         if batches is not None:
             calibration.run(batches, progress, use_attention_mask=use_attention_mask)

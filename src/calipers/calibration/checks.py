@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from math import gcd
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -17,7 +17,6 @@ from loguru import logger
 from calipers._words import did_you_mean
 from calipers.calibration.config import has_free_group_size
 from calipers.calibration.fused import find_fused_problems
-from calipers.calibration.kinds import ModuleProblem, group_problems
 from calipers.calibration.module_checks import (
     find_forward_problems,
     find_hook_problems,
@@ -28,6 +27,7 @@ from calipers.calibration.targets import (
     Resolution,
     Target,
     is_quantizable,
+    kind_of,
     resolve_modules,
     schemes_by_target,
 )
@@ -86,7 +86,7 @@ def resolve_and_check(
     if on_unfit == "skip":
         unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]
         resolution = resolution.without(dict.fromkeys(unfit, "shape"))
-    problems = list(group_problems(_find_problems(model, config, resolution)))
+    problems = list(_group_problems(_find_problems(model, config, resolution)))
     if problems:
         problems += _ways_out(resolution)
         raise SchemeError("\n  ".join(["the model cannot take this scheme:", *problems]))
@@ -95,13 +95,13 @@ def resolve_and_check(
 
 def _find_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
-) -> Iterator[ModuleProblem | str]:
+) -> Iterator[_ModuleProblem | str]:
     yield from find_pattern_problems(model, config, resolution)
     if resolution.targets:
         yield from find_hook_problems(model)
     for target in resolution.targets:
         for reason in (*find_module_problems(target), *find_forward_problems(target)):
-            yield ModuleProblem(target.name or type(target.module).__name__, reason)
+            yield _ModuleProblem(target.name or type(target.module).__name__, reason)
     yield from find_fused_problems(model, resolution)
 
 
@@ -128,7 +128,7 @@ _MAY_MATCH_NOTHING = frozenset({"lm_head"})
 
 def find_pattern_problems(
     model: torch.nn.Module, config: QuantizationConfig, resolution: Resolution
-) -> Iterator[ModuleProblem | str]:
+) -> Iterator[_ModuleProblem | str]:
     """A problem for each pattern that matches nothing, or a module that cannot be quantized.
 
     A regex may match containers, norms and activations beside the layers it is meant for: only
@@ -154,7 +154,7 @@ def find_pattern_problems(
             reason = _unfit_type(model, name, module, pattern, useful)
             if reason and name not in told:
                 told.add(name)
-                yield ModuleProblem(name or type(module).__name__, reason)
+                yield _ModuleProblem(name or type(module).__name__, reason)
 
 
 def _meant(pattern: str, modules: Iterable[tuple[str, torch.nn.Module]]) -> str:
@@ -239,3 +239,44 @@ def fitting_group_sizes(targets: Iterable[Target]) -> list[int]:
 def suggest_group_size(targets: Iterable[Target]) -> int | None:
     """The group size nearest to the usual 128, but not above, that fits all; None without any."""
     return next((size for size in fitting_group_sizes(targets) if size <= 128), None)
+
+
+#: Kinds named in one line of an error; a model of unnumbered names may have very many.
+_KINDS = 12
+
+
+class _ModuleProblem(NamedTuple):
+    """One module and one reason why it cannot take its scheme."""
+
+    name: str
+    reason: str
+
+
+def _list_kinds(names: Iterable[str]) -> str:
+    """Kinds with their counts, `layers.*.mlp (30)`; a module alone in its kind by its own name."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kinds[kind_of(name)].append(name)
+    told = [
+        members[0] if len(members) == 1 else f"{kind} ({len(members)})"
+        for kind, members in kinds.items()
+    ]
+    if len(told) > _KINDS:
+        told[_KINDS:] = [f"and {len(told) - _KINDS} other kinds"]
+    return ", ".join(told)
+
+
+def _group_problems(problems: Iterable[_ModuleProblem | str]) -> Iterator[str]:
+    """One line for each reason, naming all modules that share it.
+
+    Lines that are no problems of single modules stay as they are, in their place.
+    """
+    # A dict keeps the order in which reasons were first met.
+    lines: dict[tuple[str, bool], list[str]] = defaultdict(list)
+    for each in problems:
+        if isinstance(each, _ModuleProblem):
+            lines[each.reason, True].append(each.name)
+        else:
+            lines[each, False].append("")
+    for (text, of_modules), names in lines.items():
+        yield f"{_list_kinds(names)}: {text}" if of_modules else text

@@ -200,11 +200,7 @@ def _changed(args: QuantizationArgs, options: Mapping[str, Any]) -> Quantization
             {**args.model_dump(), **options}
         )
     except ValidationError as error:
-        told = "; ".join(
-            f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ")
-            for each in error.errors()
-        )
-        raise SchemeError(f"scheme_options: {told}") from None
+        raise SchemeError(f"scheme_options: {'; '.join(_told(error))}") from None
     except (KeyError, NotImplementedError, TypeError) as error:
         # raised by compressed-tensors' validators, which pydantic does not wrap
         raise SchemeError(f"scheme_options: {error.args[0] if error.args else error}") from None
@@ -317,15 +313,18 @@ def _build(model: type[Any], data: Mapping[str, Any], path: Path) -> Any:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}".lstrip(": ")
-            for item in error.errors()
-        ]
-        raise SchemeError("\n  ".join([f"{path}:", *lines])) from error
+        raise SchemeError("\n  ".join([f"{path}:", *_told(error)])) from error
     except (KeyError, NotImplementedError, TypeError) as error:
         # raised by compressed-tensors' validators, which pydantic does not wrap
         told = str(error.args[0] if error.args else error)
         raise SchemeError(f"{path}: {told}{_nearest_preset(data)}") from error
+
+
+def _told(error: ValidationError) -> list[str]:
+    """One line for each problem: the field, and what is wrong with it."""
+    return [
+        f"{'.'.join(map(str, each['loc']))}: {each['msg']}".lstrip(": ") for each in error.errors()
+    ]
 
 
 def _nearest_preset(data: Mapping[str, Any]) -> str:

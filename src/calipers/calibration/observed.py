@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -100,7 +102,6 @@ class ObservedModule:
     unmasked: bool = False
     _attached: bool = False
     _update: UpdateState = field(default_factory=UpdateState)
-    _before_batch: tuple[int, bool] = (0, False)
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -158,27 +159,22 @@ class ObservedModule:
             if TENSORS[base_name].side == side:
                 each.see(seen.value)
 
-    # -- whole batches -----------------------------------------------------------------------
-
-    def begin_batch(self) -> None:
-        """Start a batch of the model; until `end_batch`, `undo_batch` takes it back."""
-        self._before_batch = self.tokens, self.unmasked
-        for observer in self._all_observers():
-            observer.begin_batch()
-
-    def end_batch(self) -> None:
-        """Keep what the batch gave."""
-        for observer in self._all_observers():
+    @contextmanager
+    def whole_batch(self) -> Iterator[None]:
+        """Let a batch count at the end of the block, or, where that raises, not at all."""
+        before = self.tokens, self.unmasked
+        observers = [observer for each in self.tensors.values() for observer in each.observers]
+        try:
+            for observer in observers:
+                observer.begin_batch()
+            yield
+        except BaseException:
+            self.tokens, self.unmasked = before
+            for observer in observers:
+                observer.undo_batch()
+            raise
+        for observer in observers:
             observer.end_batch()
-
-    def undo_batch(self) -> None:
-        """Forget what the batch gave."""
-        self.tokens, self.unmasked = self._before_batch
-        for observer in self._all_observers():
-            observer.undo_batch()
-
-    def _all_observers(self) -> list[Observer]:
-        return [observer for each in self.tensors.values() for observer in each.observers]
 
 
 def _hooks_itself(observer: Observer) -> bool:

@@ -12,7 +12,6 @@ from compressed_tensors.quantization import DynamicType, QuantizationArgs, Quant
 from loguru import logger
 
 from calipers.calibration.architectures import has_fused_experts
-from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import SchemeLike, resolve_config
 from calipers.calibration.observed import ObservedModule, ObservedTensor
@@ -28,7 +27,6 @@ __all__ = [
     "plan_observers",
     "refuse_without_data",
     "without_modules",
-    "without_never_called",
 ]
 
 _DEFAULT_WEIGHT_OBSERVER = "optimal"
@@ -177,15 +175,6 @@ def plan_observers(
     return Plan(
         config, resolution, [_observed(each, choice) for each in resolution.targets], choice
     )
-
-
-def without_never_called(model: torch.nn.Module, plan: Plan) -> Plan:
-    """The plan less the layers that the model's own example input passes by.
-
-    For a calibration without data, whose batches would tell; see `find_never_called`.
-    """
-    uncalled = find_never_called(model, [each.name for each in plan.observed])
-    return without_modules(plan, uncalled, "never called")
 
 
 def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:

@@ -128,7 +128,7 @@ class Calibration:
 
             with self._clock():
                 if any(each.wants_data for each in self.observed):
-                    run_batches(self.model, batches, self._count_batch, progress, whole)
+                    run_batches(self.model, batches, progress, whole)
                 else:
                     self._skip_data(batches)
 
@@ -141,7 +141,7 @@ class Calibration:
         logger.info("the data was not run: no observer of this calibration needs any")
         if self.observed and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
-            run_batches(self.model, first, lambda: None, within=lambda _: self._calls.whole())
+            run_batches(self.model, first, within=lambda _: self._calls.whole())
 
     def freeze(
         self, on_missing: OnMissing = "error", progress: Progress | None = None
@@ -266,23 +266,16 @@ class Calibration:
     @contextmanager
     def _whole_batch(self, masked: BatchMask) -> Iterator[None]:
         """Let a batch count at the end of the block, or, where that raises, not at all."""
-        fed = [each for each in self.observed if each.wants_data]
-        try:
-            for each in fed:
-                each.begin_batch()
-            with self._calls.whole(), token_mask(masked.mask):
-                yield
-            for each in fed:
-                each.end_batch()
-        except BaseException:
-            for each in fed:
-                each.undo_batch()
-            raise
+        with ExitStack() as stack:
+            for each in self.observed:
+                if each.wants_data:
+                    stack.enter_context(each.whole_batch())
+            stack.enter_context(self._calls.whole())
+            stack.enter_context(token_mask(masked.mask))
+            yield
+        self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted
-
-    def _count_batch(self) -> None:
-        self.batches += 1
 
     @contextmanager
     def _clock(self) -> Iterator[None]:

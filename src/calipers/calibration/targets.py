@@ -44,6 +44,7 @@ __all__ = [
     "find_ignored",
     "has_global_scale",
     "is_quantizable",
+    "kind_of",
     "leave_alone",
     "resolve_modules",
     "schemes_by_target",
@@ -158,6 +159,11 @@ class Resolution:
             targets=[each for each in self.targets if each.name not in reasons],
             left_alone=[*self.left_alone, *moved],
         )
+
+
+def kind_of(name: str) -> str:
+    """The name with `*` for each number: `layers.3.mlp` is of the kind `layers.*.mlp`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def has_global_scale(args: QuantizationArgs) -> bool:

@@ -23,7 +23,7 @@ from calipers.calibration.plan import (
     refuse_without_data,
     without_modules,
 )
-from calipers.calibration.report_text import summarize_left_alone, summarize_modules
+from calipers.calibration.report import summarize_left_alone, summarize_modules
 from calipers.calibration.session import check_on_missing
 from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save

@@ -168,6 +168,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
+        self._begin()
         if isinstance(base_name, QuantizationArgs):
             base_name, quantization_args = None, base_name
         if (args is None) == (quantization_args is None):
@@ -193,7 +194,6 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         self.name: str = f"{kind}.{self.base_name}"
         #: Whether it was said that tokens of values of another rank than 2 are not counted.
         self._told_rank = False
-        self._begin()
         self.reset()
 
     def _build_options(self) -> ObserverOptions:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
-from torch import Tensor, nn
+from torch import Tensor
 
 from calipers.observers.base import Observer
 from calipers.observers.masks import select_tokens
@@ -202,15 +201,9 @@ class InputObserver(Observer):
     input_products = property(attrgetter("moments.input_products"))
     input_sketch = property(attrgetter("moments.input_sketch"))
 
-    def __init__(
-        self,
-        base_name: str | QuantizationArgs | None = None,
-        args: QuantizationArgs | None = None,
-        module: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.__dict__["moments"] = InputMoments()  # nn.Module is not ready for attributes yet
-        super().__init__(base_name, args, module, **kwargs)
+    def _begin(self) -> None:
+        super()._begin()
+        self.moments = InputMoments()
 
     @property
     def name(self) -> str:

@@ -118,12 +118,6 @@ class UpdateState:
         self.lock = threading.RLock()
         self.at_work = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> UpdateState:
-        return UpdateState()
-
-    def __copy__(self) -> UpdateState:
-        return UpdateState()
-
     def __reduce__(self) -> tuple[type[UpdateState], tuple[()]]:
         return UpdateState, ()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from calipers._unwrap import unwrap, without_wrappers
+from calipers._words import check_choice
 from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
@@ -23,7 +24,7 @@ from calipers.calibration.plan import (
     without_modules,
 )
 from calipers.calibration.report import CalibrationReport
-from calipers.calibration.session import Calibration, OnMissing, check_on_missing
+from calipers.calibration.session import Calibration, OnMissing
 from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model
 
@@ -103,7 +104,7 @@ def calibrate(
         2
     """
     _expect_model(model, "calipers.calibrate(model, ...)")
-    check_on_missing(on_missing)
+    check_choice("on_missing", on_missing, OnMissing)
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
@@ -178,15 +179,10 @@ def attach(
         observer: Observer of weights; None takes the one that the scheme names, else
             "memoryless_minmax", which needs no batches ("optimal" is better where there are some).
         observer_options: Options of the weight observers, over those of the scheme.
-        activation_observer: Observer of static activations; None takes the one that the scheme
-            names, else "static_minmax".
-        ignore: Modules left alone: names, class names or "re:" patterns, of layers or of what
-            contains them. Output heads and routers are left alone in any case, unless a target of
-            the scheme is the exact name of one.
-        on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
-            "skip" leaves them alone.
-        scheme_options: Arguments of the scheme's weights that are to be others, as
-            `{"group_size": 64}`; see `resolve_config`.
+        activation_observer: As in `calibrate`.
+        ignore: As in `calibrate`.
+        on_unfit: As in `calibrate`.
+        scheme_options: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.

@@ -29,14 +29,15 @@ class CallCounter:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._calls: Counter[str] = Counter()
-        watched = {*self._names, *(_parent(name) for name in self._names if name)}
-        self._hooked = [
-            (model.get_submodule(name), _Count(self._calls, name)) for name in sorted(watched)
-        ]
-        for module, count in self._hooked:
-            add_call_hook(module, count.add)
+        self._names = [name for name in names if name]
+        watched = sorted({*self._names, *map(_parent, self._names)})
+        self._modules = {name: model.get_submodule(name) for name in watched}
+        self._calls: Counter[int] = Counter()  # by the id of the module
+        for module in self._modules.values():
+            add_call_hook(module, self._count)
+
+    def _count(self, module: nn.Module) -> None:
+        self._calls[id(module)] += 1
 
     @property
     def never_called(self) -> set[str]:
@@ -45,11 +46,8 @@ class CallCounter:
         Where that one was not called either nothing is known: an expert without tokens, a vision
         tower without images.
         """
-        return {
-            name
-            for name in self._names
-            if name and not self._calls[name] and self._calls[_parent(name)]
-        }
+        calls = {name: self._calls[id(module)] for name, module in self._modules.items()}
+        return {name for name in self._names if not calls[name] and calls[_parent(name)]}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -84,18 +82,8 @@ class CallCounter:
 
     def remove(self) -> None:
         """Take the hooks off; what was counted stays."""
-        while self._hooked:
-            remove_hooks(*self._hooked.pop())
-
-
-class _Count:
-    """Counts the calls of one module."""
-
-    def __init__(self, calls: Counter[str], name: str) -> None:
-        self._calls, self._name = calls, name
-
-    def add(self) -> None:
-        self._calls[self._name] += 1
+        for module in self._modules.values():
+            remove_hooks(module, self)
 
 
 def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from math import gcd
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from compressed_tensors.offload import disable_onloading
@@ -14,7 +14,7 @@ from compressed_tensors.quantization.lifecycle.initialize import is_cached_atten
 from compressed_tensors.utils import is_match, is_narrow_match
 from loguru import logger
 
-from calipers._words import did_you_mean
+from calipers._words import check_choice, did_you_mean
 from calipers.calibration.config import has_free_group_size
 from calipers.calibration.fused import find_fused_problems
 from calipers.calibration.module_checks import (
@@ -31,7 +31,7 @@ from calipers.calibration.targets import (
     resolve_modules,
     schemes_by_target,
 )
-from calipers.errors import CalipersError, SchemeError
+from calipers.errors import SchemeError
 
 __all__ = ["OnUnfit", "check_scheme", "resolve_and_check", "suggest_group_size"]
 
@@ -78,10 +78,7 @@ def resolve_and_check(
         SchemeError: As `check_scheme`.
         CalipersError: `on_unfit` is unknown.
     """
-    if on_unfit not in get_args(OnUnfit):
-        raise CalipersError(
-            f"on_unfit must be one of {', '.join(get_args(OnUnfit))}, got {on_unfit!r}"
-        )
+    check_choice("on_unfit", on_unfit, OnUnfit)
     resolution = resolve_modules(model, config)
     if on_unfit == "skip":
         unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]

@@ -97,7 +97,8 @@ def _as_config(scheme: object) -> QuantizationConfig:
         read = read_scheme_file(Path(scheme))
         return _single_group(read) if isinstance(read, QuantizationScheme) else read
     if isinstance(scheme, str):
-        raise SchemeError(_unknown_preset(scheme))
+        hint = did_you_mean(scheme.upper().replace("-", "_"), PRESET_SCHEMES)
+        raise SchemeError(f"unknown scheme {scheme!r}.{hint} Presets: {', '.join(PRESET_SCHEMES)}.")
     raise SchemeError(
         "scheme must be a QuantizationConfig, a QuantizationScheme, a preset name or the path of "
         f"a YAML file, got {type(scheme).__name__}"
@@ -111,11 +112,6 @@ def _single_group(scheme: QuantizationScheme) -> QuantizationConfig:
 def _names_a_file(text: str) -> bool:
     path = Path(text)
     return path.suffix.lower() in _FILE_SUFFIXES or len(path.parts) > 1 or path.is_file()
-
-
-def _unknown_preset(name: str) -> str:
-    hint = did_you_mean(name.upper().replace("-", "_"), PRESET_SCHEMES)
-    return f"unknown scheme {name!r}.{hint} Presets: {', '.join(PRESET_SCHEMES)}."
 
 
 def _as_patterns(ignore: str | Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,13 @@ from calipers.calibration.write import measure_weight_error, undo_on_error, writ
 from calipers.errors import CalipersError
 
 __all__ = ["freeze_modules"]
+
+#: Which modules go through each stage of a freeze.
+_STAGES: dict[str, Callable[[ObservedModule], bool]] = {
+    "global scales": lambda each: any(has_global_scale(t.args) for t in each.tensors.values()),
+    "weights": lambda each: "weight" in each.tensors,
+    "activations": lambda each: any(name != "weight" for name in each.tensors),
+}
 
 
 def freeze_modules(
@@ -74,9 +81,7 @@ class _Work:
         self._choice = choice
         self._progress = progress
         self._totals = {
-            "global scales": sum(map(_has_global_scale, observed)),
-            "weights": sum(_has_weight(each) for each in observed),
-            "activations": sum(_has_activations(each) for each in observed),
+            stage: sum(map(goes_through, observed)) for stage, goes_through in _STAGES.items()
         }
         self._done = dict.fromkeys(self._totals, 0)
         #: Schemes as recorded on modules: those of one scheme share one object, as after
@@ -104,17 +109,15 @@ class _Work:
                 shared = shared_global_scale(own)
                 for tensor in own:
                     _write(tensor, "global_scale", shared)
-        for each in group:
-            if _has_global_scale(each):
-                self._tell("global scales")
+        self._tell("global scales", group)
 
     def write_weights(self, group: Sequence[ObservedModule]) -> dict[str, float]:
         """Scales and zero points of weights; the relative error of each, by module name."""
         errors = {}
         for each in group:
-            if not _has_weight(each):
+            tensor = each.tensors.get("weight")
+            if tensor is None:
                 continue
-            tensor = each.tensors["weight"]
             weight = weight_of(tensor)
             with borrowed_memory(tensor.deciding):
                 tensor.deciding.observe(weight)
@@ -126,7 +129,7 @@ class _Work:
                 tensor.args,
                 getattr(each.module, "weight_global_scale", None),
             )
-            self._tell("weights")
+            self._tell("weights", [each])
         return errors
 
     def write_activations(self, group: Sequence[ObservedModule]) -> None:
@@ -135,25 +138,13 @@ class _Work:
             for base_name, tensor in each.tensors.items():
                 if base_name != "weight" and not tensor.args.dynamic:
                     _write_pair(tensor)
-            if _has_activations(each):
-                self._tell("activations")
+            self._tell("activations", [each])
 
-    def _tell(self, stage: str) -> None:
-        self._done[stage] += 1
-        if self._progress is not None:
-            self._progress(stage, self._done[stage], self._totals[stage])
-
-
-def _has_global_scale(each: ObservedModule) -> bool:
-    return any(has_global_scale(tensor.args) for tensor in each.tensors.values())
-
-
-def _has_weight(each: ObservedModule) -> bool:
-    return "weight" in each.tensors
-
-
-def _has_activations(each: ObservedModule) -> bool:
-    return any(base_name != "weight" for base_name in each.tensors)
+    def _tell(self, stage: str, done: Sequence[ObservedModule]) -> None:
+        for _ in filter(_STAGES[stage], done):
+            self._done[stage] += 1
+            if self._progress is not None:
+                self._progress(stage, self._done[stage], self._totals[stage])
 
 
 def _write_pair(tensor: ObservedTensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
@@ -18,13 +17,6 @@ __all__ = ["borrowed_memory", "shared_global_scale", "weight_of"]
 #: eighth of an octave apart at most, and these are the phases between. And by how many values.
 _GLOBAL_FACTORS = tuple(2 ** (-step / 32) for step in range(4))
 _SAMPLE = 2**18
-
-
-class _Sample(NamedTuple):
-    """Some rows of a weight, and how many each of them stands for."""
-
-    rows: torch.Tensor
-    factor: float
 
 
 def shared_global_scale(members: Sequence[ObservedTensor]) -> torch.Tensor:
@@ -42,7 +34,7 @@ def shared_global_scale(members: Sequence[ObservedTensor]) -> torch.Tensor:
     """
     own: list[torch.Tensor] = []
     of_values: list[torch.Tensor] = []
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, tuple[torch.Tensor, float]] = {}
     for each in members:
         observer = each.deciding
         weight = weight_of(each) if each.base_name == "weight" else None
@@ -56,16 +48,21 @@ def shared_global_scale(members: Sequence[ObservedTensor]) -> torch.Tensor:
         if weight is not None:
             rows = weight.flatten(0, -2)
             step = max(1, rows.numel() // _SAMPLE)
-            samples[each.name] = _Sample(rows[::step].clone(), len(rows) / len(rows[::step]))
+            samples[each.name] = rows[::step].clone(), len(rows) / len(rows[::step])
     asked = of_values or own
     shared = torch.stack([scale.to(asked[0].device) for scale in asked]).amin(dim=0)
     return _best_below(members, samples, shared) if samples else shared
 
 
 def _best_below(
-    members: Sequence[ObservedTensor], samples: Mapping[str, _Sample], shared: torch.Tensor
+    members: Sequence[ObservedTensor],
+    samples: Mapping[str, tuple[torch.Tensor, float]],
+    shared: torch.Tensor,
 ) -> torch.Tensor:
-    """The best of a few by the errors of all members; `shared` where they cannot tell."""
+    """The best of a few by the errors of all members; `shared` where they cannot tell.
+
+    A sample is some rows of a weight, and how many each of them stands for.
+    """
     scales = [shared * factor for factor in _GLOBAL_FACTORS]
     total = torch.zeros(len(scales), dtype=torch.float64, device="cpu")
     for each in members:

@@ -126,9 +126,9 @@ class ObservedModule:
             if base_name == "weight" and _hooks_itself(observer):
                 observer.attach(self.module)
         if self.wants_data:
-            add_hook(self.module, "input", self._see_input)
+            add_hook(self.module, "input", self._see)
         if any(TENSORS[base_name].side == "output" for base_name in self.tensors):
-            add_hook(self.module, "output", self._see_output)
+            add_hook(self.module, "output", self._see)
 
     def remove_hooks(self) -> None:
         """Stop observing; the observers stay."""
@@ -145,18 +145,13 @@ class ObservedModule:
                 self.module._modules.pop(f"{base_name}_observer", None)
         self._attached = False
 
-    def _see_input(self, seen: Seen) -> None:
-        with self._update.lock:
-            self.tokens += seen.tokens
-        self._feed("input", seen)
-
-    def _see_output(self, seen: Seen) -> None:
-        self._feed("output", seen)
-
-    def _feed(self, side: str, seen: Seen) -> None:
+    def _see(self, seen: Seen) -> None:
         self.unmasked = self.unmasked or seen.unmasked
+        if seen.side == "input":
+            with self._update.lock:
+                self.tokens += seen.tokens
         for base_name, each in self.tensors.items():
-            if TENSORS[base_name].side == side:
+            if TENSORS[base_name].side == seen.side:
                 each.see(seen.value)
 
     @contextmanager

@@ -99,7 +99,12 @@ class ObserverChoice:
             module=module,
         )
         if observer.needs_data:
-            _refuse_without_inputs(chosen, name, base_name, module)
+            why = f"observer {chosen!r} weighs a weight by its layer's inputs: it cannot measure"
+            if base_name != "weight":
+                raise CalipersError(f"{why} the {base_name} activations of {name}")
+            if isinstance(module, torch.nn.Embedding):
+                told = f"the Embedding {name}, whose inputs are token ids; ignore it"
+                raise CalipersError(f"{why} {told}")
         observer.name = f"{name}.{base_name}" if name else base_name
         return observer
 
@@ -123,14 +128,6 @@ class ObserverChoice:
         if base_name == "weight":
             options.update(self.options)
         return args.model_copy(update={"observer": chosen, "observer_kwargs": options}, deep=True)
-
-
-def _refuse_without_inputs(chosen: str, name: str, base_name: str, module: torch.nn.Module) -> None:
-    why = f"observer {chosen!r} weighs a weight by its layer's inputs: it cannot measure"
-    if base_name != "weight":
-        raise CalipersError(f"{why} the {base_name} activations of {name}")
-    if isinstance(module, torch.nn.Embedding):
-        raise CalipersError(f"{why} the Embedding {name}, whose inputs are token ids; ignore it")
 
 
 def _normal(name: str) -> str:

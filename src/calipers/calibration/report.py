@@ -230,11 +230,6 @@ class KindSummary:
     tokens: int
 
 
-def activations_text(module: ModuleReport) -> str | None:
-    """The observer of the activations, or "dynamic" where each input gets scales of its own."""
-    return module.activation_observer or module.activations
-
-
 def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
     """One summary for each kind of modules, in the order of the first of each."""
     kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
@@ -242,7 +237,8 @@ def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
         observer = row.weight_observer
         if observer is not None and row.objective is not None:
             observer = f"{observer} ({row.objective})"
-        kind = (kind_of(row.name), observer, row.weight_bits, activations_text(row), row.fallback)
+        activations = row.activation_observer or row.activations
+        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback)
         kinds[kind].append(row)
     summaries = []
     for (name, observer, bits, activations, fallback), members in kinds.items():

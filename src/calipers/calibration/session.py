@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from loguru import logger
 
+from calipers._words import check_choice
 from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.freeze import freeze_modules
@@ -24,23 +26,11 @@ from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
 
-__all__ = ["Calibration", "OnMissing", "check_on_missing"]
+__all__ = ["Calibration", "OnMissing"]
 
 OnMissing = Literal["error", "skip", "fallback"]
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
-
-
-def check_on_missing(on_missing: str) -> None:
-    """Refuse a choice that there is not.
-
-    Raises:
-        CalipersError: Lists the choices.
-    """
-    if on_missing not in get_args(OnMissing):
-        raise CalipersError(
-            f"on_missing must be one of {', '.join(get_args(OnMissing))}, got {on_missing!r}"
-        )
 
 
 class Calibration:
@@ -122,10 +112,7 @@ class Calibration:
         with self._update.lock:
             self._expect_attached("run batches")
 
-            def whole(batch: object) -> AbstractContextManager[None]:
-                masked = find_mask(batch, self.model) if use_attention_mask else BatchMask()
-                return self._whole_batch(masked)
-
+            whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
             with self._clock():
                 if any(each.wants_data for each in self.observed):
                     run_batches(self.model, batches, progress, whole)
@@ -176,7 +163,7 @@ class Calibration:
 
     def _freeze(self, on_missing: OnMissing, progress: Progress | None) -> CalibrationReport:
         self._expect_attached("freeze")
-        check_on_missing(on_missing)
+        check_choice("on_missing", on_missing, OnMissing)
         with self._clock():
             never_called = self._calls.never_called
             called = [each for each in self.observed if each.name not in never_called]
@@ -264,8 +251,9 @@ class Calibration:
             raise CalipersError(f"cannot {what}: the calibration is already {self._state}")
 
     @contextmanager
-    def _whole_batch(self, masked: BatchMask) -> Iterator[None]:
+    def _whole_batch(self, batch: object, use_mask: bool) -> Iterator[None]:
         """Let a batch count at the end of the block, or, where that raises, not at all."""
+        masked = find_mask(batch, self.model) if use_mask else BatchMask()
         with ExitStack() as stack:
             for each in self.observed:
                 if each.wants_data:

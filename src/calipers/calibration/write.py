@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading, update_offload_parameter
@@ -87,7 +86,10 @@ def undo_on_error(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     Args:
         modules: Modules that are not quantized yet.
     """
-    before = [(module, _instance_forwards(module)) for module in modules]
+    before = [
+        (module, {name: vars(module)[name] for name in _FORWARDS if name in vars(module)})
+        for module in modules
+    ]
     try:
         yield
     except BaseException:
@@ -97,10 +99,6 @@ def undo_on_error(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
                 module.__dict__.pop(name, None)
             module.__dict__.update(forwards)
         raise
-
-
-def _instance_forwards(module: torch.nn.Module) -> dict[str, Any]:
-    return {name: module.__dict__[name] for name in _FORWARDS if name in module.__dict__}
 
 
 @torch.no_grad()

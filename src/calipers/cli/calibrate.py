@@ -11,7 +11,7 @@ import yaml
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from rich.filesize import decimal
 
-from calipers._words import first_line
+from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
@@ -24,7 +24,7 @@ from calipers.calibration.plan import (
     without_modules,
 )
 from calipers.calibration.report import summarize_left_alone, summarize_modules
-from calipers.calibration.session import check_on_missing
+from calipers.calibration.session import OnMissing
 from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
@@ -165,7 +165,7 @@ def calibrate(
         texts = None if no_data else calibration_text(data, demo=model is None)
         judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
         missing = on_missing or ("error" if texts is None or texts.given else "fallback")
-        check_on_missing(missing)
+        check_choice("on_missing", missing, OnMissing)
         load_plugins(plugin)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())

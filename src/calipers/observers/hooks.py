@@ -23,12 +23,14 @@ class Seen(NamedTuple):
     """What one call of a module shows on one side.
 
     Args:
+        side: Which side.
         value: The first tensor, detached; those tokens of it that count where the mask of the batch
             fits. Ids of an Embedding have a last dimension of 1.
         tokens: How many tokens that are: values over the size of the last dimension.
         unmasked: Whether the batch has a mask that does not fit the value, so that all counts.
     """
 
+    side: Side
     value: Tensor
     tokens: int
     unmasked: bool
@@ -56,8 +58,8 @@ def add_hook(module: nn.Module, side: Side, receive: Callable[[Seen], object]) -
         module.register_forward_hook(_Hook(receive), with_kwargs=True)
 
 
-def add_call_hook(module: nn.Module, receive: Callable[[], object]) -> None:
-    """Call a bound method, with nothing, whenever a module is called; see `add_hook`."""
+def add_call_hook(module: nn.Module, receive: Callable[[nn.Module], object]) -> None:
+    """Call a bound method with a module whenever that is called; see `add_hook`."""
     module.register_forward_pre_hook(_CallHook(receive))
 
 
@@ -81,17 +83,16 @@ class _CallHook:
     def owner(self) -> object:
         return getattr(self.receive, "__self__", None)
 
-    def __call__(self, *_: Any) -> None:
-        self.receive()
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self.receive(module)
 
 
 class _Hook(_CallHook):
     """A forward hook that finds the value, and the tokens of it that count."""
 
     @undisturbed()
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any
-    ) -> None:
+    def __call__(self, module: nn.Module, *call: Any) -> None:
+        args, kwargs, *output = call
         values: Iterable[object] = (*args, *kwargs.values())
         if output:
             values = output[0] if isinstance(output[0], (list, tuple)) else output
@@ -106,4 +107,6 @@ class _Hook(_CallHook):
         if mask is not None and fits:
             value = mask.select(value)
         features = 1 if value.is_nested or not value.dim() else value.shape[-1]
-        self.receive(Seen(value, value.numel() // max(1, features), mask is not None and not fits))
+        tokens = value.numel() // max(1, features)
+        side: Side = "output" if output else "input"
+        self.receive(Seen(side, value, tokens, mask is not None and not fits))

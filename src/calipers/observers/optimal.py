@@ -155,8 +155,12 @@ class OptimalObserver(InputObserver):
         )
         importance = self.importance(observation)
         weights = 1 if importance is None else self.moments.mean_squares(rows)
+        try:
+            scales = [checked_global_scale(scale, rows.device) for scale in scales]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         errors = []
-        for scale in self._checked_scales(scales, rows.device):
+        for scale in scales:
             found = search_optimal_scales(
                 observation.views,
                 observation.extremes,
@@ -170,12 +174,6 @@ class OptimalObserver(InputObserver):
             errors.append(square.sum(dtype=torch.float64))
         return torch.stack(errors)
 
-    def _checked_scales(self, scales: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        try:
-            return [checked_global_scale(scale, device) for scale in scales]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """E[x^2] of each value's column; None for the objective "mse".
 
@@ -184,17 +182,14 @@ class OptimalObserver(InputObserver):
         """
         if self.objective == "mse":
             return None
-        self._refuse_without(observation.value.shape)
-        return list(observation.view_alike(self.moments.mean_squares(observation.value)))
-
-    def _refuse_without(self, shape: torch.Size) -> None:
-        problem = self._input_problem(shape)
+        problem = self._input_problem(observation.value.shape)
         if problem is not None:
             raise MissingDataError(
                 f"{self.name}: objective {self.objective!r} {problem}; run calibration data "
                 "through it, or choose objective='mse' or the observer memoryless_minmax, which "
                 "need none"
             )
+        return list(observation.view_alike(self.moments.mean_squares(observation.value)))
 
     def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""

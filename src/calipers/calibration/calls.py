@@ -20,6 +20,13 @@ from calipers.observers.hooks import add_call_hook, remove_hooks
 __all__ = ["CallCounter", "example_inputs", "find_never_called"]
 
 
+class _Calls(Counter[int]):
+    """Calls by the id of the module; a copy of one module takes no other along with it."""
+
+    def add(self, module: nn.Module) -> None:
+        self[id(module)] += 1
+
+
 class CallCounter:
     """Counts the calls of some modules and of the modules around them.
 
@@ -32,12 +39,9 @@ class CallCounter:
         self._names = [name for name in names if name]
         watched = sorted({*self._names, *map(_parent, self._names)})
         self._modules = {name: model.get_submodule(name) for name in watched}
-        self._calls: Counter[int] = Counter()  # by the id of the module
+        self._calls = _Calls()
         for module in self._modules.values():
-            add_call_hook(module, self._count)
-
-    def _count(self, module: nn.Module) -> None:
-        self._calls[id(module)] += 1
+            add_call_hook(module, self._calls.add)
 
     @property
     def never_called(self) -> set[str]:
@@ -83,7 +87,7 @@ class CallCounter:
     def remove(self) -> None:
         """Take the hooks off; what was counted stays."""
         for module in self._modules.values():
-            remove_hooks(module, self)
+            remove_hooks(module, self._calls)
 
 
 def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:

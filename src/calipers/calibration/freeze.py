@@ -108,7 +108,7 @@ class _Work:
             if own:
                 shared = shared_global_scale(own)
                 for tensor in own:
-                    _write(tensor, "global_scale", shared)
+                    write_qparam(tensor, "global_scale", shared)
         self._tell("global scales", group)
 
     def write_weights(self, group: Sequence[ObservedModule]) -> dict[str, float]:
@@ -151,14 +151,8 @@ def _write_pair(tensor: ObservedTensor) -> None:
     scale, zero_point = tensor.deciding.get_qparams()
     if scale is None or zero_point is None:
         raise CalipersError(f"{tensor.deciding.name}: the observer gave no scale")
-    _write(tensor, "scale", scale)
-    _write(tensor, "zero_point", zero_point)
-
-
-def _write(tensor: ObservedTensor, what: str, value: torch.Tensor) -> None:
-    assert tensor.module is not None
-    name = f"{tensor.base_name}_{what}"
-    write_qparam(tensor.module, name, value, tensor.args, tensor.name)
+    write_qparam(tensor, "scale", scale)
+    write_qparam(tensor, "zero_point", zero_point)
 
 
 def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:

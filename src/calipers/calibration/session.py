@@ -111,7 +111,6 @@ class Calibration:
         """
         with self._update.lock:
             self._expect_attached("run batches")
-
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
             with self._clock():
                 if any(each.wants_data for each in self.observed):

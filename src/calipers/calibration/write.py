@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
+from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
 from calipers.ranges.views import piece_size
@@ -27,13 +28,7 @@ _FORWARDS = ("forward", "_original_forward_func")
 
 
 @torch.no_grad()
-def write_qparam(
-    module: torch.nn.Module,
-    parameter: str,
-    value: torch.Tensor,
-    args: QuantizationArgs,
-    name: str,
-) -> None:
+def write_qparam(tensor: ObservedTensor, what: str, value: torch.Tensor) -> None:
     """Write a value into the parameter that compressed-tensors registered for it.
 
     compressed-tensors registers scales in the dtype of the weight. Where that would round a scale
@@ -42,26 +37,26 @@ def write_qparam(
     weight could not run: there it is cast.
 
     Args:
-        module: The module.
-        parameter: "weight_scale", "input_zero_point", ...; one that compressed-tensors did not
-            register is not needed and not written.
+        tensor: What the value quantizes; its module is written to, offloaded or not.
+        what: "scale", "zero_point" or "global_scale"; one that compressed-tensors did not register
+            is not needed and not written.
         value: The value, of the registered shape.
-        args: Arguments of the quantized tensor.
-        name: The module's name, for errors.
 
     Raises:
         CalipersError: The value has another shape than the registered parameter.
     """
+    module, parameter = tensor.module, f"{tensor.base_name}_{what}"
+    assert module is not None
     with disable_onloading():
         registered = getattr(module, parameter, None)
     if registered is None:
         return
     if registered.shape != value.shape:
         raise CalipersError(
-            f"{name}.{parameter}: compressed-tensors expects shape {tuple(registered.shape)}, the "
-            f"observer gave {tuple(value.shape)}"
+            f"{tensor.name}.{parameter}: compressed-tensors expects shape "
+            f"{tuple(registered.shape)}, the observer gave {tuple(value.shape)}"
         )
-    if args.strategy in GROUPED and not _fits(value, registered.dtype):
+    if tensor.args.strategy in GROUPED and not _fits(value, registered.dtype):
         delattr(module, parameter)
         device = registered.device if registered.device.type != "meta" else value.device
         new = torch.nn.Parameter(value.detach().clone().to(device), requires_grad=False)

@@ -59,7 +59,6 @@ QParams = tuple[Tensor | None, Tensor | None]
 
 _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
 _TOKEN = QuantizationStrategy.TOKEN
-_DERIVED = ("_scale", "_zero_point", "_stale")
 #: Largest value times its global scale: the largest local scale in float8 times the largest code.
 _GLOBAL_TOP = FP8_E4M3_DATA.max * FP4_E2M1_DATA.max
 #: In the first form of construction no base name is given: these strategies tell by themselves
@@ -140,7 +139,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
     global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
 
     _first_form: ClassVar[bool] = False
-    _changing: ClassVar[tuple[str, ...]] = (*HoldsStatistics._changing, *_DERIVED)
+    _changing = (*HoldsStatistics._changing, "_scale", "_zero_point", "_stale")
     _scale: Tensor | None
     _zero_point: Tensor | None
     #: Whether statistics have changed since the qparams were derived.

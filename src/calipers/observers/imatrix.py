@@ -1,4 +1,4 @@
-"""Shrink-grid observers of weights that weigh errors by the energy of the module's inputs."""
+"""Shrink-grid observers of weights that weigh errors by E[x^2] of the module's inputs."""
 
 from __future__ import annotations
 

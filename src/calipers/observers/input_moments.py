@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 from typing import ClassVar, cast
@@ -159,8 +160,6 @@ class InputMoments(HoldsStatistics):
         self._add_sums(self._waiting_sums)
         self._waiting_sums = {}
 
-    # -- asking ------------------------------------------------------------------------------
-
     def problem(self, shape: torch.Size) -> str | None:
         """Why they tell nothing about a weight of this shape, if so, after "it ..."."""
         if self.input_square_sum is None or not self.num_input_tokens:
@@ -223,6 +222,11 @@ class InputObserver(Observer):
 
     def _parts(self) -> tuple[HoldsStatistics, ...]:
         return self, self.moments
+
+    def __copy__(self) -> InputObserver:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__getstate__(), moments=copy.copy(self.moments))
+        return copied
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch of the module's inputs to the moments; see `InputMoments.observe`."""

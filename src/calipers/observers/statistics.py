@@ -219,8 +219,6 @@ class HoldsStatistics:
         """How many values were left out, being NaN or Inf, or freaks among inputs."""
         return sum(part._num_nonfinite for part in self._parts())
 
-    # -- saving and merging ------------------------------------------------------------------
-
     @whole_update
     def reset(self) -> None:
         """Forget every statistic."""
@@ -329,8 +327,6 @@ class HoldsStatistics:
         """Whether a new value takes the place of the old one, whatever its shape."""
         return self.statistics[name] is LAST
 
-    # -- whole batches -----------------------------------------------------------------------
-
     def begin_batch(self) -> None:
         """Start a batch of a model: `undo_batch` brings back what is held now.
 
@@ -361,8 +357,6 @@ class HoldsStatistics:
         """Statistics and what goes with them, by reference."""
         own = self.__dict__
         return {name: own[name] for name in (*self.statistics, *self._changing) if name in own}
-
-    # -- values left out ---------------------------------------------------------------------
 
     def _count_nonfinite(self, value: Tensor) -> None:
         """Count NaN and Inf in a value.

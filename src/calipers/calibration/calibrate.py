@@ -72,7 +72,8 @@ def calibrate(
         on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
             "skip" leaves them alone.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
-            "global scales", "weights" and "activations"; `total` is None where it is not known.
+            "global scales", "weights" and "activations"; `total` is None where it is not known. The
+            last three take turns: one group of layers that engines fuse after the other.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
         tokenizer: The model's tokenizer, for text.
         samples: Most sequences of text.

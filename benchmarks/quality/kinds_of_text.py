@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calipers
 from calipers.calibration import resolve_config
-from calipers.calibration.group_sizes import suggest_group_size
+from calipers.calibration.checks import suggest_group_size
 from calipers.calibration.targets import resolve_modules
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT
 from calipers.evaluation import Perplexity, evaluate_losses, paired_difference

@@ -4,8 +4,22 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any, get_args
 
-__all__ = ["did_you_mean", "first_line"]
+from calipers.errors import CalipersError
+
+__all__ = ["check_choice", "did_you_mean", "first_line"]
+
+
+def check_choice(argument: str, given: object, choices: Any) -> None:
+    """Refuse a value that is none of a Literal's.
+
+    Raises:
+        CalipersError: Lists the choices.
+    """
+    if given not in get_args(choices):
+        known = ", ".join(get_args(choices))
+        raise CalipersError(f"{argument} must be one of {known}, got {given!r}")
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 
 from calipers import calibrate
 from calipers.calibration import attach
-from calipers.calibration.choice import ObserverChoice
+from calipers.calibration.plan import ObserverChoice
 from calipers.errors import UnknownObserverError
 
 

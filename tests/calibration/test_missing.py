@@ -12,7 +12,7 @@ from compressed_tensors.quantization import (
 
 from calibration.tiny_models import hidden_batches, picture, tiny_llama, tiny_moe, token_batches
 from calipers.calibration import attach
-from calipers.calibration.fallback import nearest_neighbours
+from calipers.calibration.missing import nearest_neighbours
 from calipers.errors import MissingDataError
 
 STATIC = QuantizationScheme(

@@ -158,7 +158,7 @@ class OnMeta(nn.Module):
 
 def test_tensors_are_moved_to_the_device_of_the_model():
     model = OnMeta()
-    run_batches(model, [X, (X, [X]), {"a": X, "b": (X, "text")}], lambda: None)
+    run_batches(model, [X, (X, [X]), {"a": X, "b": (X, "text")}])
     assert model.places == ["meta"] * 5
 
 

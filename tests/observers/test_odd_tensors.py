@@ -88,7 +88,9 @@ def test_lazy_inputs_are_read_as_what_they_stand_for(name: str, kind: str) -> No
         args = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
         observer = Observer.load_from_registry(name, "weight", args, module, **DATA[name])
         with torch.no_grad():
-            observer._see_input(module, (inputs,), {})
+            observer.attach(module)
+            for hook in module._forward_pre_hooks.values():
+                hook(module, (inputs,), {})
         states.append(observer.state())
     assert_same_state(*states)
 

@@ -15,8 +15,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
-from calipers.observers import Observer, OptimalObserver, histogram, statistics
-from calipers.observers.input_energy import InputEnergyObserver
+from calipers.observers import Observer, histogram, statistics
+from calipers.observers.input_moments import InputMoments
 from observers.samples import assert_same, assert_same_state, logged, sample
 
 TENSOR = QuantizationArgs(num_bits=8, strategy="tensor")
@@ -70,8 +70,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in (
         (statistics, "_where_both"),
         (histogram, "count_patterns"),
-        (InputEnergyObserver, "_add_products"),
-        (OptimalObserver, "_add_products"),
+        (InputMoments, "_add_products"),
     ):
         monkeypatch.setattr(owner, name, slow(getattr(owner, name)))
 
@@ -265,10 +264,10 @@ def test_products_of_a_batch_wait_in_half_the_memory() -> None:
     observer.observe_input(sample((4, 16)))
     assert observer.input_products is held[0]
     assert observer.input_sketch is held[1]
-    waiting = observer._waiting_sums
+    waiting = observer.moments._waiting_sums
     assert {each.dtype for each in waiting.values()} == {torch.float32}
     observer.undo_batch()
-    assert not observer._waiting_sums
+    assert not observer.moments._waiting_sums
 
 
 # -- merging ---------------------------------------------------------------------------------

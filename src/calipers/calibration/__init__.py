@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from calipers.calibration.attach import attach
-from calipers.calibration.calibrate import calibrate
+from calipers.calibration.calibrate import attach, calibrate
 from calipers.calibration.checks import check_scheme
+from calipers.calibration.config import resolve_config
 from calipers.calibration.report import CalibrationReport, LeftAlone, ModuleReport
-from calipers.calibration.schemes import resolve_config
 from calipers.calibration.session import Calibration
 
 __all__ = [

@@ -81,7 +81,7 @@ def find_output_heads(model: nn.Module) -> set[str]:
         leaf = name.rpartition(".")[2]
         if leaf in _HEAD_NAMES or (leaf in _TOP_HEAD_NAMES and not _is_repeated(name)):
             heads.add(name)
-        head = _output_embeddings(module)
+        head = _embeddings(module, "get_output_embeddings")
         if head is not None and id(head) in names:
             heads.add(names[id(head)])
         heads.update(_outside_of_base(name, module))
@@ -148,28 +148,22 @@ def _inside(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         yield ".".join(part for part in (name, inner) if part), module
 
 
-def _output_embeddings(module: Any) -> object:
-    if not callable(getattr(module, "get_output_embeddings", None)):
-        return None
+def _embeddings(module: Any, get: str) -> object:
+    """What a method of transformers' models gives, None where there is none."""
     try:
-        return module.get_output_embeddings()
+        return getattr(module, get)() if callable(getattr(module, get, None)) else None
     except (NotImplementedError, AttributeError):
         return None
 
 
 def _input_embeddings(model: nn.Module) -> set[str]:
     """Names of embeddings that models declare as their input: a head may be the same module."""
-    found = set()
-    names = {id(module): name for name, module in model.named_modules()}
-    for module in model.modules():
-        get: Any = getattr(module, "get_input_embeddings", None)
-        try:
-            embedding = get() if callable(get) else None
-        except (NotImplementedError, AttributeError):
-            continue
-        if isinstance(embedding, nn.Embedding) and id(embedding) in names:
-            found.add(names[id(embedding)])
-    return found
+    found = {id(_embeddings(module, "get_input_embeddings")) for module in model.modules()}
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and id(module) in found
+    }
 
 
 def _outside_of_base(name: str, module: Any) -> Iterator[str]:

@@ -1,18 +1,28 @@
-"""`run_batches`: batches through a model in eval mode, its training flags put back after."""
+"""Batches through a model in eval mode, each with the mask of its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from compressed_tensors.offload import get_execution_device
 from compressed_tensors.offload.utils import send_tensors
+from loguru import logger
 
 from calipers.errors import CalipersError
+from calipers.observers.masks import TokenMask
 
-__all__ = ["Progress", "eval_mode", "expect_batches", "run_batches", "uncompiled"]
+__all__ = [
+    "BatchMask",
+    "Progress",
+    "eval_mode",
+    "expect_batches",
+    "find_mask",
+    "run_batches",
+    "uncompiled",
+]
 
 # stage, done, total (None where it is not known)
 Progress: TypeAlias = Callable[[str, int, "int | None"], object]
@@ -21,7 +31,6 @@ Progress: TypeAlias = Callable[[str, int, "int | None"], object]
 def run_batches(
     model: torch.nn.Module,
     batches: Iterable[Any],
-    on_batch: Callable[[], None],
     progress: Progress | None = None,
     within: Callable[[object], AbstractContextManager[object]] = nullcontext,
 ) -> None:
@@ -32,7 +41,6 @@ def run_batches(
         batches: Each one a mapping (called as `model(**batch)`, a transformers BatchEncoding
             included), a tensor (`model(batch)`), or a tuple or list (`model(*batch)`). Tensors
             are moved to the device that the model executes on.
-        on_batch: Called after each batch that the model took.
         progress: Called as `progress("batches", done, total)` before the first batch and after
             each; `total` is None where `batches` has no length.
         within: Called with each batch, for a context that the model's call runs in.
@@ -49,7 +57,6 @@ def run_batches(
         for done, batch in enumerate(batches, start=1):
             with within(batch):
                 _call(model, batch, device)
-            on_batch()
             if progress is not None:
                 progress("batches", done, total)
 
@@ -101,3 +108,54 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+_KEY = "attention_mask"
+
+
+class BatchMask(NamedTuple):
+    """The tokens of one batch.
+
+    Args:
+        mask: Which of them count; None where all do.
+        given: Tokens of the batch, 0 where it carries no mask of its tokens.
+        counted: Those that count.
+    """
+
+    mask: TokenMask | None = None
+    given: int = 0
+    counted: int = 0
+
+
+def find_mask(batch: object, model: torch.nn.Module) -> BatchMask:
+    """The mask of a batch.
+
+    Args:
+        batch: A mapping with "attention_mask" of shape (batch, tokens), not 0 where a token
+            counts, and with another tensor that starts with that shape (input_ids). Any other
+            mask says nothing about single tokens; it is left to the model.
+        model: An encoder-decoder takes a mask of its encoder. Where its decoder has tokens of the
+            same shape, nothing tells them apart: the mask is not used then, with a warning.
+    """
+    found = batch.get(_KEY) if isinstance(batch, Mapping) else None
+    if not isinstance(batch, Mapping) or not isinstance(found, torch.Tensor) or found.dim() != 2:
+        return BatchMask()
+    alike = {
+        key
+        for key, value in batch.items()
+        if isinstance(value, torch.Tensor) and key != _KEY and value.shape[:2] == found.shape
+    }
+    if not alike or (found.dtype != torch.bool and not bool((found >= 0).all())):
+        return BatchMask()  # of other tokens, or additive
+    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+    if decoder and (alike & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}):
+        logger.warning(
+            "attention_mask not used: encoder and decoder have {} tokens a sequence each, so that "
+            "nothing tells them apart; pad one of them to another length",
+            found.shape[1],
+        )
+        return BatchMask()
+    if bool((found != 0).all()):
+        return BatchMask(None, found.numel(), found.numel())
+    mask = TokenMask(found)
+    return BatchMask(mask, found.numel(), mask.count)

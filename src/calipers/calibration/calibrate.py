@@ -1,27 +1,34 @@
-"""`calibrate`: the whole of it in one call."""
+"""`calibrate`, the whole of it in one call, and `attach`, by which it can be taken apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calipers._unwrap import unwrap, without_wrappers
+from calipers._words import check_choice
 from calipers.calibration.batches import Progress
+from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
-from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.given import expect_model
-from calipers.calibration.observed import ObservedModule
-from calipers.calibration.plan import plan_observers, without_never_called
+from calipers.calibration.config import SchemeLike
+from calipers.calibration.plan import (
+    ObserverChoice,
+    Plan,
+    plan_observers,
+    refuse_without_data,
+    without_modules,
+)
 from calipers.calibration.report import CalibrationReport
-from calipers.calibration.schemes import SchemeLike
-from calipers.calibration.session import Calibration, OnMissing, check_on_missing
-from calipers.errors import MissingDataError
+from calipers.calibration.session import Calibration, OnMissing
+from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model
 
-__all__ = ["calibrate", "refuse_without_data"]
+__all__ = ["attach", "calibrate", "run_plan"]
 
 
 def calibrate(
@@ -65,7 +72,8 @@ def calibrate(
         on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
             "skip" leaves them alone.
         progress: Called as `progress(stage, done, total)` for the stages "batches",
-            "global scales", "weights" and "activations"; `total` is None where it is not known.
+            "global scales", "weights" and "activations"; `total` is None where it is not known. The
+            last three take turns: one group of layers that engines fuse after the other.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
         tokenizer: The model's tokenizer, for text.
         samples: Most sequences of text.
@@ -96,57 +104,123 @@ def calibrate(
         >>> report.batches
         2
     """
-    expect_model(model, "calipers.calibrate(model, ...)")
-    check_on_missing(on_missing)
+    _expect_model(model, "calipers.calibrate(model, ...)")
+    check_choice("on_missing", on_missing, OnMissing)
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
     model = unwrap(model)
     with without_wrappers(model):
         plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
-        if data is None:
-            refuse_without_data(plan.observed)
-            plan = without_never_called(model, plan)
-        else:
+        if data is not None:
             data = batches_for_model(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
-        with Calibration(model, plan) as calibration:
-            if data is not None:
-                calibration.run(data, progress, use_attention_mask=use_attention_mask)
-            return calibration.freeze(on_missing, progress)
+        return run_plan(
+            model, plan, data, on_missing, progress, use_attention_mask=use_attention_mask
+        )
 
 
-def refuse_without_data(observed: Sequence[ObservedModule]) -> None:
-    """Refuse observers that need data where there is none.
+def run_plan(
+    model: torch.nn.Module,
+    plan: Plan,
+    batches: Iterable[Any] | None,
+    on_missing: OnMissing = "error",
+    progress: Progress | None = None,
+    *,
+    use_attention_mask: bool = True,
+) -> CalibrationReport:
+    """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
+
+    Args:
+        model: The model that was planned for; no wrapper.
+        plan: See `plan_observers`.
+        batches: See `Calibration.run`; None without data.
+        on_missing: See `Calibration.freeze`.
+        progress: As in `calibrate`.
+        use_attention_mask: See `Calibration.run`.
 
     Raises:
-        MissingDataError: Says why, and for which modules.
+        MissingDataError: As `calibrate`.
     """
-    reasons: dict[str, list[str]] = {}
-    for each in observed:
-        for base_name, built in each.observers.items():
-            kind = type(built).__name__
-            if base_name != "weight":
-                why = f"{base_name} activations are quantized statically ({kind} must see them)"
-            elif built.needs_data:
-                why = f"{kind} weighs weights by their layer's inputs"
-            else:
-                continue
-            reasons.setdefault(why, []).append(each.name)
-    if reasons:
-        lines = [
-            f"  {why}: {len(names)} modules, {names[0]}{', ...' * (len(names) > 1)}"
-            for why, names in reasons.items()
-        ]
-        raise MissingDataError(
-            "\n".join(
-                [
-                    "this calibration needs data, and data is None:",
-                    *lines,
-                    "Pass data= (--data FILE): batches, as mappings of arguments (input_ids=...), "
-                    "tensors, or tuples of arguments; or text, as strings or a file, with "
-                    "tokenizer=.",
-                ]
-            )
+    if batches is None:
+        refuse_without_data(plan)
+        uncalled = find_never_called(model, [each.name for each in plan.observed])
+        plan = without_modules(plan, uncalled, "never called")
+    with Calibration(model, plan) as calibration:
+        if batches is not None:
+            calibration.run(batches, progress, use_attention_mask=use_attention_mask)
+        return calibration.freeze(on_missing, progress)
+
+
+def attach(
+    model: torch.nn.Module,
+    scheme: SchemeLike,
+    *,
+    observer: str | None = None,
+    observer_options: Mapping[str, Any] | None = None,
+    activation_observer: str | None = None,
+    ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
+    scheme_options: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """Attach observers to every module that the scheme targets.
+
+    Nothing else about the model changes: it runs in full precision until `Calibration.freeze`.
+    Dynamically quantized activations get no observer; "local" ones (NVFP4 inputs) get one that
+    watches the global range alone.
+
+    Args:
+        model: Any torch model with Linear or Embedding layers, offloaded or not. Of a wrapper
+            (torch.compile, DataParallel and their like) the model inside is meant: modules have
+            its names, and batches run through it uncompiled. Wrappers around single blocks are
+            taken out until the calibration is frozen or detached.
+        scheme: A QuantizationConfig, a QuantizationScheme, a preset name ("W4A16"), or the path
+            of a YAML file; see `resolve_config`. Never changed.
+        observer: Observer of weights; None takes the one that the scheme names, else
+            "memoryless_minmax", which needs no batches ("optimal" is better where there are some).
+        observer_options: Options of the weight observers, over those of the scheme.
+        activation_observer: As in `calibrate`.
+        ignore: As in `calibrate`.
+        on_unfit: As in `calibrate`.
+        scheme_options: As in `calibrate`.
+
+    Returns:
+        The calibration: run batches, freeze, detach.
+
+    Raises:
+        SchemeError: An unknown scheme, or one that modules cannot take; lists all of them.
+        CalipersError: Observers are attached already, an observer is unknown, or a path came in
+            place of the model.
+        ValueError: An unknown or invalid option. Nothing has been attached then.
+    """
+    _expect_model(model, "calipers.attach(model, ...)")
+    choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
+    inner = unwrap(model)
+    with ExitStack() as wrappers:
+        wrappers.enter_context(without_wrappers(inner))
+        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
+        return Calibration(inner, plan, wrappers.pop_all())
+    raise AssertionError  # an ExitStack of these lets no exception vanish
+
+
+def _expect_model(model: object, call: str) -> None:
+    """Refuse what is no torch module.
+
+    Args:
+        model: What was given.
+        call: How to write the call once the model is loaded.
+
+    Raises:
+        CalipersError: Says what came; for a path or a name, the line that loads a model.
+    """
+    if isinstance(model, torch.nn.Module):
+        return
+    if isinstance(model, (str, PathLike)):
+        raise CalipersError(
+            f"model: expected a torch.nn.Module, got {str(model)!r}. Load it first:\n"
+            "  from transformers import AutoModelForCausalLM\n"
+            f"  model = AutoModelForCausalLM.from_pretrained({str(model)!r})\n"
+            f"  {call}"
         )
+    raise CalipersError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

@@ -1,9 +1,9 @@
-"""`CallCounter`: which modules a forward calls, and which it passes by."""
+"""Which modules a forward calls, and what a model can be run on where nobody gave any data."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,19 @@ from compressed_tensors.offload import get_execution_device
 from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.offload.utils import send_tensors
 from loguru import logger
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from calipers.calibration.batches import eval_mode, uncompiled
-from calipers.calibration.example_inputs import example_inputs
+from calipers.observers.hooks import add_call_hook, remove_hooks
 
-__all__ = ["CallCounter", "find_never_called"]
+__all__ = ["CallCounter", "example_inputs", "find_never_called"]
+
+
+class _Calls(Counter[int]):
+    """Calls by the id of the module; a copy of one module takes no other along with it."""
+
+    def add(self, module: nn.Module) -> None:
+        self[id(module)] += 1
 
 
 class CallCounter:
@@ -30,14 +36,12 @@ class CallCounter:
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._calls: Counter[str] = Counter()
-        self._handles: list[RemovableHandle] = []
-        watched = {*self._names, *(_parent(name) for name in self._names if name)}
-        for name in sorted(watched):
-            hook = _Count(self._calls, name)
-            module = model.get_submodule(name)
-            self._handles.append(module.register_forward_pre_hook(hook))
+        self._names = [name for name in names if name]
+        watched = sorted({*self._names, *map(_parent, self._names)})
+        self._modules = {name: model.get_submodule(name) for name in watched}
+        self._calls = _Calls()
+        for module in self._modules.values():
+            add_call_hook(module, self._calls.add)
 
     @property
     def never_called(self) -> set[str]:
@@ -46,11 +50,8 @@ class CallCounter:
         Where that one was not called either nothing is known: an expert without tokens, a vision
         tower without images.
         """
-        return {
-            name
-            for name in self._names
-            if name and not self._calls[name] and self._calls[_parent(name)]
-        }
+        calls = {name: self._calls[id(module)] for name, module in self._modules.items()}
+        return {name for name in self._names if not calls[name] and calls[_parent(name)]}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -85,18 +86,8 @@ class CallCounter:
 
     def remove(self) -> None:
         """Take the hooks off; what was counted stays."""
-        while self._handles:
-            self._handles.pop().remove()
-
-
-class _Count:
-    """A forward hook; a class, so that a copied model can be pickled with it."""
-
-    def __init__(self, calls: Counter[str], name: str) -> None:
-        self._calls, self._name = calls, name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._calls[self._name] += 1
+        for module in self._modules.values():
+            remove_hooks(module, self._calls)
 
 
 def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -111,3 +102,68 @@ def find_never_called(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+_TOKENS = 12
+_FIRST, _LAST = 3, 60  # past the special tokens of most vocabularies
+
+
+def example_inputs(model: Any) -> dict[str, Tensor] | None:
+    """Random inputs of the kind that a model takes: token ids, an image or a sound.
+
+    What the model takes is read from `main_input_name` and the config, as transformers' models have
+    them; where these do not tell, from `dummy_inputs`. The numbers are the same each time.
+
+    Args:
+        model: Any model; its weights are not touched.
+
+    Returns:
+        Keyword arguments of its forward, on the CPU; None where nothing is known.
+    """
+    config = getattr(model, "config", None)
+    inputs = _inputs_by_name(getattr(model, "main_input_name", None), config)
+    dummies = getattr(model, "dummy_inputs", None)
+    if isinstance(dummies, Mapping) and set(dummies) > set(inputs or ()):
+        inputs = dict(dummies)
+    if inputs is None:
+        return None
+    if getattr(config, "is_encoder_decoder", False):
+        inputs.setdefault("decoder_input_ids", _ids(config))
+    dtype = getattr(model, "dtype", torch.float32)
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def _inputs_by_name(main: Any, config: Any) -> dict[str, Tensor] | None:
+    if config is None:
+        return None
+    if main == "input_ids":
+        return {main: _ids(config)}
+    size = getattr(config, "image_size", None)
+    if main == "pixel_values" and size is not None:
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return {main: _noise(1, getattr(config, "num_channels", 3), height, width)}
+    bins = getattr(config, "num_mel_bins", None)
+    if main == "input_features" and bins is not None:
+        return {main: _noise(1, bins, 2 * getattr(config, "max_source_positions", 50))}
+    if main == "input_values":
+        return {main: _noise(1, 4000)}
+    return None
+
+
+def _ids(config: Any) -> Tensor:
+    size = getattr(config, "vocab_size", None)
+    last = min(_LAST, size) if isinstance(size, int) else _LAST
+    first = min(_FIRST, max(last - 1, 0))
+    shape = (1, _TOKENS)
+    ids: Tensor = torch.randint(
+        first, max(last, 1), shape, generator=_generator(), dtype=torch.int64, device="cpu"
+    )
+    return ids
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator(), dtype=torch.float32, device="cpu")
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from compressed_tensors.quantization import QuantizationScheme, QuantizationStrategy
+from compressed_tensors.quantization import QuantizationScheme
 from loguru import logger
 from torch import nn
 
-from calipers.calibration.targets import Resolution
+from calipers.calibration.targets import Resolution, has_global_scale
 
 __all__ = ["find_fused_groups", "find_fused_problems"]
 
@@ -62,7 +62,8 @@ def find_fused_problems(model: nn.Module, resolution: Resolution) -> Iterator[st
         parent = members[0].rpartition(".")[0]
         said = ", ".join(f"{name.rpartition('.')[2]} {_said(given[name])}" for name in members)
         line = f"{parent}: engines fuse these layers and need one scheme for all: {said}"
-        if any(_is_nvfp4(given[name]) for name in members):
+        weights = [scheme.weights for name in members if (scheme := given[name]) is not None]
+        if any(args is not None and has_global_scale(args) for args in weights):
             yield f"{line}. Under NVFP4 they share a global scale: quantize all of them or none"
         else:
             warnings.append(line)
@@ -84,8 +85,3 @@ def _said(scheme: QuantizationScheme | None) -> str:
             kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
             parts.append(f"{what} {kind}{args.num_bits} {strategy}")
     return " and ".join(parts)
-
-
-def _is_nvfp4(scheme: QuantizationScheme | None) -> bool:
-    weights = None if scheme is None else scheme.weights
-    return weights is not None and weights.strategy == QuantizationStrategy.TENSOR_GROUP

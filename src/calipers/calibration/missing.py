@@ -1,61 +1,130 @@
-"""Modules whose observers lack data: finding them, and telling of them all at once."""
+"""Tensors whose observers lack data: finding them, what stands in for them, telling of them."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from calipers.calibration.observed import ObservedModule, args_of
+from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.errors import MissingDataError
-from calipers.observers import Observer
+from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
-__all__ = ["Missing", "find_missing", "missing_data_error"]
-
-
-@dataclass(frozen=True)
-class Missing:
-    """One tensor of a module, "weight", "input" or "output", whose observer lacks data."""
-
-    observed: ObservedModule
-    base_name: str
-
-    @property
-    def name(self) -> str:
-        """The tensor's name: module and base name."""
-        return f"{self.observed.name}.{self.base_name}"
-
-    @property
-    def reason(self) -> str:
-        """What its observer lacks."""
-        if self.base_name == "weight":
-            return "its observer weighs by the layer's inputs and saw no token"
-        return "its observer saw no value"
+__all__ = ["find_missing", "missing_data_error", "nearest_neighbours", "set_fallbacks"]
 
 
-def find_missing(observed: Iterable[ObservedModule]) -> list[Missing]:
+def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:
     """Activations that were never observed, and weights whose observer wants data it never got."""
     return [
-        Missing(each, base_name)
-        for each in observed
-        for base_name, observer in each.observers.items()
-        if _lacks_data(each, base_name, observer)
+        tensor for each in observed for tensor in each.tensors.values() if tensor.lacks is not None
     ]
 
 
-def _lacks_data(observed: ObservedModule, base_name: str, observer: Observer) -> bool:
-    if base_name == "weight":
-        return observer.needs_data and not observer.has_data
-    if args_of(observed.scheme, base_name).dynamic:  # "local": the global scale alone
-        return not observer.has_global_statistics
-    return not observer.has_statistics
+def set_fallbacks(
+    observed: Iterable[ObservedModule], missing: Iterable[ObservedTensor]
+) -> list[ObservedTensor]:
+    """Set the `fallback` of tensors without data; their own observers are not changed.
+
+    A weight gets a copy of its observer that does without importance; an activation gets a fresh
+    copy of its observer into which the statistics of its nearest neighbours are merged.
+
+    Args:
+        observed: All modules of the calibration.
+        missing: The tensors that lack data.
+
+    Returns:
+        Those tensors for which there is none.
+    """
+    tensors = [tensor for each in observed for tensor in each.tensors.values()]
+    for each in missing:
+        if each.base_name == "weight":
+            each.fallback = _without_importance(each.observer)
+        else:
+            each.fallback = _merged(each, _candidates(each, tensors))
+    return [each for each in missing if each.fallback is None]
+
+
+def nearest_neighbours(name: str, others: Sequence[str]) -> list[str]:
+    """Names equal to `name` but for their numbers, of the nearest kind there is.
+
+    Members of the same list come first (other experts of the layer, all of them alike), then
+    those of the nearest layers, on both sides where they are equally near.
+
+    Args:
+        name: A module's name, "model.layers.3.mlp.experts.7.up_proj".
+        others: Names to choose from.
+
+    Returns:
+        The nearest, in the order of `others`; empty where none differs in numbers alone.
+    """
+    shape, numbers = _split_numbers(name)
+    distances: dict[str, tuple[int, int]] = {}
+    for other in others:
+        other_shape, other_numbers = _split_numbers(other)
+        if other != name and other_shape == shape:
+            distances[other] = _distance(numbers, other_numbers)
+    nearest = min(distances.values(), default=None)
+    return [other for other, distance in distances.items() if distance == nearest]
+
+
+def _split_numbers(name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    parts = name.split(".")
+    shape = tuple("#" if part.isdecimal() else part for part in parts)
+    return shape, tuple(int(part) for part in parts if part.isdecimal())
+
+
+def _distance(numbers: tuple[int, ...], others: tuple[int, ...]) -> tuple[int, int]:
+    """Smaller is nearer: first by how late the numbers part, then by how far apart layers are."""
+    pairs = list(zip(numbers, others, strict=True))
+    parting = next(index for index, (mine, other) in enumerate(pairs) if mine != other)
+    # layers follow each other, so nearer ones are more alike; experts are in no order
+    apart = abs(numbers[0] - others[0]) if parting == 0 else 0
+    return -parting, apart
+
+
+def _candidates(missing: ObservedTensor, tensors: Iterable[ObservedTensor]) -> dict[str, Observer]:
+    """Observers of the same kind and arguments that have data, by module name."""
+    return {
+        each.name: each.observer
+        for each in tensors
+        if each.base_name == missing.base_name
+        and type(each.observer) is type(missing.observer)
+        and each.args == missing.args
+        and each.lacks is None
+    }
+
+
+def _merged(missing: ObservedTensor, candidates: dict[str, Observer]) -> Observer | None:
+    names = nearest_neighbours(missing.name, list(candidates))
+    if not names:
+        return None
+    merged = copy.deepcopy(missing.observer)
+    for name in names:
+        merged.merge(candidates[name])
+    return merged
+
+
+def _without_importance(own: Observer) -> Observer:
+    if isinstance(own, OptimalObserver):
+        # The plain squared error of a weight can be a worse guide than its range.
+        args = own.args.model_copy(update={"observer_kwargs": {}})
+        plain = MemorylessMinMaxObserver(own.base_name, args, own.module)
+        plain.name = own.name
+        return plain
+    options = dict(own.args.observer_kwargs)
+    if "strict" in own.Options.model_fields:
+        options["strict"] = False  # strict refuses to go without importance
+    args = own.args.model_copy(update={"observer_kwargs": options})
+    substitute = type(own)(base_name=own.base_name, args=args, module=own.module)
+    substitute.name = own.name
+    return substitute
 
 
 def missing_data_error(
-    missing: Sequence[Missing], batches: int, *, tried_fallback: bool
+    missing: Sequence[ObservedTensor], batches: int, *, tried_fallback: bool
 ) -> Exception:
     """One error that lists all of them and what can be done."""
     lines = [f"no data reached these tensors in {batches} batches:"]
-    lines += [f"  {each.name}: {each.reason}" for each in missing]
+    lines += [f"  {each.full_name}: {each.lacks}" for each in missing]
     if tried_fallback:
         lines.append("No neighbour (same name but for its numbers) has data either.")
     lines.append("Run batches that reach them, put the modules on the ignore list, or freeze with")

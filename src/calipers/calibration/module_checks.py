@@ -1,41 +1,40 @@
-"""`find_module_problems`: why one module cannot take its scheme in compressed-tensors 0.19.
+"""Why one module cannot take its scheme, or a quantized forward, in compressed-tensors 0.19.
 
 Each rule was found by trying: what `apply_quantization_config` or the fake-quantized forward
-refuses, and what it accepts but turns into something else.
+refuses, what it accepts but turns into something else, and what it would pass over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import (
     QuantizationArgs,
-    QuantizationStrategy,
     QuantizationType,
 )
 from compressed_tensors.quantization.utils import is_module_quantized
+from torch import nn
 
-from calipers.calibration.targets import Target
+from calipers.calibration.targets import (
+    ACTIVATION_STRATEGIES,
+    GROUPED,
+    WEIGHT_STRATEGIES,
+    Target,
+)
 from calipers.ranges.qparams import scale_dtype_problem
 
-__all__ = ["find_module_problems", "find_shape_problems"]
+__all__ = [
+    "find_forward_problems",
+    "find_hook_problems",
+    "find_module_problems",
+    "find_shape_problems",
+]
 
-_GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _FLOAT_BITS = (4, 8)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_WEIGHT_STRATEGIES = (
-    QuantizationStrategy.TENSOR,
-    QuantizationStrategy.CHANNEL,
-    QuantizationStrategy.BLOCK,
-    *_GROUPED,
-)
-_ACTIVATION_STRATEGIES = (
-    QuantizationStrategy.TENSOR,
-    QuantizationStrategy.TOKEN,
-    *_GROUPED,
-)
 
 
 def find_module_problems(target: Target) -> Iterator[str]:
@@ -77,7 +76,7 @@ def _args_problems(target: Target, base_name: str, args: QuantizationArgs) -> It
 def _shape_problems(
     target: Target, base_name: str, args: QuantizationArgs, weight: torch.Tensor
 ) -> Iterator[str]:
-    if args.strategy in _GROUPED:
+    if args.strategy in GROUPED:
         columns = _columns(target, base_name, weight)
         # a group wider than the row is refused too, not taken as one short group
         if args.group_size is None or columns % args.group_size:
@@ -100,7 +99,7 @@ def _scale_dtype_problems(args: QuantizationArgs, dtype: torch.dtype) -> Iterato
 
 
 def _weight_problems(args: QuantizationArgs) -> Iterator[str]:
-    if args.strategy not in _WEIGHT_STRATEGIES:
+    if args.strategy not in WEIGHT_STRATEGIES:
         yield f"strategy {_text(args.strategy)!r} means nothing for a weight"
     if args.dynamic:
         yield f"must be static, got dynamic={_text(args.dynamic)!r}"
@@ -109,9 +108,9 @@ def _weight_problems(args: QuantizationArgs) -> Iterator[str]:
 def _activation_problems(target: Target, base_name: str, args: QuantizationArgs) -> Iterator[str]:
     if base_name == "input" and isinstance(target.module, torch.nn.Embedding):
         yield "an Embedding's input is token ids, which cannot be quantized"
-    if args.strategy not in _ACTIVATION_STRATEGIES:
+    if args.strategy not in ACTIVATION_STRATEGIES:
         yield f"strategy {_text(args.strategy)!r} means nothing for the activations of a layer"
-    elif args.strategy in _GROUPED and not args.dynamic:
+    elif args.strategy in GROUPED and not args.dynamic:
         yield (
             f"static strategy {_text(args.strategy)!r} cannot run: fake-quantize would take "
             "groups for tokens; use dynamic=True, or 'local' with tensor_group"
@@ -127,3 +126,87 @@ def _columns(target: Target, base_name: str, weight: torch.Tensor) -> int:
 def _text(value: object) -> object:
     """Enum members as the plain values that users write."""
     return getattr(value, "value", value)
+
+
+_NO_HOOKS = (
+    "compressed_tensors.offload.from_accelerate(model) keeps them offloaded in a way that works, "
+    "or, after accelerate.cpu_offload or disk_offload, "
+    "accelerate.hooks.remove_hook_from_module(model, recurse=True) brings them into memory"
+)
+_NAMED = 5
+
+
+def find_hook_problems(model: nn.Module) -> Iterator[str]:
+    """One line where accelerate keeps weights of the model elsewhere (`cpu_offload`, a disk part).
+
+    Its hooks bring a weight in for the module's own call alone; what reads the weight otherwise,
+    as calibrating and saving do, finds a tensor without data.
+    """
+    names = [name for name, module in model.named_modules() if _offloads(module)]
+    if names:
+        yield (
+            f"accelerate keeps the weights of {_listing(names)} elsewhere and brings them in for "
+            f"their own calls alone: {_NO_HOOKS}"
+        )
+
+
+def find_forward_problems(target: Target) -> Iterator[str]:
+    """What one module has that its quantized forward would drop, or could not read.
+
+    compressed-tensors sets a forward on the module which calls that of the module's class, and
+    quantizes the parameter `weight`.
+    """
+    module = target.module
+    if _offloads(module) or hasattr(module, "quantization_status"):
+        return  # told once for the model; told by find_module_problems
+    if hasattr(module, "_hf_hook"):
+        yield (
+            "has a hook of accelerate around its forward: take it off with "
+            "compressed_tensors.offload.from_accelerate(model)"
+        )
+    elif _has_own_forward(module):
+        yield (
+            "its forward was replaced on the instance, and a quantized forward calls that of its "
+            f"class: del the attribute, or give it a subclass of {type(module).__name__} with "
+            "that forward"
+        )
+    with disable_onloading():
+        weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return  # told by find_module_problems
+    if "weight" not in module._parameters:
+        yield f"its weight is not a parameter but made of others: {_way_to_a_parameter(module)}"
+
+
+def _offloads(module: nn.Module) -> bool:
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])  # of a SequentialHook
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(getattr(each, "offload", False) for each in hooks) and any(
+        tensor is not None for tensor in tensors
+    )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    # An offloading by compressed-tensors puts its own there, around the one that it found.
+    name = "_original_forward_func" if "_original_forward_func" in vars(module) else "forward"
+    found = vars(module).get(name)
+    return found is not None and getattr(found, "__func__", found) is not type(module).forward
+
+
+def _way_to_a_parameter(module: nn.Module) -> str:
+    if torch.nn.utils.parametrize.is_parametrized(module, "weight"):
+        return "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') fixes it"
+    kinds = {type(hook).__name__ for hook in module._forward_pre_hooks.values()}
+    if "WeightNorm" in kinds:
+        return "torch.nn.utils.remove_weight_norm(module) fixes it"
+    if "SpectralNorm" in kinds:
+        return "torch.nn.utils.remove_spectral_norm(module) fixes it"
+    if "weight_orig" in module._parameters:
+        return "torch.nn.utils.prune.remove(module, 'weight') fixes it"
+    return "register it as torch.nn.Parameter first"
+
+
+def _listing(names: list[str]) -> str:
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more modules" if rest > 0 else "")

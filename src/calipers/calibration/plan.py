@@ -1,27 +1,137 @@
-"""`plan_observers`: what a calibration will do to a model, settled before any work."""
+"""What a calibration will do to a model, settled before any work: `plan_observers`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import DynamicType, QuantizationArgs, QuantizationConfig
 from loguru import logger
 
 from calipers.calibration.architectures import has_fused_experts
-from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit, resolve_and_check
-from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.observed import ObservedModule, build_observed
-from calipers.calibration.schemes import SchemeLike, resolve_config
-from calipers.calibration.targets import Reason, Resolution
-from calipers.errors import CalipersError
+from calipers.calibration.config import SchemeLike, resolve_config
+from calipers.calibration.observed import ObservedModule, ObservedTensor
+from calipers.calibration.targets import Reason, Resolution, Target
+from calipers.errors import CalipersError, MissingDataError
 from calipers.observers import Observer
+from calipers.observers.options import check_option_names
 
-__all__ = ["Plan", "plan_observers", "without_modules", "without_never_called"]
+__all__ = [
+    "ObserverChoice",
+    "Plan",
+    "needs_observer",
+    "plan_observers",
+    "refuse_without_data",
+    "without_modules",
+]
+
+_DEFAULT_WEIGHT_OBSERVER = "optimal"
+#: Without data: on weights the smallest plain squared error can make a model worse than this.
+_DEFAULT_WITHOUT_DATA = "memoryless_minmax"
+_DEFAULT_ACTIVATION_OBSERVER = "static_minmax"
+
+
+def needs_observer(args: QuantizationArgs) -> bool:
+    """Static quantization needs one, "local" one for its global scale, dynamic none."""
+    return args.dynamic in (False, DynamicType.LOCAL)
+
+
+@dataclass(frozen=True)
+class ObserverChoice:
+    """What the caller asked for; it comes before what the scheme names and before the defaults.
+
+    Args:
+        weight: Observer of weights; None takes the scheme's, else "optimal" where there is data and
+            "memoryless_minmax" where there is none (and for an Embedding, which has no inputs).
+        activation: Observer of static activations; None takes the scheme's, else "static_minmax".
+        options: Options of the weight observers, over those of the scheme.
+        has_data: Whether batches will be run.
+    """
+
+    weight: str | None = None
+    activation: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    has_data: bool = False
+
+    def check(self) -> None:
+        """Refuse what needs no model to be known as wrong, before anything is done to one.
+
+        Raises:
+            CalipersError: An unknown observer.
+            ValueError: An option that the observer named for weights does not have.
+        """
+        for name in (self.weight, self.activation):
+            if name is not None:
+                Observer.get_value_from_registry(_normal(name))
+        if self.weight is not None:
+            kind = Observer.get_value_from_registry(_normal(self.weight))
+            given = [name for name in self.options if name not in kind.ignored_options]
+            check_option_names(kind.__name__, kind.Options, given)
+
+    def build(
+        self, name: str, base_name: str, args: QuantizationArgs, module: torch.nn.Module
+    ) -> Observer:
+        """Build the observer of one tensor; nothing is attached.
+
+        Args:
+            name: The module's name in the model; the observer is called "{name}.{base_name}".
+            base_name: "weight", "input" or "output".
+            args: The tensor's arguments; never changed.
+            module: The module that holds it.
+
+        Raises:
+            CalipersError: Unknown observer (lists the known ones), or one that weighs weights by
+                inputs chosen for an activation or an Embedding.
+            ValueError: Unknown or invalid options, from the observer itself.
+        """
+        choice = self
+        if base_name == "weight" and isinstance(module, torch.nn.Embedding):
+            choice = replace(self, has_data=False)
+        chosen = choice.name_for(base_name, args)
+        observer: Observer = Observer.load_from_registry(
+            chosen,
+            base_name=base_name,
+            args=choice.recorded_args(base_name, args),
+            module=module,
+        )
+        if observer.needs_data:
+            why = f"observer {chosen!r} weighs a weight by its layer's inputs: it cannot measure"
+            if base_name != "weight":
+                raise CalipersError(f"{why} the {base_name} activations of {name}")
+            if isinstance(module, torch.nn.Embedding):
+                told = f"the Embedding {name}, whose inputs are token ids; ignore it"
+                raise CalipersError(f"{why} {told}")
+        observer.name = f"{name}.{base_name}" if name else base_name
+        return observer
+
+    def name_for(self, base_name: str, args: QuantizationArgs) -> str:
+        """The observer's name as registered, with underscores."""
+        if base_name == "weight":
+            default = _DEFAULT_WEIGHT_OBSERVER if self.has_data else _DEFAULT_WITHOUT_DATA
+            chosen = self.weight or args.observer or default
+        else:
+            chosen = self.activation or args.observer or _DEFAULT_ACTIVATION_OBSERVER
+        return _normal(chosen)
+
+    def recorded_args(self, base_name: str, args: QuantizationArgs) -> QuantizationArgs:
+        """A copy of the arguments that names the observer used and all options given.
+
+        Options that the scheme gives to one observer are not handed to another.
+        """
+        chosen = self.name_for(base_name, args)
+        same = args.observer is None or _normal(args.observer) == chosen
+        options = dict(args.observer_kwargs) if same else {}
+        if base_name == "weight":
+            options.update(self.options)
+        return args.model_copy(update={"observer": chosen, "observer_kwargs": options}, deep=True)
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 @dataclass(frozen=True)
@@ -59,16 +169,9 @@ def plan_observers(
     config = resolve_config(scheme, ignore, scheme_options)
     resolution = resolve_and_check(model, config, on_unfit)
     _warn_of_fused_experts(model)
-    return Plan(config, resolution, build_observed(resolution.targets, choice), choice)
-
-
-def without_never_called(model: torch.nn.Module, plan: Plan) -> Plan:
-    """The plan less the layers that the model's own example input passes by.
-
-    For a calibration without data, whose batches would tell; see `find_never_called`.
-    """
-    uncalled = find_never_called(model, [each.name for each in plan.observed])
-    return without_modules(plan, uncalled, "never called")
+    return Plan(
+        config, resolution, [_observed(each, choice) for each in resolution.targets], choice
+    )
 
 
 def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
@@ -78,6 +181,56 @@ def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
     resolution = plan.resolution.without(dict.fromkeys(names, reason))
     observed = [each for each in plan.observed if each.name not in names]
     return replace(plan, resolution=resolution, observed=observed)
+
+
+def refuse_without_data(plan: Plan) -> None:
+    """Refuse observers that need data where there is none.
+
+    Raises:
+        MissingDataError: Says why, and for which modules.
+    """
+    reasons: dict[str, list[str]] = {}
+    for tensor in (tensor for each in plan.observed for tensor in each.tensors.values()):
+        kind = type(tensor.observer).__name__
+        if tensor.base_name != "weight":
+            why = f"{tensor.base_name} activations are quantized statically ({kind} must see them)"
+        elif tensor.wants_data:
+            why = f"{kind} weighs weights by their layer's inputs"
+        else:
+            continue
+        reasons.setdefault(why, []).append(tensor.name)
+    if reasons:
+        lines = [
+            f"  {why}: {len(names)} modules, {names[0]}{', ...' * (len(names) > 1)}"
+            for why, names in reasons.items()
+        ]
+        raise MissingDataError(
+            "\n".join(
+                [
+                    "this calibration needs data, and data is None:",
+                    *lines,
+                    "Pass data= (--data FILE): batches, as mappings of arguments (input_ids=...), "
+                    "tensors, or tuples of arguments; or text, as strings or a file, with "
+                    "tokenizer=.",
+                ]
+            )
+        )
+
+
+def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
+    """A target with its observers, attached to nothing."""
+    tensors = {
+        base_name: ObservedTensor(
+            target.name,
+            target.module,
+            base_name,
+            args,
+            [choice.build(target.name, base_name, args, target.module)],
+        )
+        for base_name, args in target.args.items()
+        if needs_observer(args)
+    }
+    return ObservedModule(target.name, target.module, target.scheme, tensors)
 
 
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:

@@ -1,9 +1,11 @@
-"""`CalibrationReport`: what a calibration did, module by module."""
+"""`CalibrationReport`: what a calibration did, module by module, and one screen of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from html import escape
 from math import inf, isnan
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,14 +14,21 @@ from torch import nn
 
 from calipers._words import did_you_mean
 from calipers.calibration.architectures import projection_weights
-from calipers.calibration.report_text import report_html, report_text
-from calipers.calibration.targets import LeftAlone
+from calipers.calibration.targets import LeftAlone, kind_of
 from calipers.errors import CalipersError, UnknownModuleError
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["CalibrationReport", "LeftAlone", "ModuleReport", "quantized_share"]
+__all__ = [
+    "CalibrationReport",
+    "KindSummary",
+    "LeftAlone",
+    "ModuleReport",
+    "quantized_share",
+    "summarize_left_alone",
+    "summarize_modules",
+]
 
 
 @dataclass(frozen=True)
@@ -185,3 +194,184 @@ def quantized_share(
         if each.reason not in ("output head", "quantized before")
     )
     return done / (done + rest) if done + rest else 1.0
+
+
+_COLUMNS = 80
+#: With headings, the worst modules and what was left alone, 24 lines at most.
+_KINDS = 8
+_WORST = 5
+_LEFT_ALONE = 3
+_HEADINGS = ["modules", "count", "weight error (max)", "observer", "bits", "activations"]
+
+
+@dataclass(frozen=True)
+class KindSummary:
+    """Modules whose names differ by numbers alone and that were treated alike.
+
+    Attributes:
+        name: Their name with `*` for numbers; of a module alone in its kind its own. After it, the
+            tensors that a fallback was used for.
+        count: How many they are.
+        observer: Of the weights, with what it minimised; None where weights stay as they are.
+        bits: Of the weights; None as above.
+        mean_error: Mean of their relative weight errors; None as above.
+        max_error: The largest of them.
+        activations: How activations are quantized; None where they are not.
+        tokens: Most tokens that one of them saw.
+    """
+
+    name: str
+    count: int
+    observer: str | None
+    bits: int | None
+    mean_error: float | None
+    max_error: float | None
+    activations: str | None
+    tokens: int
+
+
+def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
+    """One summary for each kind of modules, in the order of the first of each."""
+    kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
+    for row in modules:
+        observer = row.weight_observer
+        if observer is not None and row.objective is not None:
+            observer = f"{observer} ({row.objective})"
+        activations = row.activation_observer or row.activations
+        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback)
+        kinds[kind].append(row)
+    summaries = []
+    for (name, observer, bits, activations, fallback), members in kinds.items():
+        errors = [m.weight_error for m in members if m.weight_error is not None]
+        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        summaries.append(
+            KindSummary(
+                name=(name if len(members) > 1 else members[0].name) + note,
+                count=len(members),
+                observer=observer,
+                bits=bits,
+                mean_error=sum(errors) / len(errors) if errors else None,
+                max_error=max(errors, default=None),
+                activations=activations,
+                tokens=max(m.tokens for m in members),
+            )
+        )
+    return summaries
+
+
+def summarize_left_alone(left_alone: Iterable[LeftAlone]) -> list[str]:
+    """One line for all modules whose names differ by numbers alone and that share a reason."""
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for each in left_alone:
+        kinds[kind_of(each.name), each.reason].append(each.name)
+    return [
+        f"{names[0]}: {reason}" if len(names) == 1 else f"{kind} ({len(names)}): {reason}"
+        for (kind, reason), names in kinds.items()
+    ]
+
+
+def report_text(report: CalibrationReport) -> str:
+    """At most 24 lines of at most 80 columns: the kinds, the worst modules, what was left alone."""
+    lines = [_headline(report)]
+    kinds = summarize_modules(report.modules)
+    if kinds:
+        rows = [_HEADINGS, *(_cells(each) for each in kinds[:_KINDS])]
+        shared, rows = _without_shared(rows)
+        lines += [_shorten(shared, _COLUMNS)] if shared else []
+        lines += _table(rows)
+        lines += _more(len(kinds) - _KINDS, "kinds of modules")
+    worst = report.worst(_WORST)
+    if len(report.modules) > 1 and worst:
+        lines.append("largest weight errors")
+        width = max(len(each.name) for each in worst)
+        lines += [_shorten(f"  {m.name:<{width}}", 71) + f"  {m.weight_error:.4f}" for m in worst]
+    left_alone = summarize_left_alone(report.left_alone)
+    if left_alone:
+        lines.append("left unquantized")
+        lines += [_shorten(f"  {each}", _COLUMNS) for each in left_alone[:_LEFT_ALONE]]
+        lines += _more(len(left_alone) - _LEFT_ALONE, "kinds (see left_alone)")
+    return "\n".join(lines)
+
+
+def report_html(report: CalibrationReport) -> str:
+    """The same as tables, for notebooks; not cut to a screen, but for the worst modules."""
+    parts = [f"<p>{escape(_headline(report))}</p>"]
+    kinds = [_cells(each) for each in summarize_modules(report.modules)]
+    parts.append(_html_table(_HEADINGS, kinds))
+    worst = [[m.name, f"{m.weight_error:.4f}"] for m in report.worst(_WORST)]
+    parts.append(_html_table(["largest weight errors", ""], worst))
+    left_alone = [[each] for each in summarize_left_alone(report.left_alone)]
+    parts.append(_html_table(["left unquantized"], left_alone))
+    return "\n".join(part for part in parts if part)
+
+
+def _headline(report: CalibrationReport) -> str:
+    count = len(report.modules)
+    told = (
+        f"{count} module{'s' * (count != 1)} quantized, {report.quantized_share:.1%} of the "
+        f"projection weights"
+    )
+    if report.batches:
+        told += f"; {report.batches} batch{'es' * (report.batches != 1)}"
+    return f"{told}; {report.seconds:.1f} s"
+
+
+def _cells(kind: KindSummary) -> list[str]:
+    error = "-"
+    if kind.mean_error is not None:
+        error = f"{kind.mean_error:.4f} ({kind.max_error:.4f})"
+    return [
+        kind.name,
+        str(kind.count),
+        error,
+        kind.observer or "-",
+        "-" if kind.bits is None else str(kind.bits),
+        kind.activations or "-",
+    ]
+
+
+def _without_shared(rows: list[list[str]]) -> tuple[str, list[list[str]]]:
+    """Take out columns that say the same of every kind, for one line and more room for names."""
+    shared, kept = [], []
+    for heading, *cells in zip(*rows, strict=True):
+        if heading in ("observer", "bits", "activations") and len(set(cells)) == 1:
+            shared += [f"{heading} {cells[0]}"] if cells[0] != "-" else []
+        else:
+            kept.append([heading, *cells])
+    return ", ".join(shared), [list(row) for row in zip(*kept, strict=True)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side; the first one, names, gets what room the others leave."""
+    rows = [[*row[:2], *(_shorten(cell, 18) for cell in row[2:])] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    room = _COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], room)
+    return [
+        "  ".join(
+            _shorten(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _more(count: int, what: str) -> list[str]:
+    return [f"  ... and {count} other {what}"] if count > 0 else []
+
+
+def _shorten(text: str, width: int) -> str:
+    """Cut to a width in the middle: the end of a module's name tells the most."""
+    if len(text) <= width:
+        return text
+    head = (width - 3) // 3
+    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
+
+
+def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    head = "".join(f"<th>{escape(each)}</th>" for each in headings)
+    body = "\n".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from loguru import logger
 
-from calipers.calibration.batches import Progress, expect_batches, run_batches
+from calipers._words import check_choice
+from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
-from calipers.calibration.fallback import Substitutes, find_substitutes
 from calipers.calibration.freeze import freeze_modules
-from calipers.calibration.masks import BatchMask, find_mask
-from calipers.calibration.missing import find_missing, missing_data_error
+from calipers.calibration.missing import find_missing, missing_data_error, set_fallbacks
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
 from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
-from calipers.observers.updates import UpdateState
+from calipers.observers.statistics import UpdateState
 
-__all__ = ["Calibration", "OnMissing", "check_on_missing"]
+__all__ = ["Calibration", "OnMissing"]
 
 OnMissing = Literal["error", "skip", "fallback"]
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
-
-
-def check_on_missing(on_missing: str) -> None:
-    """Refuse a choice that there is not.
-
-    Raises:
-        CalipersError: Lists the choices.
-    """
-    if on_missing not in get_args(OnMissing):
-        raise CalipersError(
-            f"on_missing must be one of {', '.join(get_args(OnMissing))}, got {on_missing!r}"
-        )
 
 
 class Calibration:
@@ -123,14 +111,10 @@ class Calibration:
         """
         with self._update.lock:
             self._expect_attached("run batches")
-
-            def whole(batch: object) -> AbstractContextManager[None]:
-                masked = find_mask(batch, self.model) if use_attention_mask else BatchMask()
-                return self._whole_batch(masked)
-
+            whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
             with self._clock():
                 if any(each.wants_data for each in self.observed):
-                    run_batches(self.model, batches, self._count_batch, progress, whole)
+                    run_batches(self.model, batches, progress, whole)
                 else:
                     self._skip_data(batches)
 
@@ -143,7 +127,7 @@ class Calibration:
         logger.info("the data was not run: no observer of this calibration needs any")
         if self.observed and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
-            run_batches(self.model, first, lambda: None, within=lambda _: self._calls.whole())
+            run_batches(self.model, first, within=lambda _: self._calls.whole())
 
     def freeze(
         self, on_missing: OnMissing = "error", progress: Progress | None = None
@@ -178,12 +162,12 @@ class Calibration:
 
     def _freeze(self, on_missing: OnMissing, progress: Progress | None) -> CalibrationReport:
         self._expect_attached("freeze")
-        check_on_missing(on_missing)
+        check_choice("on_missing", on_missing, OnMissing)
         with self._clock():
             never_called = self._calls.never_called
             called = [each for each in self.observed if each.name not in never_called]
-            kept, substitutes = self._settle_missing(called, on_missing)
-            rows = freeze_modules(kept, self._plan.choice, substitutes, progress)
+            kept = self._settle_missing(called, on_missing)
+            rows = freeze_modules(kept, self._plan.choice, progress)
         self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
@@ -235,19 +219,22 @@ class Calibration:
 
     def _settle_missing(
         self, observed: list[ObservedModule], on_missing: OnMissing
-    ) -> tuple[list[ObservedModule], Substitutes]:
+    ) -> list[ObservedModule]:
+        """The modules that can be quantized, with fallbacks set where those are asked for."""
         missing = find_missing(observed)
+        for tensor in missing:
+            tensor.fallback = None
         if not missing:
-            return observed, {}
+            return observed
         if on_missing == "skip":
-            lacking = {each.observed.name for each in missing}
-            return [each for each in observed if each.name not in lacking], {}
+            lacking = {tensor.name for tensor in missing}
+            return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
             raise missing_data_error(missing, self.batches, tried_fallback=False)
-        substitutes, left = find_substitutes(observed, missing)
+        left = set_fallbacks(observed, missing)
         if left:
             raise missing_data_error(left, self.batches, tried_fallback=True)
-        return observed, substitutes
+        return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
         """Those of the plan and those found while running, in the model's order."""
@@ -263,25 +250,19 @@ class Calibration:
             raise CalipersError(f"cannot {what}: the calibration is already {self._state}")
 
     @contextmanager
-    def _whole_batch(self, masked: BatchMask) -> Iterator[None]:
+    def _whole_batch(self, batch: object, use_mask: bool) -> Iterator[None]:
         """Let a batch count at the end of the block, or, where that raises, not at all."""
-        fed = [each for each in self.observed if each.wants_data]
-        try:
-            for each in fed:
-                each.begin_batch()
-            with self._calls.whole(), token_mask(masked.mask):
-                yield
-            for each in fed:
-                each.end_batch()
-        except BaseException:
-            for each in fed:
-                each.undo_batch()
-            raise
+        masked = find_mask(batch, self.model) if use_mask else BatchMask()
+        with ExitStack() as stack:
+            for each in self.observed:
+                if each.wants_data:
+                    stack.enter_context(each.whole_batch())
+            stack.enter_context(self._calls.whole())
+            stack.enter_context(token_mask(masked.mask))
+            yield
+        self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted
-
-    def _count_batch(self) -> None:
-        self.batches += 1
 
     @contextmanager
     def _clock(self) -> Iterator[None]:

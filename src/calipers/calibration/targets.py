@@ -7,11 +7,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from compressed_tensors import InternalModule
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStrategy,
+)
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import match_targets
 from torch import nn
@@ -24,18 +29,39 @@ from calipers.calibration.architectures import (
     is_projection,
     projection_weights,
 )
+from calipers.observers.hooks import Side
 
 __all__ = [
+    "ACTIVATION_STRATEGIES",
+    "GROUPED",
+    "TENSORS",
+    "WEIGHT_STRATEGIES",
     "LeftAlone",
     "Reason",
     "Resolution",
     "Target",
+    "TensorKind",
     "find_ignored",
+    "has_global_scale",
     "is_quantizable",
+    "kind_of",
     "leave_alone",
     "resolve_modules",
     "schemes_by_target",
 ]
+
+#: Strategies whose scales belong to groups of columns. A new strategy is one more entry here and in
+#: the next two.
+GROUPED = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
+#: Those that mean something for a weight.
+WEIGHT_STRATEGIES = (
+    QuantizationStrategy.TENSOR,
+    QuantizationStrategy.CHANNEL,
+    QuantizationStrategy.BLOCK,
+    *GROUPED,
+)
+#: Those that mean something for the activations of a layer.
+ACTIVATION_STRATEGIES = (QuantizationStrategy.TENSOR, QuantizationStrategy.TOKEN, *GROUPED)
 
 Reason = Literal[
     "ignored by you",
@@ -53,6 +79,26 @@ Reason = Literal[
 ]
 
 
+class TensorKind(NamedTuple):
+    """One tensor of a module that a scheme may quantize.
+
+    Args:
+        field: Field of a QuantizationScheme with its arguments.
+        side: Where the values are met from which its scale is learnt: the module's input or output.
+    """
+
+    field: str
+    side: Side
+
+
+#: By base name. A new tensor is one more row.
+TENSORS = {
+    "weight": TensorKind("weights", "input"),
+    "input": TensorKind("input_activations", "input"),
+    "output": TensorKind("output_activations", "output"),
+}
+
+
 @dataclass(frozen=True)
 class Target:
     """A quantizable module, its name in the model, and the scheme that the config gives it."""
@@ -63,12 +109,8 @@ class Target:
 
     @property
     def args(self) -> dict[str, QuantizationArgs]:
-        """What the scheme quantizes: "weight", "input" and "output" to their arguments."""
-        found = {
-            "weight": self.scheme.weights,
-            "input": self.scheme.input_activations,
-            "output": self.scheme.output_activations,
-        }
+        """What the scheme quantizes: base names to their arguments."""
+        found = {name: getattr(self.scheme, kind.field) for name, kind in TENSORS.items()}
         return {base_name: args for base_name, args in found.items() if args is not None}
 
 
@@ -117,6 +159,16 @@ class Resolution:
             targets=[each for each in self.targets if each.name not in reasons],
             left_alone=[*self.left_alone, *moved],
         )
+
+
+def kind_of(name: str) -> str:
+    """The name with `*` for each number: `layers.3.mlp` is of the kind `layers.*.mlp`."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def has_global_scale(args: QuantizationArgs) -> bool:
+    """Whether a tensor has a global scale beside its local ones: NVFP4."""
+    return bool(args.strategy == QuantizationStrategy.TENSOR_GROUP)
 
 
 def is_quantizable(module: nn.Module) -> bool:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
 from calipers._words import first_line
+from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
-from calipers.calibration.example_inputs import example_inputs
-from calipers.calibration.kinds import kind_of
-from calipers.calibration.schemes import SchemeLike, resolve_config
+from calipers.calibration.config import SchemeLike, resolve_config
+from calipers.calibration.targets import kind_of
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint

@@ -15,7 +15,7 @@ import torch
 from compressed_tensors.offload import disable_onloading
 from torch import nn
 
-from calipers.calibration.kinds import kind_of
+from calipers.calibration.targets import kind_of
 
 __all__ = ["make_twin", "plain_defaults", "small_config"]
 

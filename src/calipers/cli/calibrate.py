@@ -11,19 +11,20 @@ import yaml
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from rich.filesize import decimal
 
-from calipers._words import first_line
-from calipers.calibration import (
-    Calibration,
-    CalibrationReport,
-    resolve_config,
-)
-from calipers.calibration.calibrate import refuse_without_data
-from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.group_sizes import has_free_group_size, suggest_group_size
+from calipers._words import check_choice, first_line
+from calipers.calibration import CalibrationReport, resolve_config
+from calipers.calibration.calibrate import run_plan
+from calipers.calibration.checks import suggest_group_size
+from calipers.calibration.config import has_free_group_size
 from calipers.calibration.module_checks import find_shape_problems
-from calipers.calibration.plan import plan_observers, without_modules, without_never_called
-from calipers.calibration.report_text import summarize_left_alone, summarize_modules
-from calipers.calibration.session import check_on_missing
+from calipers.calibration.plan import (
+    ObserverChoice,
+    plan_observers,
+    refuse_without_data,
+    without_modules,
+)
+from calipers.calibration.report import summarize_left_alone, summarize_modules
+from calipers.calibration.session import OnMissing
 from calipers.calibration.targets import resolve_modules
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
@@ -164,7 +165,7 @@ def calibrate(
         texts = None if no_data else calibration_text(data, demo=model is None)
         judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
         missing = on_missing or ("error" if texts is None or texts.given else "fallback")
-        check_on_missing(missing)
+        check_choice("on_missing", missing, OnMissing)
         load_plugins(plugin)
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
@@ -198,19 +199,16 @@ def calibrate(
             read = texts.read(tokenizer, sequence_length=length, samples=samples)
         else:
             try:
-                refuse_without_data(plan.observed)
+                refuse_without_data(plan)
             except MissingDataError as error:
                 raise error if no_text is None else CalipersError(f"{path}: {no_text}") from None
-            plan = without_never_called(loaded, plan)
         judged = None
         if judged_texts is not None:
             judged = judged_texts.read(tokenizer, sequence_length=length, samples=eval_samples)
         size_before = model_bytes(loaded)
         before = None if judged is None else measure(loaded, judged.batches, progress)
-        with Calibration(loaded, plan) as calibration:
-            if read is not None:
-                calibration.run(model_inputs(read.batches, loaded), progress)
-            report = calibration.freeze(missing, progress)  # type: ignore[arg-type]  # checked
+        batches = None if read is None else model_inputs(read.batches, loaded)
+        report = run_plan(loaded, plan, batches, missing, progress)  # type: ignore[arg-type]
         after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None
         if before is not None and after is not None:

@@ -17,9 +17,8 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from calipers.calibration import calibrate, resolve_config
-from calipers.calibration.choice import ObserverChoice
-from calipers.calibration.group_sizes import has_free_group_size
-from calipers.calibration.plan import plan_observers
+from calipers.calibration.config import has_free_group_size
+from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
 from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options

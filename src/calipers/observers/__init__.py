@@ -1,10 +1,5 @@
 """Observers: nn.Modules that watch values and answer with a scale and a zero point."""
 
-from calipers.observers.aliases import (
-    MinMaxTuple,
-    MovingAverageMinMaxObserver,
-    ScaleZpTuple,
-)
 from calipers.observers.base import Observation, Observer
 from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
 from calipers.observers.histogram import HistogramObserver
@@ -12,6 +7,9 @@ from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixO
 from calipers.observers.min_max import (
     MemorylessMinMaxObserver,
     MinMaxObserver,
+    MinMaxTuple,
+    MovingAverageMinMaxObserver,
+    ScaleZpTuple,
     StaticMinMaxObserver,
 )
 from calipers.observers.moving_base import MovingAverageObserverBase

@@ -20,19 +20,25 @@ from torch.nn.parameter import is_lazy
 
 from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
-from calipers.memory import plain_values
+from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.plugins import load_entry_points
 from calipers.observers.state_checks import (
     Problem,
     check_dtype,
-    check_entries,
     check_range,
     check_scales,
 )
-from calipers.observers.statistics import COUNT, LAST, TOKENS, Statistic
-from calipers.observers.updates import UpdateState, whole_update
+from calipers.observers.statistics import (
+    COUNT,
+    LAST,
+    TOKENS,
+    HoldsStatistics,
+    Statistic,
+    read_values,
+    whole_update,
+)
 from calipers.ranges import (
     Arrangement,
     GroupedView,
@@ -59,8 +65,6 @@ _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
 _TOKEN = QuantizationStrategy.TOKEN
 #: Largest value times its global scale: the largest local scale in float8 times the largest code.
 _GLOBAL_TOP = FP8_E4M3_DATA.max * FP4_E2M1_DATA.max
-#: What else than statistics an update changes.
-_DERIVED = ("_scale", "_zero_point", "_stale", "_warned", "_left_out")
 #: In the first form of construction no base name is given: these strategies tell by themselves
 #: that the value is no weight.
 _LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
@@ -84,7 +88,7 @@ class Observation:
     view_alike: Callable[[Tensor], tuple[GroupedView, ...]]
 
 
-class Observer(InternalModule, RegistryMixin):
+class Observer(HoldsStatistics, InternalModule, RegistryMixin):
     """Watches values and answers with a scale and a zero point for `QuantizationArgs`.
 
     Both forms of construction work: `Observer(quantization_args)` (the base name is then "weight")
@@ -131,7 +135,6 @@ class Observer(InternalModule, RegistryMixin):
         "global_max_vals": LAST,
         "num_batches": COUNT,
         "num_global_batches": COUNT,
-        "num_nonfinite": COUNT,
         "_num_observed_tokens": TOKENS,
         "_observed_dtype": LAST,
     }
@@ -140,6 +143,7 @@ class Observer(InternalModule, RegistryMixin):
     global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
 
     _first_form: ClassVar[bool] = False
+    _changing = (*HoldsStatistics._changing, "_scale", "_zero_point", "_stale")
     _scale: Tensor | None
     _zero_point: Tensor | None
     #: Whether statistics have changed since the qparams were derived.
@@ -147,20 +151,15 @@ class Observer(InternalModule, RegistryMixin):
     _num_observed_tokens: int | None
     num_batches: int
     num_global_batches: int
-    num_nonfinite: int
     #: An empty tensor of the dtype of the values, so that it is saved like any statistic.
     _observed_dtype: Tensor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Collect the declared statistics along the bases."""
+        """As `HoldsStatistics`; in the first form scales are remembered, too."""
         super().__init_subclass__(**kwargs)
         cls._first_form = cls.calculate_qparams is not Observer.calculate_qparams
-        declared: dict[str, Statistic] = {}
-        for base in reversed(cls.__mro__):
-            declared.update(base.__dict__.get("statistics", {}))
         if cls._first_form:
-            declared.update(_scale=LAST, _zero_point=LAST)
-        cls.statistics = declared
+            cls.statistics.update(_scale=LAST, _zero_point=LAST)
 
     def __init__(
         self,
@@ -172,6 +171,7 @@ class Observer(InternalModule, RegistryMixin):
         **observer_kwargs: Any,
     ) -> None:
         super().__init__()
+        self._begin()
         if isinstance(base_name, QuantizationArgs):
             base_name, quantization_args = None, base_name
         if (args is None) == (quantization_args is None):
@@ -195,13 +195,8 @@ class Observer(InternalModule, RegistryMixin):
         kind = "value" if module is None else type(module).__name__
         #: What warnings and errors call the observed value.
         self.name: str = f"{kind}.{self.base_name}"
-        self._update = UpdateState()
-        self._warned = False
         #: Whether it was said that tokens of values of another rank than 2 are not counted.
         self._told_rank = False
-        #: Values left out that no warning has told of yet: how many, of how many, what of, and why.
-        self._left_out: tuple[int, int, str, str] | None = None
-        self._before_batch: dict[str, Any] | None = None
         self.reset()
 
     def _build_options(self) -> ObserverOptions:
@@ -271,10 +266,21 @@ class Observer(InternalModule, RegistryMixin):
         return scale
 
     def attach(self, module: torch.nn.Module) -> None:
-        """Set the hooks on `module` that this observer needs beside `observe`; none here."""
+        """Collect the inputs of `module` by a hook, where they are needed (`needs_data`).
+
+        A second call counts nothing twice. An observer of one's own may set hooks of its own here:
+        its inputs are left to it then.
+        """
+        self.detach(module)
+        if self.needs_data:
+            add_hook(module, "input", self._see_input)
 
     def detach(self, module: torch.nn.Module) -> None:
-        """Remove what `attach` set."""
+        """Stop collecting; what was collected stays."""
+        remove_hooks(module, self)
+
+    def _see_input(self, seen: Seen) -> None:
+        self.observe_input(seen.value)
 
     def extra_repr(self) -> str:
         """Base name, strategy and format, for `print(module)`."""
@@ -282,8 +288,7 @@ class Observer(InternalModule, RegistryMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle: all but the reference to the module."""
-        with self._update.lock:
-            return {**self.__dict__, "_module_ref": None, "_before_batch": None}
+        return {**super().__getstate__(), "_module_ref": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
         """A copy that refers to the copy of the module, where that is copied too."""
@@ -650,48 +655,7 @@ class Observer(InternalModule, RegistryMixin):
         """Forget the qparams and every statistic."""
         self._scale = None
         self._zero_point = None
-        self._stale = False
-        for name, statistic in self.statistics.items():
-            setattr(self, name, statistic.initial)
-
-    @whole_update
-    def state(self) -> dict[str, Tensor]:
-        """All statistics as a flat dict of tensors, ready for safetensors; none of the qparams."""
-        state = {}
-        for name, statistic in self.statistics.items():
-            value = getattr(self, name)
-            if value is not None:
-                if statistic.integer:
-                    value = torch.tensor(value, dtype=torch.int64, device="cpu")
-                state[name.lstrip("_")] = value
-        return state
-
-    @whole_update
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take over statistics that `state` returned, in place of those held.
-
-        The whole state is checked first: where an entry is wrong, what was held is kept.
-
-        Raises:
-            ValueError: Lists the entries that are wrong: unknown or missing ones, another shape or
-                dtype, NaN, a scale that is not positive, a negative count.
-        """
-        names = {name.lstrip("_"): name for name in self.statistics}
-        for key in state:
-            if key not in names:
-                raise ValueError(
-                    f"{self.name}: state has unknown entry {key!r}; "
-                    f"{type(self).__name__} has {', '.join(names)}"
-                )
-        problems = list(check_entries(self, state)) or list(self.check_state(state))
-        if problems:
-            told = "; ".join(f"{key} {what}" for key, what in problems)
-            raise ValueError(f"{self.name}: state cannot be loaded: {told}")
-        self.reset()
-        for key, value in state.items():
-            integer = self.statistics[names[key]].integer
-            setattr(self, names[key], int(value) if integer else value.clone())
-        self._stale = self.has_statistics
+        super().reset()
 
     def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
         """What is wrong with a state, entry by entry; `load_state` asks before it takes it over.
@@ -731,69 +695,10 @@ class Observer(InternalModule, RegistryMixin):
                 f"{self.name}: cannot merge {type(other).__name__}({other.extra_repr()}) into "
                 f"{type(self).__name__}({self.extra_repr()}): class and args must be the same"
             )
-        # One lock after the other: two observers may be merged into each other by two threads.
-        with other._update.lock:
-            theirs = {name: getattr(other, name) for name in self.statistics}
-        self._merge_statistics(theirs)
+        self.merge_statistics(other)
 
-    @whole_update
-    def _merge_statistics(self, others: Mapping[str, Any]) -> None:
-        merged = {}
-        for name, statistic in self.statistics.items():
-            mine, theirs = getattr(self, name), others[name]
-            if mine is None or theirs is None:
-                merged[name] = theirs if mine is None else mine
-                continue
-            if self._is_replaced(name):
-                merged[name] = theirs
-                continue
-            if not statistic.integer:
-                theirs = theirs.to(mine.device)
-                if theirs.shape != mine.shape:
-                    raise ValueError(
-                        f"{self.name}: cannot merge {name} of shape {tuple(theirs.shape)} into "
-                        f"shape {tuple(mine.shape)}"
-                    )
-            counts = getattr(self, statistic.count), others[statistic.count]
-            merged[name] = statistic.merge(mine, theirs, *counts)
-        for name, value in merged.items():
-            setattr(self, name, value)
+    def _changed(self) -> None:
         self._stale = self.has_statistics
-
-    # -- whole batches -----------------------------------------------------------------------
-
-    def begin_batch(self) -> None:
-        """Start a batch of a model: `undo_batch` brings back what is held now.
-
-        Nothing is copied: statistics are replaced by updates, so it is enough to hold the old ones.
-        """
-        with self._update.lock:
-            self._before_batch = self._held()
-
-    def end_batch(self) -> None:
-        """Keep what came since `begin_batch`."""
-        with self._update.lock:
-            self._before_batch = None
-
-    def undo_batch(self) -> None:
-        """Forget what came since `begin_batch`."""
-        with self._update.lock:
-            self.__dict__.update(self._before_batch or {})
-            self._before_batch = None
-
-    def _held(self) -> dict[str, Any]:
-        """Statistics, qparams and what goes with them, by reference."""
-        own = self.__dict__
-        return {name: own[name] for name in (*self.statistics, *_DERIVED) if name in own}
-
-    def _after_update(self) -> None:
-        """Warn of values that an update left out: once, and not before it is done."""
-        if self._left_out is not None:
-            count, total, what, why = self._left_out
-            self._left_out = None
-            if not self._warned:
-                self._warned = True
-                logger.warning("{}: left out {} {} of {} values", what, count, why, total)
 
     def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
         """Update the local statistics by a value: its range, unless a subclass keeps more."""
@@ -848,17 +753,10 @@ class Observer(InternalModule, RegistryMixin):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _as_value(self, observed: Tensor, what: str | None = None) -> Tensor:
+    def _as_value(self, observed: Tensor) -> Tensor:
         """A plain floating tensor that shares memory with `observed` where it can."""
-        if not isinstance(observed, Tensor):
-            raise ValueError(
-                f"{what or self.name}: expected a tensor, got {type(observed).__name__}"
-            )
-        try:
-            value = plain_values(observed)
-        except ValueError as error:
-            raise ValueError(f"{what or self.name}: {error}") from error
-        problem = None if what else scale_dtype_problem(self.args, value.dtype)
+        value = read_values(observed, self.name)
+        problem = scale_dtype_problem(self.args, value.dtype)
         if problem is not None:
             raise ValueError(f"{self.name}: {problem}: leave scale_dtype out, or observe it in it")
         return value
@@ -901,17 +799,6 @@ class Observer(InternalModule, RegistryMixin):
         return self._look_at(
             value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
         )
-
-    def _count_nonfinite(self, value: Tensor, what: str | None = None) -> None:
-        """Count NaN and Inf in a value, which is called `what`: the observer's name by default."""
-        what = what or self.name
-        count = value.numel() - int(value.isfinite().sum())
-        if count == 0:
-            return
-        if count == value.numel():
-            raise ValueError(f"{what}: all {count} observed values are NaN or Inf")
-        self.num_nonfinite += count
-        self._left_out = (count, value.numel(), what, "NaN or Inf")
 
     def _global_scale_on(self, device: torch.device) -> Tensor | None:
         """The given or the module's global scale, shape (1,), float32, where the strategy has one.

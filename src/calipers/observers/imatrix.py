@@ -1,4 +1,4 @@
-"""Shrink-grid observers of weights that weigh errors by the energy of the module's inputs."""
+"""Shrink-grid observers of weights that weigh errors by E[x^2] of the module's inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import cast
 
 from loguru import logger
 from pydantic import Field
-from torch import Tensor
 
 from calipers.observers.base import Observation, Observer
-from calipers.observers.input_energy import InputEnergyObserver
+from calipers.observers.input_moments import InputObserver
 from calipers.observers.mse import (
     GridOptions,
     GridSearchObserver,
@@ -32,7 +31,7 @@ class IMatrixOptions(GridOptions):
 
 
 @Observer.register("imatrix_mse")
-class IMatrixMSEObserver(InputEnergyObserver, GridSearchObserver):
+class IMatrixMSEObserver(InputObserver, GridSearchObserver):
     """Range of the shrink grid with the smallest error weighted by E[x^2] of each input column.
 
     `attach(module)` sets a forward hook that sums x^2 over the tokens that the module sees, and
@@ -47,10 +46,10 @@ class IMatrixMSEObserver(InputEnergyObserver, GridSearchObserver):
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """E[x^2] / mean(E[x^2]) of each value's column."""
         problem = self._input_problem(observation.value.shape)
-        if problem is None and not bool(cast(Tensor, self.input_square_sum).any()):
+        if problem is None and not bool(self.input_square_sum.any()):
             problem = "has seen nothing but zeros as input"
         if problem is None:
-            return list(observation.view_alike(self._mean_squares(observation.value)))
+            return list(observation.view_alike(self.moments.mean_squares(observation.value)))
         message = f"{self.name}: {type(self).__name__} {problem}"
         if cast(IMatrixOptions, self.options).strict:
             raise ValueError(message)

@@ -46,10 +46,6 @@ class TokenMask:
         """
         return self._starts(shape) or (len(shape) > 1 and shape[0] == prod(self.shape))
 
-    def counted(self, value: Tensor) -> int:
-        """How many elements of a value belong to tokens that count; the value must fit."""
-        return value.numel() // prod(self.shape) * self.count
-
     def select(self, value: Tensor) -> Tensor:
         """The tokens that count, shape (count, ...); the value must fit."""
         if self._starts(value.shape):

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.moving_base import MovingAverageObserverBase
 from calipers.observers.statistics import MAX, MIN, Statistic
 
-__all__ = ["MemorylessMinMaxObserver", "MinMaxObserver", "StaticMinMaxObserver"]
+__all__ = [
+    "MemorylessMinMaxObserver",
+    "MinMaxObserver",
+    "MinMaxTuple",
+    "MovingAverageMinMaxObserver",
+    "ScaleZpTuple",
+    "StaticMinMaxObserver",
+]
 
 
 class _Extremes(Observer):
@@ -43,3 +52,13 @@ class StaticMinMaxObserver(_Extremes):
 @Observer.register("minmax")
 class MinMaxObserver(_Extremes, MovingAverageObserverBase):
     """Moving average over batches of the smallest and largest value."""
+
+
+MovingAverageMinMaxObserver = MinMaxObserver
+"""The same class as `MinMaxObserver`, by the name that it had in the first generation."""
+
+MinMaxTuple = tuple[Tensor, Tensor]
+"""Minimum and maximum: what `get_min_max` returns."""
+
+ScaleZpTuple = tuple[Tensor, Tensor]
+"""Scale and zero point: what `forward` returns."""

@@ -14,20 +14,13 @@ from torch import Tensor
 
 from calipers.errors import CalipersError, MissingDataError
 from calipers.observers.base import Observation, Observer, Range
-from calipers.observers.input_energy import InputEnergyObserver
+from calipers.observers.input_moments import InputObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.state_checks import Problem, check_scales, check_sum, count_in
-from calipers.observers.statistics import LAST, SUM, Statistic
-from calipers.observers.updates import whole_update
+from calipers.observers.statistics import LAST, Statistic, whole_update
 from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
 from calipers.ranges.hessian import refine_by_hessian
-from calipers.ranges.input_gram import (
-    ColumnGroups,
-    column_groups,
-    factor_of_sketch,
-    rank_for,
-    sketch,
-)
+from calipers.ranges.input_gram import ColumnGroups, column_groups, factor_of_sketch, rank_for
 from calipers.ranges.least_squares import ScaleSpec
 from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range, widened
 from calipers.ranges.units import search_in_float32, times
@@ -54,7 +47,7 @@ class OptimalOptions(ObserverOptions):
 
 
 @Observer.register("optimal")
-class OptimalObserver(InputEnergyObserver):
+class OptimalObserver(InputObserver):
     """The scale with the smallest error of the layer's output, in every format.
 
     The option `objective` says which error:
@@ -90,19 +83,11 @@ class OptimalObserver(InputEnergyObserver):
     statistics: ClassVar[dict[str, Statistic]] = {
         "found_scale": LAST,
         "found_zero_point": LAST,
-        "input_products": SUM,
-        "input_sketch": SUM,
     }
 
     #: As stored, but float32 and with the global scale divided out.
     found_scale: Tensor | None
     found_zero_point: Tensor | None
-    #: "hessian": sum of x x' in blocks, (column groups, blocks, size * (size + 1) / 2), float64.
-    input_products: Tensor | None
-    #: "hessian": sums of a batch that is not done.
-    _waiting_sums: dict[str, Tensor]
-    #: "hessian": the sketch of `calipers.ranges.input_gram`, (cols, rank + 1), float64.
-    input_sketch: Tensor | None
 
     def __init__(
         self,
@@ -111,7 +96,6 @@ class OptimalObserver(InputEnergyObserver):
         module: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        self.__dict__["_waiting_sums"] = {}  # nn.Module is not ready for attributes yet
         super().__init__(base_name, args, module, **kwargs)
         self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
         if self.signed and not (self.args.symmetric and self.args.type == "int"):
@@ -135,10 +119,10 @@ class OptimalObserver(InputEnergyObserver):
         """Whether any token has been seen; True where none is wanted."""
         return self.objective == "mse" or super().has_data
 
-    def attach(self, module: torch.nn.Module) -> None:
-        """Collect what the objective needs of the inputs of `module`."""
-        if self.objective != "mse":
-            super().attach(module)
+    def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
+        """Add what the objective needs of a batch of the module's inputs to the moments."""
+        products = self._column_groups if self.objective == "hessian" else None
+        self.moments.observe(inputs, mask, products)
 
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""
@@ -167,9 +151,13 @@ class OptimalObserver(InputEnergyObserver):
             rows, arrangement.views, lambda other: self._arrange(other, None).views
         )
         importance = self.importance(observation)
-        weights = 1 if importance is None else self._mean_squares(rows)
+        weights = 1 if importance is None else self.moments.mean_squares(rows)
+        try:
+            scales = [checked_global_scale(scale, rows.device) for scale in scales]
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
         errors = []
-        for scale in self._checked_scales(scales, rows.device):
+        for scale in scales:
             found = search_optimal_scales(
                 observation.views,
                 observation.extremes,
@@ -183,12 +171,6 @@ class OptimalObserver(InputEnergyObserver):
             errors.append(square.sum(dtype=torch.float64))
         return torch.stack(errors)
 
-    def _checked_scales(self, scales: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        try:
-            return [checked_global_scale(scale, device) for scale in scales]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
     def importance(self, observation: Observation) -> list[GroupedView] | None:
         """E[x^2] of each value's column; None for the objective "mse".
 
@@ -197,29 +179,29 @@ class OptimalObserver(InputEnergyObserver):
         """
         if self.objective == "mse":
             return None
-        self._refuse_without(observation.value.shape)
-        return list(observation.view_alike(self._mean_squares(observation.value)))
-
-    def _refuse_without(self, shape: torch.Size) -> None:
-        problem = self._input_problem(shape)
+        problem = self._input_problem(observation.value.shape)
         if problem is not None:
             raise MissingDataError(
                 f"{self.name}: objective {self.objective!r} {problem}; run calibration data "
                 "through it, or choose objective='mse' or the observer memoryless_minmax, which "
                 "need none"
             )
+        return list(observation.view_alike(self.moments.mean_squares(observation.value)))
 
     def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""
         shape = observation.value.shape
-        assert self.input_products is not None
-        assert self.input_square_sum is not None
-        assert self.input_sketch is not None
+        moments = self.moments
+        assert moments.input_products is not None
+        assert moments.input_square_sum is not None
+        assert moments.input_sketch is not None
         columns = self._column_groups(shape[-1])
         device = observation.value.device
-        size = self.input_square_sum.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        products = columns.products((self.input_products / size).float().to(device))
-        factors = factor_of_sketch(self.input_sketch, self.num_input_tokens, self.input_square_sum)
+        size = moments.size()
+        products = columns.products((moments.input_products / size).float().to(device))
+        factors = factor_of_sketch(
+            moments.input_sketch, moments.num_input_tokens, moments.input_square_sum
+        )
         factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
         scheme = ScaleSpec(
             self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
@@ -278,44 +260,6 @@ class OptimalObserver(InputEnergyObserver):
     def _module_g_idx(self) -> Tensor | None:
         index: Tensor | None = getattr(self.module, f"{self.base_name}_g_idx", None)
         return index
-
-    def _add_products(self, tokens: Tensor) -> None:
-        if self.objective != "hessian":
-            return
-        columns = self._column_groups(tokens.shape[-1])
-        tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
-        sums = {
-            "input_products": columns.triangles(tokens),
-            "input_sketch": sketch(tokens, rank_for(columns.size)),
-        }
-        if self._before_batch is None:
-            self._add_sums(sums)
-        else:
-            waiting = self._waiting_sums
-            self._waiting_sums = {name: _sum(waiting.get(name), sums[name]) for name in sums}
-
-    def _add_sums(self, sums: Mapping[str, Tensor]) -> None:
-        for name, value in sums.items():
-            setattr(self, name, _sum(getattr(self, name), value).double())
-
-    # Until the batch of a model is done its products wait here, in float32: the old sums, which
-    # would have to be kept otherwise, take twice as much memory.
-
-    def begin_batch(self) -> None:
-        """As `Observer.begin_batch`."""
-        with self._update.lock:
-            super().begin_batch()
-            self._waiting_sums = {}
-
-    def end_batch(self) -> None:
-        """As `Observer.end_batch`; adds the products of the batch to those held."""
-        with self._update.lock:
-            super().end_batch()
-            self._add_sums(self._waiting_sums)
-            self._waiting_sums = {}
-
-    def _held(self) -> dict[str, Any]:
-        return {**super()._held(), "_waiting_sums": self._waiting_sums}
 
     def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
         """As `Observer.check_state`; for "hessian" sums must be those of the inputs' columns."""
@@ -419,8 +363,3 @@ def _of_ordinary_size(
         [(divided(low), divided(high)) for low, high in extremes],
         more,
     )
-
-
-def _sum(past: Tensor | None, current: Tensor) -> Tensor:
-    """The sum in float64; `current` itself where there is no other."""
-    return current if past is None else past.to(current.device).double() + current

@@ -14,6 +14,7 @@ from calipers.ranges import arrange
 
 if TYPE_CHECKING:
     from calipers.observers.base import Observer
+    from calipers.observers.statistics import HoldsStatistics
 
 __all__ = [
     "Problem",
@@ -43,11 +44,10 @@ def count_in(state: State, entry: str) -> int:
     return int(state[entry]) if entry in state else 0
 
 
-def check_entries(observer: Observer, state: Mapping[str, Any]) -> Iterator[Problem]:
-    """Kinds, counts, NaN, and shapes against what the observer holds."""
-    for name, statistic in observer.statistics.items():
-        entry = name.lstrip("_")
-        value = state.get(entry)
+def check_entries(owner: HoldsStatistics, state: Mapping[str, Any]) -> Iterator[Problem]:
+    """Kinds, counts, NaN, and shapes against what is held."""
+    for entry, (part, name) in owner.entries().items():
+        value, statistic = state.get(entry), part.statistics[name]
         if value is None:
             if statistic.initial is not None:
                 yield entry, "is missing"
@@ -66,7 +66,7 @@ def check_entries(observer: Observer, state: Mapping[str, Any]) -> Iterator[Prob
         elif bool(value.isnan().any()):
             yield entry, f"has {int(value.isnan().sum())} NaN"
         else:
-            held = None if observer._is_replaced(name) else getattr(observer, name)
+            held = None if part._is_replaced(name) else getattr(part, name)
             if held is not None and held.shape != value.shape:
                 shapes = f"has shape {tuple(value.shape)}, where {tuple(held.shape)} is held"
                 yield entry, f"{shapes}; call reset() before loading another shape"

@@ -25,7 +25,7 @@ from calipers.errors import MissingDataError
 from calipers.integrations.llmcompressor.options import options_for
 from calipers.integrations.llmcompressor.session import current_loss_mask, name_of
 from calipers.observers import Observer
-from calipers.observers.input_energy import first_tensor
+from calipers.observers.hooks import first_tensor
 
 __all__ = ["Adapter", "adapt"]
 
@@ -259,7 +259,7 @@ class IMatrixAdapter(Adapter):
     @_imatrix_sum.setter
     def _imatrix_sum(self, value: Tensor | None) -> None:
         if "inner" in self.__dict__:
-            self.inner.input_square_sum = None if value is None else value.double()
+            self.inner.moments.input_square_sum = None if value is None else value.double()
 
     @property
     def _imatrix_count(self) -> Tensor:
@@ -271,7 +271,7 @@ class IMatrixAdapter(Adapter):
     @_imatrix_count.setter
     def _imatrix_count(self, value: Tensor) -> None:
         if "inner" in self.__dict__:
-            self.inner.num_input_tokens = int(value)
+            self.inner.moments.num_input_tokens = int(value)
 
     def _need_unused(self) -> None:
         if self._used:

@@ -1,0 +1,150 @@
+"""Derived scales onto modules: written, taken back whole where something fails, and judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationMetadata,
+    QuantizationStrategy,
+)
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+
+from calipers.calibration.observed import ObservedTensor
+from calipers.calibration.targets import GROUPED
+from calipers.errors import CalipersError
+from calipers.ranges.views import piece_size
+
+__all__ = ["measure_weight_error", "undo_on_error", "write_qparam"]
+
+# compressed-tensors puts these on the instance: the quantized forward, and the one that an
+# offloaded module calls
+_FORWARDS = ("forward", "_original_forward_func")
+
+
+@torch.no_grad()
+def write_qparam(tensor: ObservedTensor, what: str, value: torch.Tensor) -> None:
+    """Write a value into the parameter that compressed-tensors registered for it.
+
+    compressed-tensors registers scales in the dtype of the weight. Where that would round a scale
+    of grouped weights, the parameter is replaced by one of the scale's own dtype. Elsewhere
+    fake-quantize returns its result in the scale's dtype, so a scale of another dtype than the
+    weight could not run: there it is cast.
+
+    Args:
+        tensor: What the value quantizes; its module is written to, offloaded or not.
+        what: "scale", "zero_point" or "global_scale"; one that compressed-tensors did not register
+            is not needed and not written.
+        value: The value, of the registered shape.
+
+    Raises:
+        CalipersError: The value has another shape than the registered parameter.
+    """
+    module, parameter = tensor.module, f"{tensor.base_name}_{what}"
+    assert module is not None
+    with disable_onloading():
+        registered = getattr(module, parameter, None)
+    if registered is None:
+        return
+    if registered.shape != value.shape:
+        raise CalipersError(
+            f"{tensor.name}.{parameter}: compressed-tensors expects shape "
+            f"{tuple(registered.shape)}, the observer gave {tuple(value.shape)}"
+        )
+    if tensor.args.strategy in GROUPED and not _fits(value, registered.dtype):
+        delattr(module, parameter)
+        device = registered.device if registered.device.type != "meta" else value.device
+        new = torch.nn.Parameter(value.detach().clone().to(device), requires_grad=False)
+        module.register_parameter(parameter, new)
+    else:
+        update_offload_parameter(module, parameter, value.to(registered.dtype))
+
+
+def _fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
+    if value.dtype == dtype:
+        return True
+    return bool(torch.equal(value.to(dtype).to(value.dtype), value))
+
+
+@contextmanager
+def undo_on_error(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Leave the modules as they were before the block where the block raises.
+
+    Quantization parameters, schemes, status and the wrapped forward are removed; the exception
+    goes on. Nothing happens where the block ends well.
+
+    Args:
+        modules: Modules that are not quantized yet.
+    """
+    before = [
+        (module, {name: vars(module)[name] for name in _FORWARDS if name in vars(module)})
+        for module in modules
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, forwards in before:
+            QuantizationMetadata.clear_quantization(module)
+            for name in ("quantization_status", *_FORWARDS):
+                module.__dict__.pop(name, None)
+            module.__dict__.update(forwards)
+        raise
+
+
+@torch.no_grad()
+def measure_weight_error(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    args: QuantizationArgs,
+    global_scale: torch.Tensor | None = None,
+) -> float:
+    """Relative error ||W - fakequant(W)||_F / ||W||_F of a weight.
+
+    The weight is fake-quantized in its own dtype, as the model's forward does; differences and
+    squares are float32, a few rows at a time, so no copy of the whole weight is made.
+
+    Args:
+        weight: Shape (rows, columns).
+        scale: As registered for the strategy, in units of the weight per code.
+        zero_point: Same shape as the scale, in codes; None stands for zeros.
+        args: The weight's arguments.
+        global_scale: Shape (1,), for TENSOR_GROUP.
+
+    Returns:
+        The error, >= 0; 0.0 for an empty weight or one of zeros that stays zero; inf for zeros
+        that do not.
+    """
+    error = total = 0.0
+    for rows, groups in _pieces(weight, args):
+        piece = weight[rows]
+        zero = None if zero_point is None else zero_point[groups]
+        quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
+        error += _sum_of_squares(piece.float() - quantized.float())
+        total += _sum_of_squares(piece.float())
+    if total == 0.0:
+        return math.inf if error else 0.0
+    return math.sqrt(error / total)
+
+
+def _pieces(weight: torch.Tensor, args: QuantizationArgs) -> Iterator[tuple[slice, slice]]:
+    """Slices of the weight's rows, and of the rows of scales that belong to them."""
+    rows, columns = weight.shape
+    height = 1
+    if args.strategy == QuantizationStrategy.BLOCK and args.block_structure is not None:
+        height = args.block_structure[0]
+    step = max(1, piece_size(weight) // (max(1, columns) * height))  # in units of scale rows
+    for start in range(0, math.ceil(rows / height), step):
+        groups = slice(start, start + step)
+        if args.strategy == QuantizationStrategy.TENSOR:
+            groups = slice(None)
+        yield slice(start * height, (start + step) * height), groups
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

@@ -11,12 +11,12 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     apply_quantization_config,
 )
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as PRESETS
 from torch import nn
 
 from calibration.tiny_models import tiny_llama
 from calipers.calibration import check_scheme, resolve_config
 from calipers.errors import SchemeError
-from presets import PRESETS
 
 
 class Model(nn.Module):
@@ -179,7 +179,7 @@ def test_modules_that_share_a_reason_share_a_line():
     )
     assert len(lines) == 1
     kinds, reason = lines[0].split(": ", 1)
-    assert reason == "weights: float formats have 4 or 8 bits, got 5"
+    assert reason == "weights: float formats have 4, 6, 8 bits, got 5"
     assert len(kinds.split(", ")) == 7
 
 
@@ -235,8 +235,8 @@ def test_embeddings_take_weights_but_no_inputs():
         (args(strategy="token", dynamic=True), "must be static, got dynamic=True"),
         (args(strategy="tensor", dynamic=True), "must be static, got dynamic=True"),
         (
-            args(num_bits=6, type="float", zp_dtype=torch.int8),
-            "float formats have 4 or 8 bits, got 6",
+            args(num_bits=5, type="float", zp_dtype=torch.int8),
+            "float formats have 4, 6, 8 bits, got 5",
         ),
     ],
 )
@@ -364,3 +364,10 @@ def test_checking_changes_neither_model_nor_config():
     assert config.model_dump() == dump
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(hasattr(module, "quantization_scheme") for module in model.modules())
+
+
+def test_floats_of_6_bits_need_a_library_that_has_them():
+    six = args(num_bits=6, type="float", zp_dtype=torch.int8)
+    lines = problems(Model(), config_of(["first"], weights=six))
+    told = [line for line in lines if "has no floats of 6 bits; 0.20 has" in line]
+    assert bool(told) == ("MXFP6A16" not in PRESETS)

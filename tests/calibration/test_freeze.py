@@ -14,6 +14,7 @@ from compressed_tensors.quantization import (
     fake_quantize,
     initialize_module_for_quantization,
 )
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as PRESETS
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import nn
 
@@ -21,7 +22,6 @@ from calibration.tiny_models import hidden_batches, picture, tiny_llama, tiny_mo
 from calipers.calibration import Calibration, attach, resolve_config
 from calipers.errors import CalipersError
 from calipers.observers import MemorylessMinMaxObserver, Observer
-from presets import PRESETS
 
 FIRST = "model.layers.0.self_attn.q_proj"
 DATA_FREE = [name for name in PRESETS if name not in ("FP8", "NVFP4", "UNQUANTIZED")]

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
     QuantizationStrategy,
     apply_quantization_config,
 )
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as PRESETS
 from compressed_tensors.quantization.utils import (
     calculate_qparams,
     generate_gparam,
@@ -26,10 +27,10 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 from calipers.checkpoint import compressed_size, save
 from calipers.errors import CheckpointError
-from presets import PRESETS
 
 # FP4 and MX weights come back from compressed-tensors in bfloat16 only: docs/presets.md
 BFLOAT16_ONLY = {"NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP4XFP8", "MXFP8", "MXFP8A16"}
+BFLOAT16_ONLY |= {"MXFP6A16", "MXFP6A8"}
 # of these, the ones whose dequantized weights bfloat16 holds exactly (power-of-two scales)
 EXACT_IN_BFLOAT16 = {"MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16"}
 IDS = torch.randint(0, 1024, (2, 16), generator=torch.Generator().manual_seed(1))

@@ -5,12 +5,12 @@ import warnings
 
 import pytest
 import torch
+from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as PRESETS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calipers
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.text import read_batches
-from presets import PRESETS
 
 #: The presets that quantize nothing; there is no quantized checkpoint to write.
 NOTHING = {"UNQUANTIZED"}

@@ -7,6 +7,7 @@ refuses, what it accepts but turns into something else, and what it would pass o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from calipers.calibration.targets import (
     WEIGHT_STRATEGIES,
     Target,
 )
+from calipers.formats import FLOAT_FORMATS, is_known_to_library
 from calipers.ranges.qparams import scale_dtype_problem
 
 __all__ = [
@@ -33,7 +35,6 @@ __all__ = [
     "find_shape_problems",
 ]
 
-_FLOAT_BITS = (4, 8)
 _WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -86,8 +87,14 @@ def _shape_problems(
 
 def _format_problems(args: QuantizationArgs) -> Iterator[str]:
     if args.type == QuantizationType.FLOAT:
-        if args.num_bits not in _FLOAT_BITS:
-            yield f"float formats have 4 or 8 bits, got {args.num_bits}"
+        if args.num_bits not in FLOAT_FORMATS:
+            known = ", ".join(map(str, FLOAT_FORMATS))
+            yield f"float formats have {known} bits, got {args.num_bits}"
+        elif not is_known_to_library(args):
+            yield (
+                f"compressed-tensors {version('compressed-tensors')} has no floats of "
+                f"{args.num_bits} bits; 0.20 has"
+            )
         elif args.num_bits == 4 and not args.symmetric:
             yield "fp4 is always symmetric, got symmetric=False"
 

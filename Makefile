@@ -63,7 +63,7 @@ $(LATEST_STAMP): pyproject.toml constraints.txt Makefile
 	@test -x $(LATEST_VENV)/bin/python || { echo "creating $(LATEST_VENV)"; $(PYTHON) -m venv $(LATEST_VENV); }
 	@echo "installing calipers and $(LATEST) into $(LATEST_VENV)"
 	@grep -v '^compressed-tensors==' constraints.txt > $(LATEST_VENV)/constraints.txt
-	@$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable ".[test]" "$(LATEST)" \
+	@$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable ".[test,data]" "$(LATEST)" \
 		--constraint $(LATEST_VENV)/constraints.txt
 	@touch $@
 

@@ -366,8 +366,8 @@ def test_checking_changes_neither_model_nor_config():
     assert not any(hasattr(module, "quantization_scheme") for module in model.modules())
 
 
+@pytest.mark.skipif("MXFP6A16" in PRESETS, reason="this compressed-tensors has floats of 6 bits")
 def test_floats_of_6_bits_need_a_library_that_has_them():
     six = args(num_bits=6, type="float", zp_dtype=torch.int8)
-    lines = problems(Model(), config_of(["first"], weights=six))
-    told = [line for line in lines if "has no floats of 6 bits; 0.20 has" in line]
-    assert bool(told) == ("MXFP6A16" not in PRESETS)
+    (line,) = problems(Model(), config_of(["first"], weights=six))
+    assert "has no floats of 6 bits; 0.20 has" in line

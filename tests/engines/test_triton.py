@@ -21,6 +21,7 @@ from loguru import logger
 
 from calipers.engines import dispatch
 from calipers.engines.dispatch import choose_engine, triton_problem
+from calipers.engines.kernels import GridProblem, GridReference
 from calipers.formats import Format
 from calipers.observers import Observer
 from calipers.ranges import GroupedView, ShrinkGrid, arrange, min_max, search_grid_ranges
@@ -553,7 +554,11 @@ def test_every_kernel_compiles(capability, monkeypatch):
         if weight is not None:
             weights = list(arrange(weight.expand_as(value), "weight", args, order).views)
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
-        grid_triton.search(views, extremes, args, grid, weights, scale, None)
+        problems = [
+            GridProblem(view, *extreme, each, args, grid, scale)
+            for view, extreme, each in zip(views, extremes, weights, strict=True)
+        ]
+        grid_triton.search(problems, GridReference(lambda _: [], lambda *_: None))
     for name in ("int4", "int4 asymmetric", "fp8", "nvfp4"):
         rounding = Format.of(FORMATS[name][0])
         for length in (32, 9000):

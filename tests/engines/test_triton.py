@@ -288,6 +288,7 @@ class TestLikeTheReference:
 
     def test_by_an_observer(self, device, monkeypatch):
         value = awkward(20, 128).to(device)
+        value = value[value.abs().amax(dim=1) > 1e-36]  # denormal numbers have few bits to agree in
         expected = Observer.load_from_registry("memoryless_mse", group(4, 32))(value)
         monkeypatch.setenv("CALIPERS_ENGINE", "triton")
         found = Observer.load_from_registry("memoryless_mse", group(4, 32))(value)

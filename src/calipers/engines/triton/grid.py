@@ -142,6 +142,7 @@ class _Search:
         self._strides = Strides.of(view, problem.importance)
         self._finite_only = view.finite_only
         self._low, self._high = problem.low.contiguous(), problem.high.contiguous()
+        self._units = problem.unit.contiguous()
         self._best_low, self._best_high = self._low.clone(), self._high.clone()
         self._global_scale = problem.global_scale
         self._errors: Tensor | None = None
@@ -161,6 +162,7 @@ class _Search:
             **self._ranges(),
             **_stride_arguments(self._strides),
             **constants,
+            "units": self._units,
             "global_scale": self._low if self._global_scale is None else self._global_scale,
             "partial": self._low if partial is None else partial,
             "length": self._length,

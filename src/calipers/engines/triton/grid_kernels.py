@@ -24,6 +24,7 @@ def search_steps(
     columns,
     low,
     high,
+    units,
     global_scale,
     factors,
     state,
@@ -135,6 +136,7 @@ def search_steps(
         weight = tl.load(weights + weight_at, mask=mask, other=0.0).to(tl.float32)
     group_low = tl.load(low + groups, mask=is_group, other=0.0)
     group_high = tl.load(high + groups, mask=is_group, other=0.0)
+    unit = tl.load(units + groups, mask=is_group, other=1.0)
     if SCALED_GLOBALLY:
         shared_scale = tl.load(global_scale).to(tl.float32)
     else:
@@ -173,7 +175,8 @@ def search_steps(
                 SHIFT,
                 SMALLEST,
             )
-            loss = _power(error, NORM)
+            # In units of the group: powers of tiny errors vanish, those of huge ones overflow.
+            loss = _power(error * unit[:, None], NORM)
             if WEIGHTED:
                 loss = loss * weight
             total = tl.sum(loss, axis=1)

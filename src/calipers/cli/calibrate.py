@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,12 +172,13 @@ def calibrate(
         patterns = tuple(ignore or ())
         scheme_options = {} if group_size is None else {"group_size": group_size}
         resolve_config(scheme or DEFAULT_SCHEME, patterns, scheme_options)
-        ObserverChoice(observer, activation_observer, options, texts is not None).check()
-        loaded = load_model(path, device=device, dtype=dtype, refuse_incomplete=True)
+        choice = ObserverChoice(observer, activation_observer, options, texts is not None)
+        choice.check()
+        loaded = load_model(path, device=device, dtype=dtype)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
         if no_text is not None:
             texts = judged_texts = None
-        choice = ObserverChoice(observer, activation_observer, options, texts is not None)
+            choice = replace(choice, has_data=False)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns)

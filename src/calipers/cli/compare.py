@@ -143,7 +143,7 @@ def compare(
         runs = plan_runs(schemes, observers, option or [], group_size)
         for run in runs:
             resolve_config(run.scheme, patterns)
-        loaded = load_model(path, device=device, dtype=dtype, refuse_incomplete=True)
+        loaded = load_model(path, device=device, dtype=dtype)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns)

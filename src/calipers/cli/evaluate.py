@@ -71,7 +71,7 @@ def evaluate(
             row: dict[str, Any] = {"path": str(folder), "loads": False, "problem": None}
             try:
                 recover(folder.expanduser().resolve())
-                model = load_model(folder, device=device, dtype=dtype, refuse_incomplete=True)
+                model = load_model(folder, device=device, dtype=dtype)
                 row |= {"loads": True, "bytes": bytes_on_disk(folder)}
                 read = _read(folder, text, model, first, sequence_length, samples)
                 row |= _judge(model, read, first, progress)

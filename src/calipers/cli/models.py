@@ -21,9 +21,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(
-    path: Path, *, device: str | None, dtype: str, refuse_incomplete: bool = False
-) -> Any:
+def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
     """Load a model from a local directory; nothing is fetched.
 
     Args:
@@ -31,12 +29,10 @@ def load_model(
             decoder (`BertModel`) is loaded as that, anything else as a causal language model.
         device: Where to put it; None takes a GPU if there is one.
         dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
-        refuse_incomplete: Whether weights that the checkpoint lacks, or has in other shapes, are
-            an error; transformers makes up random ones.
 
     Raises:
         CalipersError: No such directory, no model in it, an unknown device or dtype, or weights
-            that are missing.
+            that are missing or have other shapes: transformers makes up random ones.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -60,8 +56,7 @@ def load_model(
             local_files_only=True,
             output_loading_info=True,
         )
-    if refuse_incomplete:
-        _refuse_incomplete(path, info)
+    _refuse_incomplete(path, info)
     return model.to(place).eval()
 
 

@@ -68,7 +68,7 @@ class Strides:
     @classmethod
     def _copied(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
         groups = prod(view.qparam_shape)
-        length = prod(view.shape) // max(1, groups)
+        length = view.group_size
         order = (*view.kept_dims, *view.reduce_dims)
         copies = [
             None if each is None else each.gathered().permute(order).contiguous()

@@ -42,11 +42,6 @@ class GroupPiece:
     weight: Tensor | None
 
 
-def group_size(view: GroupedView) -> int:
-    """Number of values that share a qparam."""
-    return prod(view.shape) // max(1, prod(view.qparam_shape))
-
-
 def group_pieces(
     view: GroupedView, importance: GroupedView | None, limit: int
 ) -> Iterator[GroupPiece]:
@@ -59,7 +54,7 @@ def group_pieces(
     """
     weights = None if importance is None else importance.pieces(limit)
     # Pieces with parts of groups may differ in what they hold of the same groups.
-    shared = _SharedWeights() if group_size(view) <= limit else None
+    shared = _SharedWeights() if view.group_size <= limit else None
     for where, piece in view.pieces(limit):
         # In float32 a piece stays in the cache; sixteen-bit loads beside integer arithmetic would
         # not be vectorized.
@@ -378,7 +373,7 @@ def group_batches(
     """
     limit = piece_size(view.values)
     shape = view.qparam_shape
-    if group_size(view) > limit:
+    if view.group_size > limit:
         everything = tuple(slice(None) for _ in shape)
         walk = functools.partial(group_pieces, view, importance, limit)
         yield GroupBatch(everything, shape, None, None, walk, code)

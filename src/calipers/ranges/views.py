@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from types import EllipsisType
 
 import torch
@@ -72,6 +73,11 @@ class GroupedView:
     def qparam_shape(self) -> tuple[int, ...]:
         """Shape of this view's results."""
         return tuple(self.shape[d] for d in self.kept_dims)
+
+    @cached_property
+    def group_size(self) -> int:
+        """Number of values that share a qparam; 0 without qparams."""
+        return prod(self.shape) // max(1, prod(self.qparam_shape))
 
     def finite(self) -> GroupedView:
         """The same view with NaN and Inf left out."""

@@ -137,8 +137,7 @@ def read_groups(
 ) -> Iterator[NativeGroups]:
     """All groups of a view, some at a time, as they lie in memory."""
     number_format = NativeFormat.of(args, None)
-    group_size = prod(view.shape) // max(1, prod(view.qparam_shape))
-    if prod(view.shape) <= BATCH or group_size > BATCH:
+    if prod(view.shape) <= BATCH or view.group_size > BATCH:
         everything = tuple(slice(None) for _ in view.qparam_shape)
         box = NativeBox.of(view, importance)
         yield NativeGroups(everything, view.qparam_shape, box, number_format)

@@ -137,7 +137,7 @@ class _Search:
         self._shape = view.qparam_shape
         self._steps = steps
         self._groups = prod(self._shape)
-        self._length = prod(view.shape) // max(1, self._groups)
+        self._length = view.group_size
         self._runs, self._run_length = _runs(self._length)
         self._strides = Strides.of(view, problem.importance)
         self._finite_only = view.finite_only

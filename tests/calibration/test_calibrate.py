@@ -141,6 +141,7 @@ def test_the_report_is_ready_for_json():
         "fallback": ["weight", "input"],
         "objective": None,
         "activations": "static",
+        "states": [],
     }
 
 

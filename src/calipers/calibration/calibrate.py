@@ -15,7 +15,7 @@ from calipers._words import check_choice
 from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
-from calipers.calibration.config import SchemeLike
+from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -33,7 +33,7 @@ __all__ = ["attach", "calibrate", "run_plan"]
 
 def calibrate(
     model: torch.nn.Module,
-    scheme: SchemeLike = "W4A16",
+    scheme: SchemeLike | None = "W4A16",
     observer: str | None = None,
     data: str | Path | Iterable[Any] | None = None,
     ignore: str | Iterable[str] = (),
@@ -48,6 +48,7 @@ def calibrate(
     samples: int = 128,
     sequence_length: int = 512,
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -55,7 +56,7 @@ def calibrate(
         model: Any torch model with Linear or Embedding layers, offloaded or not. Of a wrapper
             (torch.compile, DataParallel and their like) the model inside is meant, as in `attach`.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name, or the path of a YAML
-            file; see `resolve_config`.
+            file; see `resolve_config`. None quantizes no layer, for a `kv_cache` alone.
         observer: Observer of weights; None takes the one that the scheme names, else "optimal"
             where there is data and "memoryless_minmax" where there is none.
         data: Batches, see `Calibration.run`; or text: the path of a file or of a saved dataset, a
@@ -66,8 +67,8 @@ def calibrate(
             contains them. Output heads and routers are left alone in any case, unless a target of
             the scheme is the exact name of one.
         observer_options: Options of the weight observers.
-        activation_observer: Observer of static activations; None takes the one that the scheme
-            names, else "static_minmax".
+        activation_observer: Observer of static activations and of attention states; None takes the
+            one that the scheme names, else "static_minmax".
         on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
         on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
             "skip" leaves them alone.
@@ -81,6 +82,9 @@ def calibrate(
             model's config names.
         scheme_options: Arguments of the scheme's weights that are to be others, as
             `{"group_size": 64}`; see `resolve_config`.
+        kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
+            "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
+            config. Needs data.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -111,7 +115,7 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
+        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
         if data is not None:
             data = batches_for_model(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
@@ -155,7 +159,7 @@ def run_plan(
 
 def attach(
     model: torch.nn.Module,
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     *,
     observer: str | None = None,
     observer_options: Mapping[str, Any] | None = None,
@@ -163,6 +167,7 @@ def attach(
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -176,7 +181,7 @@ def attach(
             its names, and batches run through it uncompiled. Wrappers around single blocks are
             taken out until the calibration is frozen or detached.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name ("W4A16"), or the path
-            of a YAML file; see `resolve_config`. Never changed.
+            of a YAML file; see `resolve_config`. Never changed. None as in `calibrate`.
         observer: Observer of weights; None takes the one that the scheme names, else
             "memoryless_minmax", which needs no batches ("optimal" is better where there are some).
         observer_options: Options of the weight observers, over those of the scheme.
@@ -184,6 +189,7 @@ def attach(
         ignore: As in `calibrate`.
         on_unfit: As in `calibrate`.
         scheme_options: As in `calibrate`.
+        kv_cache: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -199,7 +205,7 @@ def attach(
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
+        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
 

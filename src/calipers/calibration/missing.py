@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 
+from calipers.calibration.attention import is_cache_scheme
 from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.errors import MissingDataError
 from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
-__all__ = ["find_missing", "missing_data_error", "nearest_neighbours", "set_fallbacks"]
+__all__ = [
+    "find_missing",
+    "missing_data_error",
+    "nearest_neighbours",
+    "refuse_to_skip_cache",
+    "set_fallbacks",
+]
 
 
 def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:
@@ -17,6 +24,27 @@ def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:
     return [
         tensor for each in observed for tensor in each.tensors.values() if tensor.lacks is not None
     ]
+
+
+def refuse_to_skip_cache(
+    missing: Iterable[ObservedTensor], observed: Iterable[ObservedModule], batches: int
+) -> None:
+    """Refuse to leave single modules without the cache's scheme.
+
+    Raises:
+        MissingDataError: Names them: loaders give a kv_cache_scheme to every attention module.
+    """
+    cached = {each.name for each in observed if is_cache_scheme(each.scheme)}
+    lacking = [each for each in missing if each.name in cached]
+    if lacking:
+        lines = [f"no data reached these states of attention in {batches} batches:"]
+        lines += [f"  {each.full_name}: {each.lacks}" for each in lacking]
+        lines.append(
+            "on_missing='skip' cannot leave them unquantized: loaders give a kv_cache_scheme to "
+            "every attention module, and these would get scales that nobody measured. Run batches "
+            "that reach them, or freeze with on_missing='fallback'."
+        )
+        raise MissingDataError("\n".join(lines))
 
 
 def set_fallbacks(

@@ -50,6 +50,8 @@ class ModuleReport:
         activations: "static" where inputs or outputs are quantized with stored scales, "local"
             (NVFP4) where only the global scale is stored, "dynamic" where none is; None where
             activations are not quantized.
+        states: "q", "k", "v": the states of an attention module that are quantized, with stored
+            scales, by the observer of activations; none of a layer.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModuleReport:
     fallback: tuple[str, ...] = ()
     objective: str | None = None
     activations: Literal["static", "local", "dynamic"] | None = None
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class CalibrationReport:
         """The report as plain dicts, lists, strings and numbers, ready for JSON."""
         data = asdict(self)
         for row in data["modules"]:
-            row["fallback"] = list(row["fallback"])
+            row["fallback"], row["states"] = list(row["fallback"]), list(row["states"])
         return data
 
 

@@ -11,13 +11,20 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
+from compressed_tensors.quantization import QuantizationConfig
 from loguru import logger
 
 from calipers._words import check_choice
+from calipers.calibration.attention import AttentionHooks
 from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.freeze import freeze_modules
-from calipers.calibration.missing import find_missing, missing_data_error, set_fallbacks
+from calipers.calibration.missing import (
+    find_missing,
+    missing_data_error,
+    refuse_to_skip_cache,
+    set_fallbacks,
+)
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
@@ -69,8 +76,14 @@ class Calibration:
         self._seconds = 0.0
         self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
-        self._calls = CallCounter(model, [each.name for each in self.observed])
+        # Attention that is never called has states that nobody measured: told as missing.
+        layers = [each.name for each in self.observed if not each.is_attention]
+        self._calls = CallCounter(model, layers)
+        self._attention = AttentionHooks(model)
         try:
+            self._attention.install(
+                {each.name: tuple(each.tensors) for each in self.observed if each.is_attention}
+            )
             for each in self.observed:
                 each.attach()
         except BaseException:
@@ -173,6 +186,7 @@ class Calibration:
             each.remove_hooks()
         self._state = "frozen"
         wanted = {each.name for each in kept}
+        self._attention.remove(keep=wanted)
         reasons: dict[str, Reason] = {
             each.name: "never called" if each.name in never_called else "no data"
             for each in self.observed
@@ -181,7 +195,7 @@ class Calibration:
         left_alone = self._left_alone(reasons)
         share = quantized_share(rows, self.model, left_alone)
         self._wrappers.close()
-        _tell(left_alone, share)
+        _tell(left_alone, share, self._plan.config)
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
@@ -203,6 +217,7 @@ class Calibration:
         self._calls.remove()
         for each in self.observed:
             each.detach()
+        self._attention.remove()
         self._wrappers.close()
         self._state = "detached"
 
@@ -227,6 +242,7 @@ class Calibration:
         if not missing:
             return observed
         if on_missing == "skip":
+            refuse_to_skip_cache(missing, observed, self.batches)
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
@@ -273,7 +289,7 @@ class Calibration:
             self._seconds += time.perf_counter() - start
 
 
-def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
+def _tell(left_alone: Sequence[LeftAlone], share: float, config: QuantizationConfig) -> None:
     never_called = [each.name for each in left_alone if each.reason == "never called"]
     if never_called:
         logger.warning(
@@ -282,7 +298,7 @@ def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
             len(never_called),
             never_called[0],
         )
-    if share < _LITTLE:
+    if share < _LITTLE and config.config_groups:
         logger.warning(
             "only {:.0%} of the model's projection weights are quantized: see the report's "
             "left_alone for what was not, and why",

@@ -26,9 +26,17 @@ from torch import Tensor, nn
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
 from calipers._words import first_line
+from calipers.calibration.attention import (
+    attention_function,
+    carried_scheme,
+    find_attention,
+    initialize_states,
+    is_attention,
+    kept_attention_settings,
+)
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
-from calipers.calibration.config import SchemeLike, resolve_config
+from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
 from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
@@ -76,15 +84,20 @@ def find_load_problems(
     Returns:
         The modules with reasons; or why nothing could be found out.
     """
-    carried = {n: m.quantization_scheme for n, m in quantized_modules(model).items()}
-    schemes = {n: s for n, s in {**carried, **(schemes or {})}.items() if s.weights is not None}
+    carried = {n: carried_scheme(m) for n, m in quantized_modules(model).items()}
+    attention = find_attention(model)
+    schemes = {
+        name: scheme
+        for name, scheme in {**carried, **(schemes or {})}.items()
+        if scheme.weights is not None or name in attention
+    }
     if not schemes:
         return LoadCheck()
     if not type(model).__module__.startswith("transformers.models."):
         return LoadCheck(unchecked=f"{type(model).__name__} is no class of transformers' own")
-    with plain_defaults(), _quiet():
+    with plain_defaults(), kept_attention_settings(), _quiet():
         try:
-            twin = make_twin(model)
+            twin = make_twin(model, attention_function(attention, schemes))
             chosen = _schemes_of_twin(model, twin, schemes)
             plain = _outputs(twin)
         except Exception as error:
@@ -110,11 +123,12 @@ def find_load_problems(
 
 def check_load(
     model: nn.Module,
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     *,
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
@@ -126,13 +140,14 @@ def check_load(
         ignore: Modules to leave alone.
         on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
         scheme_options: Arguments of the scheme's weights that are to be others.
+        kv_cache: What keys and values are quantized to.
 
     Raises:
         SchemeError: The model cannot take this scheme.
         CheckpointError: Names the modules that would not load back, the reasons and the way out.
     """
     inner = unwrap(model)
-    config = resolve_config(scheme, ignore, scheme_options)
+    config = resolve_config(scheme, ignore, scheme_options, kv_cache)
     resolution = resolve_and_check(inner, config, on_unfit)
     refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
 
@@ -271,7 +286,10 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
     quantized = copy.deepcopy(twin)
     try:
         for name, scheme in schemes.items():
-            _quantize(quantized.get_submodule(name), scheme)
+            module = quantized.get_submodule(name)
+            if is_attention(module):
+                initialize_states(quantized, name, scheme)
+            _quantize(module, scheme)
         tensors = checkpoint_tensors(quantized)
         exact = loading_dtype(quantized) is None
     except Exception:
@@ -280,8 +298,11 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
         write_checkpoint(quantized, Path(folder), tell=False)
         try:
             kind: Any = type(twin)
+            config: Any = twin.config
             loaded = kind.from_pretrained(
-                folder, local_files_only=True, attn_implementation="eager"
+                folder,
+                local_files_only=True,
+                attn_implementation=config._attn_implementation,
             ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
@@ -331,10 +352,13 @@ def _difference(
 def _quantize(module: Any, scheme: QuantizationScheme) -> None:
     """Scales that take no search: one power of two for all of a weight."""
     scheme = scheme.model_copy(deep=True)
-    initialize_module_for_quantization(module, scheme)
+    # no zero points that a loader does not expect, see `freeze_modules`
+    initialize_module_for_quantization(module, scheme, force_zero_point=not is_attention(module))
     args: Any = scheme.weights
-    largest = Format.of(args).high
-    scale = float(2.0 ** torch.ceil(torch.log2(module.weight.abs().max().float() / largest)))
+    scale = 1.0
+    if args is not None:
+        largest = module.weight.abs().max().float() / Format.of(args).high
+        scale = float(2.0 ** torch.ceil(torch.log2(largest)))
     for name, parameter in module.named_parameters(recurse=False):
         if name == "weight_scale":
             parameter.fill_(1.0 if hasattr(module, "weight_global_scale") else scale)

@@ -11,6 +11,7 @@ from compressed_tensors import InternalModule
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.modeling import IMPL_ATTR
 from compressed_tensors.quantization import (
+    QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
@@ -19,6 +20,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import is_match, match_targets
 from torch import nn
 
+from calipers.calibration.attention import is_attention, sees_cache
 from calipers.checkpoint.names import checkpoint_names
 from calipers.checkpoint.tensors import module_format
 from calipers.errors import CheckpointError
@@ -59,7 +61,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     upstream = QuantizationConfig.from_pretrained(model)
     if upstream is None:
         return None
-    if not schemes:
+    if not any(map(is_module_quantized, named.values())):
         return upstream
     kinds = _group(named, schemes)
     of_class = {kind: _most_of(kind, named, kinds) for kind in _CLASSES}
@@ -76,7 +78,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     config = QuantizationConfig(
         config_groups=groups,
         ignore=_ignored(model, named, schemes, of_class, upstream.ignore or []),
-        kv_cache_scheme=upstream.kv_cache_scheme,
+        kv_cache_scheme=_cache_args(named, schemes),
         format=(
             CompressionFormat.mixed_precision.value
             if len(formats) > 1
@@ -86,6 +88,39 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     )
     _check(named, schemes, config)
     return config
+
+
+def _cache_args(
+    named: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
+) -> QuantizationArgs | None:
+    """What keys and values are quantized to, if the config is to say it of all attention.
+
+    That is so where no group says it of a module, and where all attention has one scheme: vLLM
+    reads the cache's scales where there is a kv_cache_scheme.
+
+    Raises:
+        CheckpointError: Two schemes, of which a config holds one; or attention that has none, which
+            loaders would give it with scales that nobody measured.
+    """
+    attention = {
+        name: getattr(module, "quantization_scheme", None)
+        for name, module in named.items()
+        if is_attention(module) and (is_module_quantized(module) or sees_cache(module))
+    }
+    alone = {name: each for name, each in attention.items() if each and name not in schemes}
+    if not alone:
+        kinds = {each and _scheme_key(each) for each in attention.values()}
+        one = next(iter(attention.values()), None) if len(kinds) == 1 else None
+        return None if one is None else one.input_activations
+    args: QuantizationArgs = next(iter(alone.values())).input_activations
+    wrong = [name for name, each in alone.items() if each.input_activations != args]
+    wrong += [name for name, each in attention.items() if not each]
+    if wrong:
+        raise CheckpointError(
+            f"the config of the checkpoint would give {len(wrong)} attention modules the cache's "
+            f"scheme of {next(iter(alone))}, which they do not have: {', '.join(wrong[:10])}"
+        )
+    return args
 
 
 def _scheme_key(scheme: QuantizationScheme) -> str:
@@ -116,8 +151,8 @@ def _most_of(
         key: sum(_class_of(named[name]) == kind for name in members)
         for key, members in kinds.items()
     }
-    most = max(counts, key=counts.__getitem__)
-    return most if counts[most] else None
+    most = max(counts, key=counts.__getitem__, default=None)
+    return most if most is not None and counts[most] else None
 
 
 def _patterns(model: nn.Module, names: list[str], named: Iterable[str]) -> list[str]:

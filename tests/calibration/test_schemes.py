@@ -202,14 +202,16 @@ def test_a_file_may_hold_a_kv_cache_scheme_alone(tmp_path):
 def test_words_for_a_cache(word, kind, strategy):
     args = resolve_config("W4A16", kv_cache=word).kv_cache_scheme
     assert (args.num_bits, args.type, args.strategy) == (8, kind, strategy)
-    assert args.symmetric and args.dynamic is False
+    assert args.symmetric
+    assert args.dynamic is False
 
 
 def test_a_cache_that_is_asked_for_replaces_that_of_the_config():
     given = QuantizationConfig(config_groups={}, kv_cache_scheme=QuantizationArgs(num_bits=8))
     mine = QuantizationArgs(num_bits=8, type="float")
     resolved = resolve_config(given, kv_cache=mine)
-    assert resolved.kv_cache_scheme == mine and resolved.kv_cache_scheme is not mine
+    assert resolved.kv_cache_scheme == mine
+    assert resolved.kv_cache_scheme is not mine
     assert given.kv_cache_scheme.type == "int"
     assert resolve_config(given).kv_cache_scheme == given.kv_cache_scheme
     assert resolve_config(None, kv_cache="FP8").config_groups == {}
@@ -220,7 +222,7 @@ def test_what_is_no_cache_is_refused():
         SchemeError, match=r"unknown word 'fp9'\. Did you mean 'FP8'\? Known: FP8, F"
     ):
         resolve_config("W4A16", kv_cache="fp9")
-    with pytest.raises(SchemeError, match="kv_cache must be QuantizationArgs or one of .*got int"):
+    with pytest.raises(SchemeError, match=r"kv_cache must be QuantizationArgs or one of .*got int"):
         resolve_config("W4A16", kv_cache=8)
     with pytest.raises(SchemeError, match=r"\(None only with a kv_cache\), got NoneType"):
         resolve_config(None)

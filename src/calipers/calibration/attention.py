@@ -26,6 +26,7 @@ from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationScheme,
     QuantizationStrategy,
+    initialize_module_for_quantization,
 )
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
 from compressed_tensors.utils import get_num_kv_heads, is_narrow_match
@@ -46,7 +47,7 @@ __all__ = [
     "find_model_problems",
     "find_scheme_problems",
     "find_state_problems",
-    "initialize_states",
+    "initialize_attention",
     "is_attention",
     "is_cache_scheme",
     "is_state_scheme",
@@ -117,11 +118,22 @@ def attention_function(names: Collection[str], schemes: Mapping[str, Quantizatio
     return "sdpa" if states else "eager"  # see `_function_problems`
 
 
-def initialize_states(model: Any, name: str, scheme: QuantizationScheme) -> None:
-    """Give an attention module the submodules that its states pass through, to stay there."""
-    module = model.get_submodule(name)
-    hook = initialize_hooked_kv_cache if is_cache_scheme(scheme) else initialize_hooked_attention
-    hook(model, module)
+def initialize_attention(
+    module: nn.Module, scheme: QuantizationScheme, model: nn.Module | None = None
+) -> None:
+    """Empty scales on an attention module, as a loader makes them.
+
+    Args:
+        module: The attention module.
+        scheme: The scheme of its states.
+        model: The model that it is in, where the submodules that its states pass through are to be
+            put there as well, to stay; None where they are there already.
+    """
+    if model is not None:
+        cache = is_cache_scheme(scheme)
+        (initialize_hooked_kv_cache if cache else initialize_hooked_attention)(model, module)
+    # A loader makes no zero points of symmetric states.
+    initialize_module_for_quantization(module, scheme, force_zero_point=False)
 
 
 def is_state_scheme(model: nn.Module, name: str, scheme: QuantizationScheme) -> bool:

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 )
 from loguru import logger
 
-from calipers.calibration.attention import STATES
+from calipers.calibration.attention import STATES, initialize_attention
 from calipers.calibration.batches import Progress
 from calipers.calibration.fused import find_fused_groups
 from calipers.calibration.global_scales import borrowed_memory, shared_global_scale, weight_of
@@ -99,10 +99,10 @@ class _Work:
                     args = getattr(scheme, kind.field)
                     if args is not None and needs_observer(args):
                         setattr(scheme, kind.field, self._choice.recorded_args(base_name, args))
-            # Loaders give attention no zero point that they do not need.
-            initialize_module_for_quantization(
-                each.module, scheme, force_zero_point=not each.is_attention
-            )
+            if each.is_attention:
+                initialize_attention(each.module, scheme)
+            else:
+                initialize_module_for_quantization(each.module, scheme)
 
     def write_global_scales(self, group: Sequence[ObservedModule]) -> None:
         """One global scale for each tensor that the members have in common, where it has one."""

@@ -30,7 +30,7 @@ from calipers.calibration.attention import (
     attention_function,
     carried_scheme,
     find_attention,
-    initialize_states,
+    initialize_attention,
     is_attention,
     kept_attention_settings,
 )
@@ -286,10 +286,7 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
     quantized = copy.deepcopy(twin)
     try:
         for name, scheme in schemes.items():
-            module = quantized.get_submodule(name)
-            if is_attention(module):
-                initialize_states(quantized, name, scheme)
-            _quantize(module, scheme)
+            _quantize(quantized, quantized.get_submodule(name), scheme)
         tensors = checkpoint_tensors(quantized)
         exact = loading_dtype(quantized) is None
     except Exception:
@@ -349,11 +346,13 @@ def _difference(
 
 
 @torch.no_grad()
-def _quantize(module: Any, scheme: QuantizationScheme) -> None:
+def _quantize(model: nn.Module, module: Any, scheme: QuantizationScheme) -> None:
     """Scales that take no search: one power of two for all of a weight."""
     scheme = scheme.model_copy(deep=True)
-    # no zero points that a loader does not expect, see `freeze_modules`
-    initialize_module_for_quantization(module, scheme, force_zero_point=not is_attention(module))
+    if is_attention(module):
+        initialize_attention(module, scheme, model)
+    else:
+        initialize_module_for_quantization(module, scheme)
     args: Any = scheme.weights
     scale = 1.0
     if args is not None:

@@ -197,7 +197,7 @@ def _hardest(scheme: _Scheme) -> QuantizationScheme:
     groups = [
         each for each in scheme.config_groups.values() if isinstance(each, QuantizationScheme)
     ]
-    return min(groups, key=_bits)
+    return min(groups, key=_bits, default=QuantizationScheme(targets=[]))
 
 
 def _bits(scheme: QuantizationScheme) -> int:

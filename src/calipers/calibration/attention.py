@@ -286,6 +286,7 @@ class AttentionHooks:
         self._added: dict[str, list[str]] = {}
         self._hooks: dict[str, set[int]] = {}
         self._settings: list[tuple[Any, dict[str, Any]]] = []
+        self._function: str | None = None
 
     def install(self, states: Mapping[str, Collection[str]]) -> None:
         """Let modules show their states; they compute what they did before.
@@ -298,6 +299,7 @@ class AttentionHooks:
         """
         if any("q" in wanted for wanted in states.values()):
             self._settings = _attention_settings(self._model)
+            self._function = QuantizedAttentionImpl._original_impl
         for name, wanted in states.items():
             module = self._model.get_submodule(name)
             children, hooks = set(module._modules), set(module._forward_pre_hooks)
@@ -333,7 +335,9 @@ class AttentionHooks:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         if not any(IMPL_ATTR in self._added[name] for name in keep if name in self._added):
             _restore_settings(self._settings)
-        self._settings, self._added, self._hooks = [], {}, {}
+            if self._function is not None:
+                QuantizedAttentionImpl._original_impl = self._function
+        self._settings, self._function, self._added, self._hooks = [], None, {}, {}
 
 
 def clear_states(module: nn.Module) -> None:

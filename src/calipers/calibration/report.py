@@ -213,7 +213,7 @@ class KindSummary:
 
     Attributes:
         name: Their name with `*` for numbers; of a module alone in its kind its own. After it, the
-            tensors that a fallback was used for.
+            states of attention, and the tensors that a fallback was used for.
         count: How many they are.
         observer: Of the weights, with what it minimised; None where weights stay as they are.
         bits: Of the weights; None as above.
@@ -241,12 +241,13 @@ def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
         if observer is not None and row.objective is not None:
             observer = f"{observer} ({row.objective})"
         activations = row.activation_observer or row.activations
-        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback)
+        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback, row.states)
         kinds[kind].append(row)
     summaries = []
-    for (name, observer, bits, activations, fallback), members in kinds.items():
+    for (name, observer, bits, activations, fallback, states), members in kinds.items():
         errors = [m.weight_error for m in members if m.weight_error is not None]
-        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        note = f" ({', '.join(states)})" if states else ""
+        note += f" (fallback: {', '.join(fallback)})" if fallback else ""
         summaries.append(
             KindSummary(
                 name=(name if len(members) > 1 else members[0].name) + note,

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from compressed_tensors.quantization import QuantizationConfig
 from loguru import logger
 
 from calipers._words import check_choice
@@ -195,7 +194,8 @@ class Calibration:
         left_alone = self._left_alone(reasons)
         share = quantized_share(rows, self.model, left_alone)
         self._wrappers.close()
-        _tell(left_alone, share, self._plan.config)
+        layers = [each for each in self.observed if not each.is_attention]
+        _tell(left_alone, share if layers or not self.observed else None)
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
@@ -289,7 +289,7 @@ class Calibration:
             self._seconds += time.perf_counter() - start
 
 
-def _tell(left_alone: Sequence[LeftAlone], share: float, config: QuantizationConfig) -> None:
+def _tell(left_alone: Sequence[LeftAlone], share: float | None) -> None:
     never_called = [each.name for each in left_alone if each.reason == "never called"]
     if never_called:
         logger.warning(
@@ -298,7 +298,7 @@ def _tell(left_alone: Sequence[LeftAlone], share: float, config: QuantizationCon
             len(never_called),
             never_called[0],
         )
-    if share < _LITTLE and config.config_groups:
+    if share is not None and share < _LITTLE:
         logger.warning(
             "only {:.0%} of the model's projection weights are quantized: see the report's "
             "left_alone for what was not, and why",

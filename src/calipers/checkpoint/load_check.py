@@ -176,14 +176,14 @@ def refuse_unloadable(
     if check.unchecked is not None:
         logger.info("whether the checkpoint loads back could not be checked: {}", check.unchecked)
     if check.problems and not (skip and not check.whole):
-        raise CheckpointError(_describe(check))
+        raise CheckpointError(_describe(model, check))
     return list(check.problems)
 
 
 _KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
 
 
-def _describe(check: LoadCheck) -> str:
+def _describe(model: nn.Module, check: LoadCheck) -> str:
     kinds: dict[str, list[str]] = {}
     for name, reason in check.problems.items():
         kinds.setdefault(reason, []).append(name)
@@ -196,7 +196,12 @@ def _describe(check: LoadCheck) -> str:
         patterns = list(dict.fromkeys(kind_of(name) for name in names))
         more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
         lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
-    if check.whole:
+    if check.whole and all(is_attention(model.get_submodule(name)) for name in check.problems):
+        lines.append(
+            "a config with nothing but a cache cannot be loaded for this architecture: quantize "
+            "weights as well, or pass load_check=False (--no-load-check) for another loader"
+        )
+    elif check.whole:
         lines.append(
             "no part of the model loads back under this scheme: choose another one, such as "
             "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"

@@ -16,7 +16,7 @@ from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
-from calipers.calibration.config import has_free_group_size
+from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import (
     ObserverChoice,
@@ -44,6 +44,7 @@ from calipers.cli.options import (
     EvalFile,
     EvalSamples,
     GroupSize,
+    KVCache,
     SequenceLength,
 )
 from calipers.cli.plugins import Plugins, load_plugins
@@ -72,6 +73,7 @@ def calibrate(
         ),
     ] = None,
     group_size: GroupSize = None,
+    kv_cache: KVCache = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -147,6 +149,8 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --scheme NVFP4 --data text.jsonl --eval heldout.txt
 
+      calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --kv-cache fp8 --out ./fp8-cache
+
       calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
 
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
@@ -171,7 +175,7 @@ def calibrate(
         options = parse_options(option or [])
         patterns = tuple(ignore or ())
         scheme_options = {} if group_size is None else {"group_size": group_size}
-        resolve_config(scheme or DEFAULT_SCHEME, patterns, scheme_options)
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, scheme_options, kv_cache)
         choice = ObserverChoice(observer, activation_observer, options, texts is not None)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
@@ -190,6 +194,7 @@ def calibrate(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
             scheme_options,
+            kv_cache,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -222,6 +227,7 @@ def calibrate(
             "model": "demo" if model is None else str(model),
             "scheme": scheme or DEFAULT_SCHEME,
             "group_size": group_size_of(plan.config),
+            "kv_cache": kv_cache_of(plan.config),
             "out": None if out is None else str(out),
             "data": None if used is None else used.to_dict(),
             "eval": None if judged is None else judged.to_dict(),
@@ -307,6 +313,17 @@ def group_size_of(config: QuantizationConfig) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def kv_cache_of(config: QuantizationConfig) -> str | None:
+    """A word for what keys and values are quantized to; None where they are not."""
+    args = config.kv_cache_scheme
+    if args is None:
+        return None
+    kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
+    known = {(each["type"], each["strategy"]): word for word, each in KV_CACHES.items()}
+    word = known.get((kind, strategy)) if args.num_bits == 8 and args.symmetric else None
+    return word or f"{kind}{args.num_bits} {strategy}"
+
+
 def print_result(
     result: dict[str, Any],
     report: CalibrationReport,
@@ -327,6 +344,8 @@ def print_result(
     lines = []
     if result["group_size"] is not None:
         lines.append(("group size", size_note or str(result["group_size"])))
+    if result["kv_cache"] is not None:
+        lines.append(("cache", result["kv_cache"]))
     if data is not None:
         lines.append(("calibrated with", str(data)))
     if result["no_text"] is not None:

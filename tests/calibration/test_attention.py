@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.modeling import QuantizedAttentionImpl
+from compressed_tensors.offload import offload_module
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationConfig,
@@ -383,10 +386,40 @@ def test_what_is_taken_away_leaves_other_models_their_attention_function(
     assert QuantizedAttentionImpl._original_impl == "flash_attention_2"
 
 
-def test_observers_can_be_copied_with_their_model() -> None:
+def test_copies_are_quantized_by_their_own_scales() -> None:
     model = make("llama")
-    calibration = attach(model, None, kv_cache="FP8")
-    copied = copy.deepcopy(model)
-    logits(copied)
-    assert not any(t.observer.has_statistics for t in calibration.observed[0].tensors.values())
-    calibration.detach()
+    calibrate(model, None, data=batches(), kv_cache="FP8")
+    expected = logits(model)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for layer in model.model.layers:
+            layer.self_attn.k_scale.data *= 64
+        assert not torch.equal(logits(model), expected)
+        assert torch.equal(logits(copied), expected)
+        for layer in model.model.layers:
+            layer.self_attn.k_scale.data /= 64
+    del model, layer
+    gc.collect()
+    assert torch.equal(logits(copied), expected)
+
+
+def test_a_copy_of_an_observed_model_feeds_its_own_observers() -> None:
+    model = make("llama")
+    with attach(model, None, kv_cache="FP8") as calibration:
+        copied = copy.deepcopy(model)
+        logits(copied)
+        assert copied.model.layers[0].self_attn.k_observer.has_statistics
+        observers = [each for module in calibration.observed for each in module.observers.values()]
+        assert len(observers) == 4
+        assert not any(each.has_statistics for each in observers)
+
+
+def test_offloaded_models_get_the_same_scales() -> None:
+    plain, offloaded = make("llama"), make("llama")
+    for module in list(offloaded.modules()):
+        offload_module(module, torch.device("cpu"), torch.device("cpu"))
+    for model in (plain, offloaded):
+        calibrate(model, "FP8_DYNAMIC", data=batches(), kv_cache="FP8")
+    assert torch.equal(logits(plain), logits(offloaded))
+    for state in ("k_scale", "v_scale"):
+        one, other = (getattr(m.model.layers[0].self_attn, state) for m in (plain, offloaded))
+        assert torch.equal(one, other)

@@ -9,6 +9,7 @@ way into the cache) and `impl` (queries, on their way into the attention functio
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -16,7 +17,9 @@ from typing import Any
 
 from compressed_tensors.modeling import (
     IMPL_ATTR,
+    KV_CACHE_ATTR,
     QuantizedAttentionImpl,
+    QuantizedKVCache,
     initialize_hooked_attention,
     initialize_hooked_kv_cache,
 )
@@ -274,6 +277,20 @@ def _calls_attention_function(module: nn.Module) -> bool:
         return False
 
 
+class _CopiedCache(QuantizedKVCache):
+    """A cache that refers to the copy of its attention module once both are copied, or unpickled.
+
+    That of compressed-tensors goes on referring to the original, and quantizes by its scales, or
+    not at all once the original is gone.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "attn_module": self.attn_module(), "past_key_values": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "attn_module": weakref.ref(state["attn_module"])})
+
+
 class AttentionHooks:
     """The submodules of compressed-tensors on attention modules, as long as they are needed.
 
@@ -314,6 +331,8 @@ class AttentionHooks:
                     f"replaced, so that {name} cannot be quantized: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+            else:
+                getattr(module, KV_CACHE_ATTR).__class__ = _CopiedCache
             finally:
                 self._added[name] = sorted(set(module._modules) - children)
                 self._hooks[name] = set(module._forward_pre_hooks) - hooks
@@ -344,7 +363,10 @@ def clear_states(module: nn.Module) -> None:
     """Remove the scales and zero points of attention states; upstream leaves some of them there."""
     for state in STATES:
         for what in ("scale", "zero_point", "global_scale"):
-            module._parameters.pop(f"{state}_{what}", None)
+            with disable_onloading():
+                present = hasattr(module, f"{state}_{what}")
+            if present:
+                delattr(module, f"{state}_{what}")
 
 
 @contextmanager

@@ -311,6 +311,33 @@ def test_attention_that_never_sees_a_cache_is_left_alone_by_name() -> None:
     assert len(report.modules) == 2
 
 
+def test_the_vision_tower_of_llama_4_sees_no_cache() -> None:
+    text = {**architectures.GROUPED, "num_local_experts": 2, "head_dim": 32, "pad_token_id": 0}
+    vision = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "vision_output_dim": 64,
+        "projector_input_dim": 64,
+        "projector_output_dim": 64,
+    }
+    model = architectures.tiny(
+        "Llama4ForConditionalGeneration",
+        "Llama4Config",
+        text_config={**text, "intermediate_size_mlp": 256},
+        vision_config={**vision, "intermediate_size": 256, "patch_size": 14},
+        image_token_index=100,
+        boi_token_index=101,
+        eoi_token_index=102,
+    )
+    assert {name: sees_cache(module) for name, module in find_attention(model).items()} == {
+        "vision_model.model.layers.0.self_attn": False,
+        "language_model.model.layers.0.self_attn": True,
+        "language_model.model.layers.1.self_attn": True,
+    }
+
+
 def _problems(model: Any, scheme: Any, kv_cache: Any = None, ignore: Any = ()) -> list[str]:
     before = picture(model) if hasattr(model, "config") else None
     with pytest.raises(SchemeError) as caught:

@@ -32,10 +32,16 @@ from compressed_tensors.quantization import (
     initialize_module_for_quantization,
 )
 from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
-from compressed_tensors.utils import get_num_kv_heads, is_narrow_match
+from compressed_tensors.utils import (
+    get_head_dim,
+    get_num_attn_heads,
+    get_num_kv_heads,
+    is_narrow_match,
+)
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from calipers._words import first_line
 from calipers.errors import SchemeError
 
 __all__ = [
@@ -84,7 +90,7 @@ def sees_cache(module: nn.Module) -> bool:
     """Whether an attention module writes its keys and values into a cache.
 
     It does not where it has no place in one (the vision tower of Llama 4, encoders), nor where it
-    reads those of another layer (Gemma 3n, Gemma 4).
+    reads those of another layer.
     """
     return getattr(module, "layer_idx", None) is not None and not getattr(
         module, "is_kv_shared_layer", False
@@ -236,9 +242,24 @@ def find_model_problems(
             f"kv_cache_scheme: no attention of {type(model).__name__} writes into a cache "
             f"({', '.join(list(found)[:3])})"
         )
-    elif states:
-        yield from _function_problems(model, library)
-        yield from _unhooked_problems(model, states, library)
+    else:
+        yield from _config_problems(config, what, library)
+        if states:
+            yield from _function_problems(model, library)
+            yield from _unhooked_problems(model, states, library)
+
+
+def _config_problems(config: Any, what: str, library: str) -> Iterator[str]:
+    """A config from which no shapes of scales can be read, as where layers differ (Gemma 4)."""
+    try:
+        decoder = config.get_text_config(decoder=True)
+        for read in (get_num_attn_heads, get_num_kv_heads, get_head_dim):
+            read(decoder)
+    except Exception as error:  # whatever the config raises
+        yield (
+            f"{what}: {library} reads the number and size of heads from the config, which does "
+            f"not have them: {type(error).__name__}: {first_line(error)}"
+        )
 
 
 def _function_problems(model: Any, library: str) -> Iterator[str]:

@@ -114,8 +114,8 @@ class Calibration:
             use_attention_mask: Leave padding out: where a batch is a mapping whose
                 "attention_mask" has the shape (batch, tokens) of its tokens, a token with 0 there
                 enters no statistic of a module that sees values of shape (batch, tokens, ...) or
-                (batch * tokens, ...), nor those of attention states. Modules that see others (routed experts, with the tokens
-                that they are sent) count all; the report names them.
+                (batch * tokens, ...), nor of an attention state. Modules that see others (routed
+                experts, with the tokens that they are sent) count all; the report names them.
 
         Raises:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is

@@ -20,7 +20,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import is_match, match_targets
 from torch import nn
 
-from calipers.calibration.attention import is_attention, sees_cache
+from calipers.calibration.attention import is_attention, is_state_scheme, sees_cache
 from calipers.checkpoint.names import checkpoint_names
 from calipers.checkpoint.tensors import module_format
 from calipers.errors import CheckpointError
@@ -34,9 +34,10 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     """A config that gives every module of the model the scheme that it carries, and no other one.
 
     The scheme of most modules of a class targets the class ("Linear"), less an ignore list of exact
-    names; any other scheme targets names, as a regex over the numbers in them where just its own
-    modules match it. Where the model's names differ from its checkpoint's, both stand in
-    the lists: transformers matches the one kind, vLLM the other.
+    names; that of all attention modules of a class targets it too; any other scheme targets names,
+    as a regex over the numbers in them where just its own modules match it. Where the model's names
+    differ from its checkpoint's, both stand in the lists: transformers matches the one kind, vLLM
+    the other.
 
     Args:
         model: A model whose quantized modules carry `quantization_scheme`; not changed.
@@ -69,7 +70,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     for key, members in kinds.items():
         targets = [kind for kind, owner in of_class.items() if owner == key]
         rest = [name for name in members if _class_of(named[name]) not in targets]
-        targets += _patterns(model, rest, named)
+        targets += _attention_class(rest, named) or _patterns(model, rest, named)
         scheme = schemes[members[0]].model_copy(deep=True)
         scheme.targets = targets
         scheme.format = module_format(type(named[members[0]]), scheme)
@@ -86,7 +87,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
         ),
         quantization_status=QuantizationStatus.COMPRESSED,
     )
-    _check(named, schemes, config)
+    _check(model, named, schemes, config)
     return config
 
 
@@ -135,12 +136,24 @@ def _class_of(module: nn.Module) -> str | None:
 def _group(
     named: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
 ) -> dict[tuple[str, str], list[str]]:
-    """Quantized modules by scheme and format, in the model's order."""
+    """Quantized modules by scheme and format, in the model's order; attention also by its class."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, scheme in schemes.items():
-        key = _scheme_key(scheme), str(module_format(type(named[name]), scheme))
+        kind = type(named[name])
+        key = _scheme_key(scheme), str(module_format(kind, scheme))
+        if is_attention(named[name]):
+            key = key[0], kind.__name__
         kinds[key].append(name)
     return kinds
+
+
+def _attention_class(names: list[str], named: Mapping[str, nn.Module]) -> list[str]:
+    """The class of attention modules, where it means just these; vLLM passes over such a group."""
+    if not names or not is_attention(named[names[0]]):
+        return []
+    kind = type(named[names[0]]).__name__
+    meant = [name for name, module in named.items() if is_match(name, module, kind)]
+    return [kind] if meant == names else []
 
 
 def _most_of(
@@ -200,6 +213,7 @@ def _ignored(
 
 
 def _check(
+    model: nn.Module,
     named: Mapping[str, nn.Module],
     schemes: Mapping[str, QuantizationScheme],
     config: QuantizationConfig,
@@ -217,10 +231,13 @@ def _check(
     patterns = [target for target in by_target if target not in named]
     wrong = []
     for name, module in named.items():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
+        attention = is_attention(module)
+        if not attention and not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         matched = [name] if name in by_target else match_targets(name, module, patterns)
         if matched and (name in ignored or is_match(name, module, ignoring)):
+            matched = []
+        if attention and matched and not is_state_scheme(model, name, by_target[matched[0]]):
             matched = []
         read = _scheme_key(by_target[matched[0]]) if matched else None
         own = _scheme_key(schemes[name]) if name in schemes else None

@@ -271,8 +271,12 @@ def test_a_state_that_no_batch_shows_is_an_error_that_names_it() -> None:
     model = _with_an_attention_that_no_batch_reaches()
     before = picture(model)
     name = r"model\.layers\.1\.inner\.self_attn\.k: its observer saw no value"
-    with pytest.raises(MissingDataError, match=name):
-        calibrate(model, None, data=batches(), kv_cache="FP8")
+    for kv_cache, config in (("FP8", None), (None, states_config())):
+        with pytest.raises(MissingDataError, match=name) as caught:
+            calibrate(model, config, data=batches(), kv_cache=kv_cache)
+        assert "in all attention or in none), or freeze with\n  on_missing='fallback'" in str(
+            caught.value
+        )
     with pytest.raises(MissingDataError, match=rf"(?s){name}.*cannot leave them unquantized"):
         calibrate(model, None, data=batches(), kv_cache="FP8", on_missing="skip")
     assert picture(model) == before

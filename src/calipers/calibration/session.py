@@ -21,7 +21,7 @@ from calipers.calibration.freeze import freeze_modules
 from calipers.calibration.missing import (
     find_missing,
     missing_data_error,
-    refuse_to_skip_cache,
+    refuse_to_skip_states,
     set_fallbacks,
 )
 from calipers.calibration.observed import ObservedModule
@@ -242,7 +242,7 @@ class Calibration:
         if not missing:
             return observed
         if on_missing == "skip":
-            refuse_to_skip_cache(missing, observed, self.batches)
+            refuse_to_skip_states(missing, self.batches)
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":

@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.formats import Format
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = [
     "CANDIDATE_SUMS",
@@ -132,10 +132,10 @@ class GridProblem:
         global_scale: TENSOR_GROUP only, shape (1,).
     """
 
-    view: GroupedView
+    view: Groups
     low: Tensor
     high: Tensor
-    importance: GroupedView | None
+    importance: Groups | None
     args: QuantizationArgs
     grid: ShrinkGrid
     global_scale: Tensor | None
@@ -216,7 +216,7 @@ class CandidateSums:
     """
 
     read_groups: (
-        Callable[[GroupedView, GroupedView | None, QuantizationArgs], Iterator[EngineGroups]] | None
+        Callable[[Groups, Groups | None, QuantizationArgs], Iterator[EngineGroups]] | None
     ) = None
     sum_rows: (
         Callable[[Format, Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor] | None
@@ -226,9 +226,7 @@ class CandidateSums:
 _NATIVE, _TRITON = "calipers.engines.native", "calipers.engines.triton"
 
 #: Smallest and largest value of each group of a view.
-MIN_MAX: Kernel[Callable[[GroupedView], Range]] = Kernel(
-    "min_max", {"native": f"{_NATIVE}.min_max"}
-)
+MIN_MAX: Kernel[Callable[[Groups], Range]] = Kernel("min_max", {"native": f"{_NATIVE}.min_max"})
 #: The best range of a shrink grid for each group of some views.
 SHRINK_GRID: Kernel[Callable[[Sequence[GridProblem], GridReference], list[Range]]] = Kernel(
     "search", {"native": f"{_NATIVE}.grid", "triton": f"{_TRITON}.grid"}

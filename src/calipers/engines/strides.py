@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["MOST_DIMS", "Dim", "Strides"]
 
@@ -44,7 +44,7 @@ class Strides:
     reduced: list[Dim]
 
     @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
+    def of(cls, view: Groups, importance: Groups | None) -> Strides:
         """Where the values of a view and their weights lie."""
         weights = None if importance is None else importance.values
         behind = view.values.dim() - 1
@@ -66,7 +66,7 @@ class Strides:
         return cls._copied(view, importance)
 
     @classmethod
-    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
+    def _copied(cls, view: Groups, importance: Groups | None) -> Strides:
         groups = prod(view.qparam_shape)
         length = view.group_size
         order = (*view.kept_dims, *view.reduce_dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from calipers._words import did_you_mean
 from calipers.errors import UnknownObserverError
+from calipers.grouping import ATTENTION_NAMES, Grouping, Groups
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
@@ -39,15 +40,7 @@ from calipers.observers.statistics import (
     read_values,
     whole_update,
 )
-from calipers.ranges import (
-    Arrangement,
-    GroupedView,
-    arrange,
-    arrange_whole,
-    min_max,
-    range_of_qparams,
-)
-from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges import min_max, range_of_qparams
 from calipers.ranges.qparams import (
     cast_range,
     checked_global_scale,
@@ -72,20 +65,21 @@ _LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
 
 @dataclass(frozen=True)
 class Observation:
-    """A value that an observer looks at, arranged by the scales it will get.
+    """A value that an observer looks at, grouped by the scales it will get.
 
     Args:
         value: The values, floating, detached.
-        views: Views that together hold every value once.
+        grouping: Which values share a scale: it splits another tensor of the value's shape (the
+            importance of the values) the same way.
+        views: The groups of the value, which together hold every value once.
         extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`; Inf
             and -Inf for a group of nothing but NaN and Inf.
-        view_alike: Arranges another tensor of the value's shape (importance weights) the same way.
     """
 
     value: Tensor
-    views: tuple[GroupedView, ...]
+    grouping: Grouping
+    views: tuple[Groups, ...]
     extremes: list[Range]
-    view_alike: Callable[[Tensor], tuple[GroupedView, ...]]
 
 
 class Observer(HoldsStatistics, InternalModule, RegistryMixin):
@@ -347,11 +341,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         if self._first_form:
             self._observe_first_form(value, g_idx)
             return
-        arrangement = self._arrange(value, g_idx)
-        observation = self._look_at(
-            value, arrangement.views, lambda other: self._arrange(other, g_idx).views
-        )
-        self._take_in(observation, arrangement)
+        self._take_in(self._look_at(value, self._group(value, g_idx)))
 
     @whole_update
     def observe_global(self, observed: Tensor, mask: Tensor | None = None) -> None:
@@ -359,9 +349,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return
-        layout = self._name_of_layout()
-        views = arrange_whole(value, layout).views
-        observation = self._look_at(value, views, lambda other: arrange_whole(other, layout).views)
+        observation = self._look_at(value, Grouping.whole(value.shape, self._name_of_layout()))
         low, high = self.measure_global(observation)
         self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
 
@@ -433,8 +421,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
                 f"{type(self).__name__} must override calculate_qparams, get_min_max or measure"
             )
         observation = self._look_at_canonical(observed)
-        views = observation.views
-        self._take_in(observation, Arrangement(views[0].qparam_shape, views))
+        self._take_in(observation)
         return self._range(self.range_names)
 
     @whole_update
@@ -534,9 +521,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         shape = tuple(1 if d in dims else s for d, s in enumerate(value.shape))
         if len(dims) == value.dim():
             value, dims = value.unsqueeze(0), tuple(d + 1 for d in dims)
-        observation = self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
+        observation = self._look_at(value, Grouping.over(value.shape, dims))
         low, high = self.measure(observation)[0]
         scale, zero_point = self._to_qparams(low, high, value.dtype)
         if reduce_dims is None:
@@ -700,9 +685,9 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
     def _changed(self) -> None:
         self._stale = self.has_statistics
 
-    def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
+    def _take_in(self, observation: Observation) -> None:
         """Update the local statistics by a value: its range, unless a subclass keeps more."""
-        low, high = arrangement.assemble(self.measure(observation))
+        low, high = observation.grouping.join(self.measure(observation))
         self._remember(self.range_names, (low, high), observation.value.dtype)
 
     def _remember(self, names: tuple[str, str], current: Range, dtype: torch.dtype) -> None:
@@ -747,9 +732,9 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
             return self._layout_name
         return _LAYOUT_OF_STRATEGY.get(QuantizationStrategy(self.args.strategy), "weight")
 
-    def _arrange(self, value: Tensor, g_idx: Tensor | None) -> Arrangement:
+    def _group(self, value: Tensor, g_idx: Tensor | None) -> Grouping:
         try:
-            return arrange(value, self._name_of_layout(), self.args, g_idx)
+            return Grouping.of(value.shape, self._name_of_layout(), self.args, g_idx)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -776,13 +761,9 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _look_at(
-        self,
-        value: Tensor,
-        views: tuple[GroupedView, ...],
-        view_alike: Callable[[Tensor], tuple[GroupedView, ...]],
-    ) -> Observation:
+    def _look_at(self, value: Tensor, grouping: Grouping) -> Observation:
         """Take the extremes of a value; leave out and count what is not finite."""
+        views = grouping.split(value)
         extremes = [min_max(view) for view in views]
         # A range that is too wide for its dtype is looked at as well, and nothing comes of it.
         if not all(
@@ -791,14 +772,12 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
             self._count_nonfinite(value)
             views = tuple(view.finite() for view in views)
             extremes = [min_max(view) for view in views]
-        return Observation(value, views, extremes, view_alike)
+        return Observation(value, grouping, views, extremes)
 
     def _look_at_canonical(self, observed: Tensor) -> Observation:
         dims = (0, observed.dim() - 1)
         value = self._as_value(observed)
-        return self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
+        return self._look_at(value, Grouping.over(value.shape, dims))
 
     def _global_scale_on(self, device: torch.device) -> Tensor | None:
         """The given or the module's global scale, shape (1,), float32, where the strategy has one.
@@ -847,7 +826,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         if not (low.isfinite() and high.isfinite()):
             self._count_nonfinite(value)
             value = torch.where(value.isfinite(), value, 0)
-        arrangement = self._arrange(value, g_idx)
+        grouping = self._group(value, g_idx)
         strategy = QuantizationStrategy(self.args.strategy)
         dim = value.dim()
         if strategy == QuantizationStrategy.TENSOR:
@@ -862,9 +841,9 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         else:
             parts = [
                 self.calculate_qparams(view.gathered(), reduce_dims=view.reduce_dims, tensor_id=i)
-                for i, view in enumerate(arrangement.views)
+                for i, view in enumerate(grouping.split(value))
             ]
-        self._scale, self._zero_point = arrangement.assemble(list(parts))
+        self._scale, self._zero_point = grouping.join(list(parts))
         self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
         self.num_batches += 1
         self._stale = True

@@ -6,8 +6,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.grouping import Grouping
 from calipers.observers.base import Observer
-from calipers.ranges import arrange
 
 __all__ = ["flatten_for_calibration", "get_observer_token_count"]
 
@@ -46,14 +46,15 @@ def flatten_for_calibration(
         ValueError: A strategy that means nothing for this base name, a shape that it cannot take,
             or a `g_idx` that does not fit.
     """
-    arrangement = arrange(value, base_name, args, g_idx)
-    if len(arrangement.views) == 1:
-        return arrangement.views[0].canonical()
-    parts = [view.canonical() for view in arrangement.views]
-    size = max(part.shape[-1] for part in parts)
-    whole = value.new_zeros(parts[0].shape[0], *arrangement.qparam_shape, size)
-    for view, part in zip(arrangement.views, parts, strict=True):
-        where = (slice(None), *view.where, slice(None))
+    grouping = Grouping.of(value.shape, base_name, args, g_idx)
+    sizes = grouping.split(value)
+    parts = [groups.canonical() for groups in sizes]
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[-1] for part in parts)
+    whole = value.new_zeros(parts[0].shape[0], *grouping.qparam_shape, longest)
+    for groups, part in zip(sizes, parts, strict=True):
+        where = (slice(None), *groups.where, slice(None))
         whole[..., : part.shape[-1]][where] = part
     return whole
 

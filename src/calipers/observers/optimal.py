@@ -13,12 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from calipers.errors import CalipersError, MissingDataError
+from calipers.grouping import Groups
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.input_moments import InputObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.state_checks import Problem, check_scales, check_sum, count_in
 from calipers.observers.statistics import LAST, Statistic, whole_update
-from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
+from calipers.ranges import range_of_qparams, search_optimal_scales
 from calipers.ranges.hessian import refine_by_hessian
 from calipers.ranges.input_gram import ColumnGroups, column_groups, factor_of_sketch, rank_for
 from calipers.ranges.least_squares import ScaleSpec
@@ -146,10 +147,7 @@ class OptimalObserver(InputObserver):
         rows = self._as_value(observed)
         if self._module_g_idx() is not None:
             return None
-        arrangement = self._arrange(rows, None)
-        observation = self._look_at(
-            rows, arrangement.views, lambda other: self._arrange(other, None).views
-        )
+        observation = self._look_at(rows, self._group(rows, None))
         importance = self.importance(observation)
         weights = 1 if importance is None else self.moments.mean_squares(rows)
         try:
@@ -165,13 +163,13 @@ class OptimalObserver(InputObserver):
                 importance=importance,
                 global_scale=scale,
             )
-            local, zero_point = arrangement.assemble(found)
+            local, zero_point = observation.grouping.join(found)
             rounded = fake_quantize(rows.float(), local * scale, zero_point, self.args, scale)
             square = (rounded - rows.float()).square() * weights
             errors.append(square.sum(dtype=torch.float64))
         return torch.stack(errors)
 
-    def importance(self, observation: Observation) -> list[GroupedView] | None:
+    def importance(self, observation: Observation) -> list[Groups] | None:
         """E[x^2] of each value's column; None for the objective "mse".
 
         Raises:
@@ -186,7 +184,7 @@ class OptimalObserver(InputObserver):
                 "through it, or choose objective='mse' or the observer memoryless_minmax, which "
                 "need none"
             )
-        return list(observation.view_alike(self.moments.mean_squares(observation.value)))
+        return list(observation.grouping.split(self.moments.mean_squares(observation.value)))
 
     def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""
@@ -219,7 +217,7 @@ class OptimalObserver(InputObserver):
                 )
 
             def refine(
-                views: Sequence[GroupedView],
+                views: Sequence[Groups],
                 extremes: Sequence[Range],
                 factor: float,
                 pair: Range = pair,
@@ -334,8 +332,8 @@ class OptimalObserver(InputObserver):
 
 
 def _of_ordinary_size(
-    views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
-) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
+    views: Sequence[Groups], extremes: Sequence[Range], factor: float
+) -> tuple[Sequence[Groups], Sequence[Range], float]:
     """Views, extremes and the power of two they are divided by, 1.0 where none is needed.
 
     It is where all groups are so large, or so small, that squares leave float32. `factor` is what

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationStrategy
 from torch import Tensor
 
-from calipers.ranges import arrange
+from calipers.grouping import Grouping
 
 if TYPE_CHECKING:
     from calipers.observers.base import Observer
@@ -182,8 +181,7 @@ def _of_module(observer: Observer) -> tuple[int, ...] | None:
     if not isinstance(weight, Tensor):
         return None
     try:
-        value = torch.empty(weight.shape, dtype=torch.float32, device="meta")
-        return tuple(arrange(value, "weight", observer.args, g_idx).qparam_shape)
+        return Grouping.of(weight.shape, "weight", observer.args, g_idx).qparam_shape
     except (ValueError, NotImplementedError):
         return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calipers.engines.kernels import CandidateSums, EngineGroups
 from calipers.formats import Format
-from calipers.ranges.views import GroupedView, piece_size
+from calipers.grouping import Groups, chunk_size
 
 __all__ = ["Batch", "Candidates", "GroupBatch", "Sums", "batches_of"]
 
@@ -42,9 +42,7 @@ class GroupPiece:
     weight: Tensor | None
 
 
-def group_pieces(
-    view: GroupedView, importance: GroupedView | None, limit: int
-) -> Iterator[GroupPiece]:
+def group_pieces(view: Groups, importance: Groups | None, limit: int) -> Iterator[GroupPiece]:
     """Walk through a view; what is not finite becomes zero where the view leaves it out.
 
     Args:
@@ -52,10 +50,10 @@ def group_pieces(
         importance: Their weights, of the same shape; None weighs all alike.
         limit: Most values of a piece, one row at least.
     """
-    weights = None if importance is None else importance.pieces(limit)
+    weights = None if importance is None else importance.chunks(limit)
     # Pieces with parts of groups may differ in what they hold of the same groups.
     shared = _SharedWeights() if view.group_size <= limit else None
-    for where, piece in view.pieces(limit):
+    for where, piece in view.chunks(limit):
         # In float32 a piece stays in the cache; sixteen-bit loads beside integer arithmetic would
         # not be vectorized.
         values = piece.float()
@@ -340,8 +338,8 @@ class ReadBatch:
 
 
 def batches_of(
-    view: GroupedView,
-    importance: GroupedView | None,
+    view: Groups,
+    importance: Groups | None,
     args: QuantizationArgs,
     code: CandidateSums,
 ) -> Iterator[GroupBatch | ReadBatch]:
@@ -361,7 +359,7 @@ def batches_of(
 
 
 def group_batches(
-    view: GroupedView, importance: GroupedView | None, code: CandidateSums
+    view: Groups, importance: Groups | None, code: CandidateSums
 ) -> Iterator[GroupBatch]:
     """All groups of a view, some at a time, in bounded scratch memory.
 
@@ -371,7 +369,7 @@ def group_batches(
         importance: The weights of the values, of the same shape; None weighs all alike.
         code: What evaluates the sums.
     """
-    limit = piece_size(view.values)
+    limit = chunk_size(view.values)
     shape = view.qparam_shape
     if view.group_size > limit:
         everything = tuple(slice(None) for _ in shape)

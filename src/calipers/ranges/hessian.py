@@ -23,9 +23,9 @@ from torch import Tensor
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import COUPLED_SUMS, Problem
 from calipers.formats import has_scale_codes
+from calipers.grouping import Groups
 from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
 from calipers.ranges.scale_codes import all_scales
-from calipers.ranges.views import GroupedView
 
 __all__ = ["refine_by_hessian", "sum_coupled"]
 
@@ -52,7 +52,7 @@ _Values = list[tuple[slice, Tensor]]
 
 
 def refine_by_hessian(
-    view: GroupedView,
+    view: Groups,
     start: tuple[Tensor, Tensor],
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
@@ -89,7 +89,7 @@ def refine_by_hessian(
 
 
 def _refine_view(
-    view: GroupedView,
+    view: Groups,
     start: tuple[Tensor, Tensor],
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
@@ -102,7 +102,7 @@ def _refine_view(
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
     whole_rows = view.values.numel() // max(1, math.prod(view.qparam_shape[:-1]))
-    for where, piece in view.pieces(max(count * PIECE // 4, PIECE, whole_rows)):
+    for where, piece in view.chunks(max(count * PIECE // 4, PIECE, whole_rows)):
         first, last, _ = where[-1].indices(count)
         kept = len(where)
         columns = [

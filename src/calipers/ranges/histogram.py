@@ -13,13 +13,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.formats import has_mx_scales
+from calipers.grouping import ACCELERATOR_CHUNK, CPU_CHUNK, Groups
 from calipers.ranges.qparams import (
     cast_range,
     checked_global_scale,
     fake_quantized,
     qparams_of_range,
 )
-from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE, GroupedView
 
 __all__ = [
     "Histogram",
@@ -109,7 +109,7 @@ class Histogram:
         return values.float(), torch.cat([weights, weights], -1) / 2
 
 
-def count_patterns(view: GroupedView) -> Histogram:
+def count_patterns(view: Groups) -> Histogram:
     """Histogram of a view's values, in one pass over them.
 
     Args:
@@ -123,7 +123,7 @@ def count_patterns(view: GroupedView) -> Histogram:
     shape = (*view.qparam_shape, NUM_PATTERNS)
     counts = torch.zeros(shape, dtype=torch.int64, device=view.values.device)
     offsets = torch.zeros_like(counts) if dtype == torch.float32 else None
-    for where, piece in view.pieces():
+    for where, piece in view.chunks():
         target = counts[where]
         groups = target.shape[:-1].numel()
         rows = _in_dtype(piece, dtype).reshape(groups, -1)
@@ -383,7 +383,7 @@ class _Objective:
     def _pieces(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
         """Qparams and candidates of a step whose scratch memory stays in the cache."""
         on_cpu = self.values.device.type == "cpu"
-        room = max(1, (CPU_PIECE if on_cpu else ACCELERATOR_PIECE) // self.values.shape[-1])
+        room = max(1, (CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK) // self.values.shape[-1])
         columns = min(shape[1], room)
         rows = max(1, room // columns)
         for row in range(0, shape[0], rows):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import MIN_MAX, Problem
-from calipers.ranges.views import SMALLEST_PIECE, GroupedView
+from calipers.grouping import SMALLEST_CHUNK, Groups
 
 __all__ = ["min_max"]
 
@@ -15,7 +15,7 @@ __all__ = ["min_max"]
 READS = 256
 
 
-def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Tensor]:
+def min_max(view: Groups, *, engine: str | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each group.
 
     Args:
@@ -29,13 +29,13 @@ def min_max(view: GroupedView, *, engine: str | None = None) -> tuple[Tensor, Te
         no finite value gets Inf and -Inf, the range of nothing, whose scale is that of zeros.
     """
     values = view.values
-    if values.numel() <= SMALLEST_PIECE or values.device.type != "cpu":
+    if values.numel() <= SMALLEST_CHUNK or values.device.type != "cpu":
         return _min_max_eager(view)
     problem = Problem(values.device, values.numel() // READS, (values.dtype,))
     return run(MIN_MAX, _min_max_eager, lambda min_max: min_max(view), problem, engine)
 
 
-def _min_max_eager(view: GroupedView) -> tuple[Tensor, Tensor]:
+def _min_max_eager(view: Groups) -> tuple[Tensor, Tensor]:
     """The same by torch operations.
 
     Each piece is read from memory once: its maximum is taken while it is still in the cache from
@@ -44,14 +44,14 @@ def _min_max_eager(view: GroupedView) -> tuple[Tensor, Tensor]:
     if not view.finite_only and all(size == 1 for size in view.qparam_shape):
         low, high = torch.aminmax(_in_memory_order(view.gathered()))
         return low.reshape(view.qparam_shape), high.reshape(view.qparam_shape)
-    if not view.finite_only and view.values.numel() <= SMALLEST_PIECE:
+    if not view.finite_only and view.values.numel() <= SMALLEST_CHUNK:
         values = view.gathered()
         return values.amin(view.reduce_dims), values.amax(view.reduce_dims)
     low = view.values.new_full(view.qparam_shape, torch.inf)
     high = view.values.new_full(view.qparam_shape, -torch.inf)
     num_kept = len(view.qparam_shape)
     in_float32 = view.values.device.type == "cpu" and view.values.element_size() == 2
-    for where, piece in view.pieces():
+    for where, piece in view.chunks():
         dims = tuple(range(num_kept, piece.dim()))
         if in_float32:
             piece = piece.float()  # exact, and what the CPU has vector instructions for

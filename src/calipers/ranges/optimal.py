@@ -12,12 +12,12 @@ from torch import Tensor
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import CANDIDATE_SUMS, CandidateSums, Problem
 from calipers.formats import has_scale_codes
+from calipers.grouping import Groups
 from calipers.ranges.candidate_sums import batches_of
 from calipers.ranges.least_squares import ScaleSpec, search_least_squares
 from calipers.ranges.qparams import cast_range, checked_global_scale
 from calipers.ranges.scale_codes import search_scale_codes
 from calipers.ranges.units import has_free_scales, search_in_float32, times
-from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
 
@@ -25,11 +25,11 @@ Pair = tuple[Tensor, Tensor]
 
 
 def search_optimal_scales(
-    views: Sequence[GroupedView],
+    views: Sequence[Groups],
     extremes: Sequence[Pair],
     args: QuantizationArgs,
     *,
-    importance: Sequence[GroupedView] | None = None,
+    importance: Sequence[Groups] | None = None,
     global_scale: Tensor | None = None,
     signed: bool = False,
     engine: str | None = None,
@@ -64,7 +64,7 @@ def search_optimal_scales(
 
     def search_part(
         code: CandidateSums,
-        views: Sequence[GroupedView],
+        views: Sequence[Groups],
         extremes: Sequence[Pair],
         factor: float,
     ) -> list[Pair]:
@@ -89,10 +89,10 @@ def search_optimal_scales(
 
 
 def _search_view(
-    view: GroupedView,
+    view: Groups,
     low: Tensor,
     high: Tensor,
-    importance: GroupedView | None,
+    importance: Groups | None,
     spec: ScaleSpec,
     code: CandidateSums,
 ) -> Pair:

@@ -23,6 +23,7 @@ from calipers.engines.kernels import (
     ShrinkGrid,
 )
 from calipers.formats import Format, range_dtype
+from calipers.grouping import Groups
 from calipers.ranges.qparams import (
     cast_range,
     checked_global_scale,
@@ -32,7 +33,6 @@ from calipers.ranges.qparams import (
 )
 from calipers.ranges.ties import decide_ties
 from calipers.ranges.units import has_free_scales, search_in_float32, times
-from calipers.ranges.views import GroupedView
 
 __all__ = ["ShrinkGrid", "search_grid_ranges"]
 
@@ -41,12 +41,12 @@ Search = Callable[[Sequence[GridProblem], GridReference], list[Range]]
 
 
 def search_grid_ranges(
-    views: Sequence[GroupedView],
+    views: Sequence[Groups],
     extremes: Sequence[tuple[Tensor, Tensor]],
     args: QuantizationArgs,
     grid: ShrinkGrid,
     *,
-    importance: list[GroupedView] | None = None,
+    importance: list[Groups] | None = None,
     global_scale: Tensor | None = None,
     engine: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -80,7 +80,7 @@ def search_grid_ranges(
     dtype = extremes[0][0].dtype
 
     def problems(
-        views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
+        views: Sequence[Groups], extremes: Sequence[Range], factor: float
     ) -> list[GridProblem]:
         scale = None if global_scale is None else times(global_scale, factor)
         return [
@@ -140,9 +140,9 @@ def search_few(problem: GridProblem, num_steps: int) -> Range:
         num_steps: Number of candidates.
     """
 
-    def at_each_step(one: GroupedView) -> GroupedView:
+    def at_each_step(one: Groups) -> Groups:
         values = one.values.expand(num_steps, *one.values.shape)
-        return GroupedView(values, (2,), finite_only=one.finite_only)
+        return Groups(values, (2,), finite_only=one.finite_only)
 
     factors = problem.grid.factors(num_steps, problem.low.device).unsqueeze(1)
     low, high = problem.low * factors, problem.high * factors
@@ -193,8 +193,8 @@ class _Search:
         problem, view = self.problem, self.view
         scale = scale * self.unit
         error = torch.zeros(view.qparam_shape, dtype=torch.float32, device=view.values.device)
-        weights = None if problem.importance is None else problem.importance.pieces()
-        for where, piece in view.pieces():
+        weights = None if problem.importance is None else problem.importance.chunks()
+        for where, piece in view.chunks():
             values = piece.float()
             if view.finite_only:
                 # A zero is quantized to zero: what is left out adds no error.

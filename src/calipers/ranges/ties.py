@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calipers.engines.kernels import GridProblem
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["decide_ties"]
 
@@ -39,7 +39,7 @@ def decide_ties(
         num_steps: Steps that the search came to.
     """
     view, importance = problem.view, problem.importance
-    weights = None if importance is None else importance.pieces(LOOKED_THROUGH)
+    weights = None if importance is None else importance.chunks(LOOKED_THROUGH)
     group_size = view.values.numel() // max(1, ties.numel())
     gathered: list[_Ties] = []
 
@@ -48,7 +48,7 @@ def decide_ties(
             _decide(search_few, problem, found, gathered, num_steps)
             gathered.clear()
 
-    for where, piece in view.pieces(LOOKED_THROUGH):
+    for where, piece in view.chunks(LOOKED_THROUGH):
         weight = None if weights is None else next(weights)[1]
         marked = ties[where]
         if piece.numel() < group_size * marked.numel() or not bool(marked.any()):
@@ -79,10 +79,10 @@ def _decide(
     ranges = search_few(
         replace(
             problem,
-            view=GroupedView(torch.cat(values), (1,), finite_only=problem.view.finite_only),
+            view=Groups(torch.cat(values), (1,), finite_only=problem.view.finite_only),
             low=torch.cat([problem.low[where][index] for where, index in places]),
             high=torch.cat([problem.high[where][index] for where, index in places]),
-            importance=GroupedView(torch.cat(weights), (1,)) if weights else None,
+            importance=Groups(torch.cat(weights), (1,)) if weights else None,
         ),
         num_steps,
     )

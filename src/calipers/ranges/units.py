@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.formats import has_mx_scales
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["has_free_scales", "search_in_float32", "times"]
 
@@ -40,9 +40,9 @@ def has_free_scales(
 
 
 def search_in_float32(
-    views: Sequence[GroupedView],
+    views: Sequence[Groups],
     extremes: Sequence[Range],
-    search: Callable[[Sequence[GroupedView], Sequence[Range], float], list[Range]],
+    search: Callable[[Sequence[Groups], Sequence[Range], float], list[Range]],
     free: bool = True,
 ) -> list[Range]:
     """What a float32 search finds of values that float32 may not hold, or not their `high - low`.

@@ -14,8 +14,8 @@ from torch import Tensor
 from calipers.engines.native import build
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.formats import E4M3, Format, has_mx_scales, range_dtype
+from calipers.grouping import Groups
 from calipers.memory import UnreadableError, is_readable
-from calipers.ranges.views import GroupedView
 
 __all__ = [
     "LANES",
@@ -106,7 +106,7 @@ class NativeBox(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None = None) -> NativeBox:
+    def of(cls, view: Groups, importance: Groups | None = None) -> NativeBox:
         """The values of a view, which must outlive it, cut into runs where that is better.
 
         Raises:
@@ -344,7 +344,7 @@ def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
     return tensor.data_ptr()
 
 
-def _checked_box(view: GroupedView, importance: GroupedView | None) -> Strides:
+def _checked_box(view: Groups, importance: Groups | None) -> Strides:
     """The box of a view, whose weights and columns fit its values."""
     if importance is not None and importance.values.shape != view.values.shape:
         raise UnreadableError("weights must have the shape of the values")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calipers.engines.kernels import Problem
 from calipers.engines.native.abi import MinMax, NativeBox, address, knows, library, number_of_parts
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["min_max", "supports"]
 
@@ -19,7 +19,7 @@ def supports(problem: Problem) -> bool:
     return knows(*problem.dtypes)
 
 
-def min_max(view: GroupedView) -> tuple[Tensor, Tensor]:
+def min_max(view: Groups) -> tuple[Tensor, Tensor]:
     """As `calipers.ranges.min_max`, for values on the CPU of a dtype that kernels know."""
     box = NativeBox.of(view)
     low = view.values.new_empty(box.groups, box.runs)

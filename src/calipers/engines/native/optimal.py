@@ -23,7 +23,7 @@ from calipers.engines.native.abi import (
     number_of_parts,
 )
 from calipers.engines.native.sums import sum_candidates
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["NativeGroups", "candidate_sums", "read_groups", "supports"]
 
@@ -133,7 +133,7 @@ class NativeGroups:
 
 
 def read_groups(
-    view: GroupedView, importance: GroupedView | None, args: QuantizationArgs
+    view: Groups, importance: Groups | None, args: QuantizationArgs
 ) -> Iterator[NativeGroups]:
     """All groups of a view, some at a time, as they lie in memory."""
     number_format = NativeFormat.of(args, None)
@@ -142,11 +142,11 @@ def read_groups(
         box = NativeBox.of(view, importance)
         yield NativeGroups(everything, view.qparam_shape, box, number_format)
         return
-    weights = None if importance is None else importance.pieces(BATCH)
-    for where, piece in view.pieces(BATCH):
+    weights = None if importance is None else importance.chunks(BATCH)
+    for where, piece in view.chunks(BATCH):
         reduced = tuple(range(len(where), piece.dim()))
-        part = GroupedView(piece, reduced, finite_only=view.finite_only)
-        weight = None if weights is None else GroupedView(next(weights)[1], reduced)
+        part = Groups(piece, reduced, finite_only=view.finite_only)
+        weight = None if weights is None else Groups(next(weights)[1], reduced)
         box = NativeBox.of(part, weight)
         yield NativeGroups(where, part.qparam_shape, box, number_format)
 

@@ -344,7 +344,7 @@ class TestOptimal:
 
     def test_signed(self, device):
         (mine, errors), (_, expected) = optimal_twice(
-            awkward(20, 128)[11:].to(device), group(4, 32), signed=True
+            awkward(20, 128)[11:].to(device), group(4, 32), negative_scales=True
         )
         assert bool((mine < 0).any())
         torch.testing.assert_close(errors, expected, rtol=2e-3, atol=1e-12)

@@ -168,7 +168,7 @@ def refined(args: QuantizationArgs, signed: bool, engine: str, coupled: bool = T
     (view,) = grouping.split(value)
     extremes = min_max(view)
     scheme = ScaleSpec(args, torch.float32, signed)
-    (start,) = search_optimal_scales([view], [extremes], args, signed=signed)
+    (start,) = search_optimal_scales([view], [extremes], args, negative_scales=signed)
     products = columns.products(columns.triangles(x))
     factor = factor_of_sketch(sketch(x, 12).double(), 400, x.double().square().sum(0))
     factors = columns.by_block(factor.T.float()).transpose(-1, -2) * coupled

@@ -164,7 +164,7 @@ def test_never_worse_than_min_max_as_stored(name: str, dtype: torch.dtype) -> No
         plain, plain_zero = calculate_qparams(x.amin(1), x.amax(1), args, global_scale)
         before = oracles.error(x.float(), w, plain.float(), plain_zero, args, global_scale)
         for signed in {False, args.type == "int" and args.symmetric}:
-            scale, zero = search(x, args, w, global_scale=global_scale, signed=signed)
+            scale, zero = search(x, args, w, global_scale=global_scale, negative_scales=signed)
             if global_scale is None:
                 assert torch.equal(scale.to(dtype).float(), scale), "not as stored"
             else:
@@ -181,7 +181,7 @@ def test_signed_scales_serve_the_longer_side() -> None:
     x = oracles.values("gauss", 200, 32)
     w = torch.ones_like(x)
     plain, zero = search(x, group(4, 32))
-    signed, _ = search(x, group(4, 32), signed=True)
+    signed, _ = search(x, group(4, 32), negative_scales=True)
     assert (plain > 0).all()
     assert 0.2 < float((signed < 0).float().mean()) < 0.8
     before = oracles.error(x, w, plain, zero, group(4, 32)).sum()
@@ -232,4 +232,4 @@ def assert_engines_agree(engine: str, args: QuantizationArgs, groups: int, **opt
 def test_the_native_engine_agrees_with_the_reference(name: str) -> None:
     assert_engines_agree("native", SCHEMES[name], 5000)
     if SCHEMES[name].type == "int" and SCHEMES[name].symmetric:
-        assert_engines_agree("native", SCHEMES[name], 1000, signed=True)
+        assert_engines_agree("native", SCHEMES[name], 1000, negative_scales=True)

@@ -39,7 +39,9 @@ Objective = Literal["imatrix", "hessian", "mse"]
 class OptimalOptions(ObserverOptions):
     """Options of the optimal scale."""
 
-    signed: bool = Field(
+    former_names: ClassVar[Mapping[str, str]] = {"signed": "negative_scales"}
+
+    negative_scales: bool = Field(
         False, description="allow negative scales: symmetric integers, kernels that take them"
     )
     objective: Objective = Field(
@@ -68,9 +70,9 @@ class OptimalObserver(InputObserver):
     NVFP4 and MX: all scale codes, short of those that two bounds exclude. In no group is the error
     (of "hessian" d'Hd) greater than that of minimum and maximum.
 
-    With `signed` a scale of symmetric integers may be negative, which gives the extra code of the
-    range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as do
-    kernels that multiply by the scale in floating point (Marlin and other weight-only kernels of
+    With `negative_scales` a scale of symmetric integers may be negative, which gives the extra code
+    of the range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as
+    do kernels that multiply by the scale in floating point (Marlin and other weight-only kernels of
     vLLM). Kernels that fold scales into integers (W4A8) or store them unsigned cannot.
 
     NVFP4's global scale is 448 * 6 / amax / 2, half of what the largest value needs: local scales
@@ -99,9 +101,9 @@ class OptimalObserver(InputObserver):
     ) -> None:
         super().__init__(base_name, args, module, **kwargs)
         self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
-        if self.signed and not (self.args.symmetric and self.args.type == "int"):
+        if self.negative_scales and not (self.args.symmetric and self.args.type == "int"):
             raise CalipersError(
-                f"{self.name}: signed=True needs symmetric integers, got "
+                f"{self.name}: negative_scales=True needs symmetric integers, got "
                 f"{self.args.type}{self.args.num_bits}, symmetric={self.args.symmetric}"
             )
 
@@ -111,9 +113,9 @@ class OptimalObserver(InputObserver):
         return cast(OptimalOptions, self.options).objective
 
     @property
-    def signed(self) -> bool:
-        """The option `signed`."""
-        return cast(OptimalOptions, self.options).signed
+    def negative_scales(self) -> bool:
+        """The option `negative_scales`."""
+        return cast(OptimalOptions, self.options).negative_scales
 
     @property
     def has_data(self) -> bool:
@@ -133,7 +135,7 @@ class OptimalObserver(InputObserver):
             self.args,
             importance=self.importance(observation),
             global_scale=self._global_scale_for(observation),
-            signed=self.signed,
+            negative_scales=self.negative_scales,
         )
         return self._refine(observation, found) if self.objective == "hessian" else found
 
@@ -202,7 +204,10 @@ class OptimalObserver(InputObserver):
         )
         factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
         scheme = ScaleSpec(
-            self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
+            self.args,
+            observation.value.dtype,
+            self.negative_scales,
+            self._global_scale_for(observation),
         )
         found = []
         for view, extremes, pair in zip(
@@ -276,14 +281,14 @@ class OptimalObserver(InputObserver):
             yield from check_sum(state, name, shape, needed=True, negative=True)
 
     def _check_local(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
-        yield from check_scales(self, state, self.range_names, signed=self.signed)
+        yield from check_scales(self, state, self.range_names, negative=self.negative_scales)
 
     @whole_update
     def get_min_max(self, observed: Tensor) -> Range:
         """The range that gives the optimal scale back, each of `qparam_shape`; float32.
 
         Raises:
-            CalipersError: With `signed`: no range gives a negative scale.
+            CalipersError: With `negative_scales`: no range gives a negative scale.
         """
         observation = self._look_at_canonical(observed)
         self._remember(self.range_names, self.measure(observation)[0], observed.dtype)
@@ -295,12 +300,12 @@ class OptimalObserver(InputObserver):
         """The range that gives the qparams back, float64; None while nothing was observed.
 
         Raises:
-            CalipersError: With `signed`: no range gives a negative scale.
+            CalipersError: With `negative_scales`: no range gives a negative scale.
         """
         return self._as_range() if self.has_statistics else None
 
     def _as_range(self) -> Range:
-        if self.signed:
+        if self.negative_scales:
             raise CalipersError(f"{self.name}: a negative scale cannot be stated as a range")
         return range_of_qparams(*self._range(self.range_names), self.args)
 

@@ -99,7 +99,7 @@ def check_range(
 
 
 def check_scales(
-    observer: Observer, state: State, names: tuple[str, str], *, signed: bool = False
+    observer: Observer, state: State, names: tuple[str, str], *, negative: bool = False
 ) -> Iterator[Problem]:
     """The scale and zero point under two names, which must be there once something was seen."""
     scale, zero_point = yield from _find_pair(state, names, "num_batches")
@@ -111,8 +111,8 @@ def check_scales(
         yield entry, f"must be floating, got {scale.dtype}"
     elif not bool(scale.isfinite().all()):
         yield entry, "must be finite"
-    elif not bool(((scale != 0) if signed else (scale > 0)).all()):
-        yield entry, "must not be zero" if signed else "must be positive"
+    elif not bool(((scale != 0) if negative else (scale > 0)).all()):
+        yield entry, "must not be zero" if negative else "must be positive"
 
 
 def check_sum(

@@ -272,7 +272,7 @@ class _Columns:
         factors = 1 + reach * torch.linspace(
             -1, 1, count, dtype=torch.float32, device=start.scale.device
         )
-        if self.spec.signed:
+        if self.spec.negative_scales:
             factors = torch.cat([factors, -factors.flip(0)])
         scale = self.spec.store(start.scale.unsqueeze(1) * factors)
         scale = torch.where(scale == 0, start.scale.unsqueeze(1), scale)  # too small to be stored

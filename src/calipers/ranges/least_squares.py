@@ -42,14 +42,14 @@ class ScaleSpec:
     Args:
         args: Quantization arguments; the strategy does not count.
         dtype: In which scales will be stored, unless `args.scale_dtype` says otherwise.
-        signed: Whether negative scales are candidates too (symmetric integers).
+        negative_scales: Whether negative scales are candidates too (symmetric integers).
         global_scale: TENSOR_GROUP only, shape (1,): scales are stored multiplied by it.
         unit: The power of two that values were divided by: scales are stored multiplied by it.
     """
 
     args: QuantizationArgs
     dtype: torch.dtype
-    signed: bool = False
+    negative_scales: bool = False
     global_scale: Tensor | None = None
     unit: float = 1.0
 
@@ -204,19 +204,19 @@ def _whole_range(
     """
     number_format, symmetric = spec.format, bool(spec.args.symmetric)
     base = _bases(low, high, number_format, symmetric)
-    ratio, offset = _candidates(number_format, symmetric, spec.signed)
+    ratio, offset = _candidates(number_format, symmetric, spec.negative_scales)
     zero = None if symmetric else (number_format.low - low.clamp(max=0) / base).round()
     return base, zero, ratio.to(base.device), offset.to(base.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+def _candidates(number_format: Format, symmetric: bool, negative: bool) -> tuple[Tensor, Tensor]:
     """Candidate scales, and the offsets of their zero points, a multiple of TILE of them.
 
     Asymmetric formats: each scale with the zero point of the range and some to each side, as far
     as keeping one end of the range where the scale leaves out much of it.
     """
-    ratios = _candidate_ratios(number_format, signed)
+    ratios = _candidate_ratios(number_format, negative)
     if symmetric:
         return ratios, torch.zeros_like(ratios)
     most = SIDES if number_format.num_bits <= 4 else SIDES_OF_MANY_BITS
@@ -232,16 +232,16 @@ def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[T
 
 
 @functools.lru_cache(maxsize=64)
-def _candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
+def _candidate_ratios(number_format: Format, negative: bool) -> Tensor:
     """Candidate scales in units of the scale of the range, a multiple of TILE of them.
 
-    Signed: those and their negatives.
+    Negative: those and their negatives.
     """
     start, end, count = number_format.window
     ratios = torch.logspace(
         math.log10(start), math.log10(end), count, dtype=torch.float32, device="cpu"
     )
-    return torch.cat([ratios, -ratios]) if signed else ratios
+    return torch.cat([ratios, -ratios]) if negative else ratios
 
 
 def _fine_factors(number_format: Format) -> Tensor:

@@ -31,7 +31,7 @@ def search_optimal_scales(
     *,
     importance: Sequence[Groups] | None = None,
     global_scale: Tensor | None = None,
-    signed: bool = False,
+    negative_scales: bool = False,
     engine: str | None = None,
 ) -> list[Pair]:
     """Scale and zero point with the smallest sum of w (x - fake_quantize(x))^2 in each group.
@@ -44,8 +44,8 @@ def search_optimal_scales(
         importance: For each view the weights w of its values, >= 0, broadcast to the same shape;
             None weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,).
-        signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
-            range then serves the positive side.
+        negative_scales: Whether scales may be negative (symmetric integers): the extra code of the
+            lopsided range then serves the positive side.
         engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
@@ -69,7 +69,7 @@ def search_optimal_scales(
         factor: float,
     ) -> list[Pair]:
         scale = None if global_scale is None else times(global_scale, factor)
-        spec = ScaleSpec(args, dtype, signed, scale, factor)
+        spec = ScaleSpec(args, dtype, negative_scales, scale, factor)
 
         found = [
             _search_view(view, low, high, weight, spec, code)

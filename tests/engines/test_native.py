@@ -14,7 +14,7 @@ from compressed_tensors.quantization.utils import generate_gparam
 from loguru import logger
 
 from calipers.engines import dispatch
-from calipers.engines.native import abi, build, cache, grid, hessian, optimal, sums
+from calipers.engines.native import abi, build, cache, grid, hessian, optimal
 from calipers.engines.native import min_max as native_min_max
 from calipers.observers import Observer
 from calipers.ranges import (
@@ -113,7 +113,7 @@ def on_one_thread_and_five(monkeypatch):
         return parts[-1]
 
     monkeypatch.setattr(abi, "WORTH_THREADS", 1)
-    for module in (grid, hessian, native_min_max, optimal, sums):
+    for module in (grid, hessian, native_min_max, optimal):
         monkeypatch.setattr(module, "number_of_parts", counted)
 
     def search_twice(search):
@@ -269,12 +269,12 @@ class TestBuild:
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_a_structure_of_another_size_is_found_when_the_library_is_loaded(self, monkeypatch):
-        class Longer(abi.NativeBox):
+        class Longer(abi.NativeStrides):
             _fields_ = (("more", ctypes.c_int64),)
 
         abi.library()
         monkeypatch.setitem(abi.STRUCTURES, "Box", Longer)
-        size = ctypes.sizeof(abi.NativeBox)
+        size = ctypes.sizeof(abi.NativeStrides)
         build.library.cache_clear()
         with pytest.raises(
             build.BuildError, match=f"Box has {size} bytes in C\\+\\+ and {size + 8}"

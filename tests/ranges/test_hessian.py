@@ -239,7 +239,7 @@ def test_no_group_is_worse_than_with_minimum_and_maximum(name: str, layout: str)
 def test_a_group_of_many_rows_is_judged_as_a_whole(engine: str, monkeypatch) -> None:
     args = QuantizationArgs(num_bits=4, strategy="tensor")
     *_, expected = refined(args, False, engine)
-    monkeypatch.setattr(hessian, "PIECE", 500)
+    monkeypatch.setattr(hessian, "CHUNK", 500)
     *_, found = refined(args, False, engine)
     for one, two in zip(expected, found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=0)

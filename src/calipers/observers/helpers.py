@@ -1,4 +1,4 @@
-"""Helpers around observers: the canonical layout, and token counts of a model."""
+"""Helpers around observers: values in the canonical order, and token counts of a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["flatten_for_calibration", "get_observer_token_count"]
 def flatten_for_calibration(
     value: Tensor, base_name: str, args: QuantizationArgs, g_idx: Tensor | None = None
 ) -> Tensor:
-    """Arrange a value as `(num_observations, *qparam_shape, group_size)`.
+    """A value as `(num_observations, *qparam_shape, group_size)`.
 
     Minimum and maximum over the first and last dimension give one range for each scale.
 
@@ -41,6 +41,15 @@ def flatten_for_calibration(
     Returns:
         A view of `value` where its layout allows, else a copy. Groups and blocks shorter than
         others are filled up with zeros, which changes neither their scale nor their error.
+
+    Example:
+        Blocks of 2 x 2, one row of values for each:
+
+        >>> import torch
+        >>> args = QuantizationArgs(num_bits=8, strategy="block", block_structure=[2, 2])
+        >>> flatten_for_calibration(torch.arange(8.0).view(2, 4), "weight", args)
+        tensor([[[[0., 1., 4., 5.],
+                  [2., 3., 6., 7.]]]])
 
     Raises:
         ValueError: A strategy that means nothing for this base name, a shape that it cannot take,

@@ -21,10 +21,10 @@ from calipers.observers.state_checks import Problem, check_scales, check_sum, co
 from calipers.observers.statistics import LAST, Statistic, whole_update
 from calipers.ranges import range_of_qparams, search_optimal_scales
 from calipers.ranges.hessian import refine_by_hessian
+from calipers.ranges.in_float32 import search_in_float32, times
 from calipers.ranges.input_gram import ColumnGroups, column_groups, factor_of_sketch, rank_for
 from calipers.ranges.least_squares import ScaleSpec
 from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range, widened
-from calipers.ranges.units import search_in_float32, times
 
 __all__ = ["OptimalObserver"]
 
@@ -203,7 +203,7 @@ class OptimalObserver(InputObserver):
             moments.input_sketch, moments.num_input_tokens, moments.input_square_sum
         )
         factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
-        scheme = ScaleSpec(
+        spec = ScaleSpec(
             self.args,
             observation.value.dtype,
             self.negative_scales,
@@ -228,14 +228,14 @@ class OptimalObserver(InputObserver):
                 pair: Range = pair,
                 which: slice | Tensor = which,
             ) -> list[Range]:
-                its_scheme, start = scheme, pair[0]
+                its_spec, start = spec, pair[0]
                 views, extremes, more = _of_ordinary_size(views, extremes, factor)
                 factor *= more
                 if factor != 1:
-                    global_scale = scheme.global_scale
+                    global_scale = spec.global_scale
                     if global_scale is not None:
                         global_scale = times(global_scale, factor)
-                    its_scheme = replace(scheme, global_scale=global_scale, unit=factor)
+                    its_spec = replace(spec, global_scale=global_scale, unit=factor)
                     start = start.double() / factor
                 limits = torch.finfo(torch.float32)
                 start = start.clamp(-limits.max, limits.max).float()
@@ -245,7 +245,7 @@ class OptimalObserver(InputObserver):
                     extremes[0],
                     products[which],
                     factors[which],
-                    its_scheme,
+                    its_spec,
                 )
                 if factor == 1:
                     return [(scale.to(pair[0].dtype), zero)]

@@ -14,7 +14,7 @@ from timing import Call
 from torch import Tensor
 
 from calipers.observers import Observer
-from calipers.ranges import arrange, min_max
+from calipers.ranges import Grouping, min_max
 
 __all__ = [
     "Side",
@@ -111,12 +111,12 @@ def our_observer(
 
 
 def our_min_max(args: QuantizationArgs, weight: Tensor) -> Side:
-    """`calipers.ranges.min_max` over the views of a weight, without an observer."""
+    """`calipers.ranges.min_max` over the groups of a weight, without an observer."""
     last: list[Range] = []
 
     def run() -> None:
-        arrangement = arrange(weight, "weight", args)
-        low, high = arrangement.assemble([min_max(view) for view in arrangement.views])
+        grouping = Grouping.of(weight.shape, "weight", args)
+        low, high = grouping.join([min_max(groups) for groups in grouping.split(weight)])
         last[:] = [(low, high)]
 
     return Side(run, lambda: last[0], last.clear)

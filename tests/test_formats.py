@@ -23,7 +23,7 @@ from calipers.formats import (
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
-    arrange,
+    group_values,
     min_max,
     qparams,
     range_of_qparams,
@@ -146,16 +146,16 @@ class TestSixBits:
     @pytest.mark.parametrize("engine", ["eager", "native"])
     def test_optimal_is_the_best_power_of_two(self, six_bits: FloatFormat, engine: str) -> None:
         weight = torch.randn(8, 128)
-        arrangement = arrange(weight, "weight", MXFP6)
-        extremes = [min_max(view) for view in arrangement.views]
-        found = search_optimal_scales(arrangement.views, extremes, MXFP6, engine=engine)[0][0]
+        views = group_values(weight, "weight", MXFP6)
+        extremes = [min_max(view) for view in views]
+        found = search_optimal_scales(views, extremes, MXFP6, engine=engine)[0][0]
         powers = [torch.full((8, 4), 2.0**power) for power in range(-8, 3)]
         errors = torch.stack([group_errors(weight, scale) for scale in powers])
         assert bool((found.log2() % 1 == 0).all())
         assert bool((group_errors(weight, found) <= errors.amin(0) * (1 + 1e-5)).all())
 
     def test_what_a_kernel_does_not_know_goes_to_the_reference(self, six_bits: FloatFormat) -> None:
-        view = arrange(torch.randn(64, 256), "weight", MXFP6).views[0]
+        view = group_values(torch.randn(64, 256), "weight", MXFP6)[0]
         grid = ShrinkGrid(0.8, 40, 0, 2.4)
         found = [
             search_grid_ranges([view], [min_max(view)], MXFP6, grid, engine=engine)[0]

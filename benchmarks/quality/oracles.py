@@ -20,7 +20,9 @@ Json = dict[str, Any]
 ROWS, GROUP = 16, 128
 #: Those that can be fed E[x^2] or need nothing; the error of "hessian" is another one.
 CHOICES = [
-    c for c in OURS if not c.options.get("signed") and c.options.get("objective") != "hessian"
+    c
+    for c in OURS
+    if not c.options.get("negative_scales") and c.options.get("objective") != "hessian"
 ]
 
 

@@ -15,9 +15,9 @@ SERIES = {
     "llmcompressor imatrix_mse": "#5f6a74",
     "optimal mse": "#8fd0c9",
     "optimal imatrix": "#26a69a",
-    "optimal imatrix signed": "#00796b",
+    "optimal imatrix negative_scales": "#00796b",
     "optimal hessian": "#f0a35e",
-    "optimal hessian signed": "#d9702b",
+    "optimal hessian negative_scales": "#d9702b",
 }
 BAR, GAP, HEIGHT, TOP, LEFT = 12, 22, 220, 62, 44
 

@@ -181,13 +181,13 @@ def test_a_scheme_that_does_not_fit_is_named(
 def test_common_options_go_to_the_observers_that_have_them() -> None:
     runs = plan_runs(
         ["W4A16", "NVFP4", "W4A16"],
-        ["memoryless-minmax", "imatrix_mse", "optimal:objective=hessian,signed=true"],
-        ["norm=2", "signed=false"],
+        ["memoryless-minmax", "imatrix_mse", "optimal:objective=hessian,negative_scales=true"],
+        ["norm=2", "negative_scales=false"],
     )
     assert [run.name for run in runs[:3]] == [
         "memoryless_minmax",
         "imatrix_mse norm=2",
-        "optimal signed=True objective=hessian",
+        "optimal negative_scales=True objective=hessian",
     ]
     assert [run.scheme for run in runs] == ["W4A16"] * 3 + ["NVFP4"] * 3
     with pytest.raises(CalipersError, match="none of memoryless_minmax has an option 'norm'"):

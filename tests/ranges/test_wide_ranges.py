@@ -9,7 +9,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from calipers.formats import Format
 from calipers.observers import Observer
-from calipers.ranges import ShrinkGrid, arrange, min_max, search_grid_ranges
+from calipers.ranges import ShrinkGrid, group_values, min_max, search_grid_ranges
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
 
 LARGEST = {torch.float16: 4e4, torch.bfloat16: 2e38, torch.float32: 2e38, torch.float64: 1e300}
@@ -90,7 +90,7 @@ def test_the_stored_power_of_two_is_the_best_one(dtype, engine):
         zp_dtype=torch.uint8,
     )
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    views = arrange(x, "weight", args).views
+    views = group_values(x, "weight", args)
     grid = ShrinkGrid(maxshrink=0.6, grid=400, patience=0, norm=2.0, expand=1.2)
     ((low, high),) = search_grid_ranges(views, [min_max(views[0])], args, grid, engine=engine)
     stored, _ = qparams_of_range(low.to(dtype), high.to(dtype), args)

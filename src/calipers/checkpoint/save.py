@@ -176,7 +176,8 @@ def _has_usable_scales(module: nn.Module) -> bool:
 
 
 def _may_be_signed(scheme: Any) -> bool:
-    return bool((scheme.weights.observer_kwargs or {}).get("signed", False))
+    options = scheme.weights.observer_kwargs or {}
+    return bool(options.get("negative_scales", options.get("signed", False)))
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:

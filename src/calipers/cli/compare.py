@@ -128,7 +128,7 @@ def compare(
 
       calipers compare ./model --observer imatrix_mse --observer optimal --data text.jsonl
 
-      calipers compare ./model --observer optimal --observer optimal:objective=hessian,signed=true
+      calipers compare ./model --observer imatrix_mse --observer optimal:negative_scales=true
     """
     with plain_errors(), show_progress() as progress:
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
@@ -291,7 +291,7 @@ def plan_runs(
     for each in dict.fromkeys(observers):
         name, _, own = each.partition(":")
         name = name.strip().lower().replace("-", "_")
-        known = Observer.get_value_from_registry(name).Options.model_fields
+        known = Observer.get_value_from_registry(name).Options.names()
         options = {key: value for key, value in given.items() if key in known}
         used |= options.keys()
         options |= parse_options(own.split(",")) if own else {}

@@ -14,13 +14,14 @@ from loguru import logger
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from calipers.grouping import Grouping
 from calipers.observers.global_scale import GlobalScaleStatistics
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.plugins import ObserverRegistry
 from calipers.observers.state_checks import Problem, check_scales
 from calipers.observers.statistics import LAST, whole_update
 from calipers.observers.value_statistics import Observation, Range
-from calipers.ranges import Arrangement, GroupedView, range_of_qparams
+from calipers.ranges import range_of_qparams
 from calipers.ranges.qparams import cast_range, qparams_of_range
 
 __all__ = ["Observation", "Observer", "Range"]
@@ -138,11 +139,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
         if self._first_form:
             self._observe_first_form(value, g_idx)
             return
-        arrangement = self._arrange(value, g_idx)
-        observation = self._look_at(
-            value, arrangement.views, lambda other: self._arrange(other, g_idx).views
-        )
-        self._take_in(observation, arrangement)
+        self._take_in(self._look_at(value, self._group(value, g_idx)))
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch of the inputs of the module whose weight is observed.
@@ -206,8 +203,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
                 f"{type(self).__name__} must override calculate_qparams, get_min_max or measure"
             )
         observation = self._look_at_canonical(observed)
-        views = observation.views
-        self._take_in(observation, Arrangement(views[0].qparam_shape, views))
+        self._take_in(observation)
         return self._range(self.range_names)
 
     @whole_update
@@ -296,9 +292,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
         shape = tuple(1 if d in dims else s for d, s in enumerate(value.shape))
         if len(dims) == value.dim():
             value, dims = value.unsqueeze(0), tuple(d + 1 for d in dims)
-        observation = self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
+        observation = self._look_at(value, Grouping.over(value.shape, dims))
         low, high = self.measure(observation)[0]
         scale, zero_point = self._to_qparams(low, high, value.dtype)
         if reduce_dims is None:
@@ -351,9 +345,9 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
             return check_scales(self, state, self.range_names)
         return super()._check_local(state)
 
-    def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
+    def _take_in(self, observation: Observation) -> None:
         """Update the local statistics by a value: its range, unless a subclass keeps more."""
-        low, high = arrangement.assemble(self.measure(observation))
+        low, high = observation.grouping.join(self.measure(observation))
         self._remember(self.range_names, (low, high), observation.value.dtype)
 
     def _derive(self) -> None:
@@ -373,7 +367,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
     def _observe_first_form(self, value: Tensor, g_idx: Tensor | None) -> None:
         """Scale and zero point by the subclass' `calculate_qparams`: one call for each view."""
         value = self._without_nonfinite(value)
-        arrangement = self._arrange(value, g_idx)
+        grouping = self._group(value, g_idx)
         strategy = QuantizationStrategy(self.args.strategy)
         if strategy == QuantizationStrategy.TENSOR:
             parts = [self.calculate_qparams(value, reduce_dims=None)]
@@ -383,7 +377,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
         else:
             parts = [
                 self.calculate_qparams(view.gathered(), reduce_dims=view.reduce_dims, tensor_id=i)
-                for i, view in enumerate(arrangement.views)
+                for i, view in enumerate(grouping.split(value))
             ]
-        scale, zero_point = arrangement.assemble(parts)
+        scale, zero_point = grouping.join(parts)
         self._remember(self.range_names, (scale, zero_point), value.dtype)

@@ -9,9 +9,9 @@ from compressed_tensors.quantization import QuantizationStrategy
 from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_DATA
 from torch import Tensor
 
+from calipers.grouping import Grouping
 from calipers.observers.statistics import whole_update
 from calipers.observers.value_statistics import Observation, Range, ValueStatistics
-from calipers.ranges import arrange_whole
 from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range
 
 __all__ = ["GlobalScaleStatistics"]
@@ -40,9 +40,7 @@ class GlobalScaleStatistics(ValueStatistics):
         value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return
-        layout = self._name_of_layout()
-        views = arrange_whole(value, layout).views
-        observation = self._look_at(value, views, lambda other: arrange_whole(other, layout).views)
+        observation = self._look_at(value, Grouping.whole(value.shape, self._name_of_layout()))
         low, high = self.measure_global(observation)
         self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from loguru import logger
 from torch import Tensor
 
+from calipers.grouping import ATTENTION_NAMES, Grouping, Groups
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
 from calipers.observers.state_checks import Problem, check_dtype, check_range
@@ -27,8 +28,7 @@ from calipers.observers.statistics import (
     read_values,
     whole_update,
 )
-from calipers.ranges import Arrangement, GroupedView, arrange, min_max
-from calipers.ranges.layout import ATTENTION_NAMES
+from calipers.ranges import min_max
 from calipers.ranges.qparams import scale_dtype_problem
 
 __all__ = ["Observation", "Range", "ValueStatistics"]
@@ -43,20 +43,21 @@ _LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
 
 @dataclass(frozen=True)
 class Observation:
-    """A value that an observer looks at, arranged by the scales it will get.
+    """A value that an observer looks at, grouped by the scales it will get.
 
     Args:
         value: The values, floating, detached.
-        views: Views that together hold every value once.
+        grouping: Which values share a scale: it splits another tensor of the value's shape (the
+            importance of the values) the same way.
+        views: The groups of the value, which together hold every value once.
         extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`; Inf
             and -Inf for a group of nothing but NaN and Inf.
-        view_alike: Arranges another tensor of the value's shape (importance weights) the same way.
     """
 
     value: Tensor
-    views: tuple[GroupedView, ...]
+    grouping: Grouping
+    views: tuple[Groups, ...]
     extremes: list[Range]
-    view_alike: Callable[[Tensor], tuple[GroupedView, ...]]
 
 
 class ValueStatistics(HoldsStatistics, InternalModule):
@@ -267,9 +268,9 @@ class ValueStatistics(HoldsStatistics, InternalModule):
             return self._layout_name
         return _LAYOUT_OF_STRATEGY.get(QuantizationStrategy(self.args.strategy), "weight")
 
-    def _arrange(self, value: Tensor, g_idx: Tensor | None) -> Arrangement:
+    def _group(self, value: Tensor, g_idx: Tensor | None) -> Grouping:
         try:
-            return arrange(value, self._name_of_layout(), self.args, g_idx)
+            return Grouping.of(value.shape, self._name_of_layout(), self.args, g_idx)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
@@ -296,13 +297,9 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _look_at(
-        self,
-        value: Tensor,
-        views: tuple[GroupedView, ...],
-        view_alike: Callable[[Tensor], tuple[GroupedView, ...]],
-    ) -> Observation:
+    def _look_at(self, value: Tensor, grouping: Grouping) -> Observation:
         """Take the extremes of a value; leave out and count what is not finite."""
+        views = grouping.split(value)
         later = self._counts_on_device(value)
         finite = False
         if not later:
@@ -315,14 +312,12 @@ class ValueStatistics(HoldsStatistics, InternalModule):
             self._count_nonfinite(value, later=later)
             views = tuple(view.finite() for view in views)
             extremes = [min_max(view) for view in views]
-        return Observation(value, views, extremes, view_alike)
+        return Observation(value, grouping, views, extremes)
 
     def _look_at_canonical(self, observed: Tensor) -> Observation:
         dims = (0, observed.dim() - 1)
         value = self._as_value(observed)
-        return self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
+        return self._look_at(value, Grouping.over(value.shape, dims))
 
     def _without_nonfinite(self, value: Tensor) -> Tensor:
         """The value with zeros in place of NaN and Inf, which are counted."""

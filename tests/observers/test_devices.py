@@ -29,8 +29,7 @@ STRATEGIES = {
 CASES = [(base, strategy) for base, strategies in STRATEGIES.items() for strategy in strategies]
 ACTIVATIONS = [case for case in CASES if case[0] != "weight"]
 #: These search a range whenever they observe, and ask the device whether the search can end.
-SEARCHING = {"memoryless-mse", "mse", "nvfp4-expanded-mse", "imatrix-mse"}
-SEARCHING |= {"nvfp4-expanded-imatrix", "optimal"}
+SEARCHING = {"memoryless-mse", "mse", "imatrix-mse", "optimal"}
 #: They pick values (the patterns that occurred, the groups that need a closer look), and how many
 #: that are only a device with values can tell.
 HOW_MANY_TELLS_THE_DEVICE = {"histogram", "optimal"}
@@ -83,8 +82,8 @@ def answered_readbacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def build(name: str, base: str, strategy: str) -> Observer:
     options: dict[str, object] = {"objective": "mse"} if name == "optimal" else {}
-    if name.startswith("nvfp4"):
-        options = {"grid": 20.0}  # 200 candidates take minutes of fake operations
+    if name.startswith("nvfp4"):  # 200 candidates would take minutes of fake operations
+        options = {"grid": 20.0}
     return Observer.load_from_registry(name, base, args_of(strategy), **options)
 
 

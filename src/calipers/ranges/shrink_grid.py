@@ -118,10 +118,13 @@ def search(problems: Sequence[GridProblem]) -> list[Range]:
     searches = [_Search(problem) for problem in problems]
     grid = problems[0].grid
 
+    # Each answer holds up a device, so it is asked for where it may end the search alone.
+    may_end = 0 < grid.patience < grid.num_candidates
+
     def gains() -> Iterator[bool]:
         for candidate in range(grid.num_candidates):
-            gain = [each.try_candidate(grid.factor(candidate)) for each in searches]
-            yield any(gain)
+            better = [each.try_candidate(grid.factor(candidate)) for each in searches]
+            yield any(bool(each.any()) for each in better) if may_end else True
 
     grid.last_candidate(gains())
     return [(each.best_min, each.best_max) for each in searches]
@@ -170,15 +173,15 @@ class _Search:
         self.best_min, self.best_max = problem.low.clone(), problem.high.clone()
         self.best_error = torch.full_like(problem.low, torch.inf)
 
-    def try_candidate(self, factor: float) -> bool:
-        """Try one candidate; returns whether any group became better."""
+    def try_candidate(self, factor: float) -> Tensor:
+        """Try one candidate; returns which groups became better."""
         low, high = self.problem.low * factor, self.problem.high * factor
         error = self.error(*self.qparams(low, high))
         better = error < self.best_error
         self.best_error = torch.where(better, error, self.best_error)
         self.best_min = torch.where(better, low, self.best_min)
         self.best_max = torch.where(better, high, self.best_max)
-        return bool(better.any())
+        return better
 
     def qparams(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scale, float32, and zero point of a candidate range, as they will be stored."""

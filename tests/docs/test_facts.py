@@ -49,6 +49,13 @@ def test_rooms_of_the_readme_exist() -> None:
     assert all((ROOT / room).is_dir() for room in rooms)
 
 
+def test_the_way_from_a_tensor_to_a_checkpoint_is_short() -> None:
+    rows = read_table(README.read_text("utf-8"), "file")
+    files = [ROOT / re.findall(r"`([^`]+)`", row[0])[0] for row in rows]
+    assert len(files) == 6
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in files) <= 1300
+
+
 def test_links_of_the_readme_exist() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text("utf-8"))
     assert links

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
-from calipers._words import first_line
+from calipers._words import first_line, listing
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import SchemeLike, resolve_config
@@ -118,14 +118,8 @@ def check_load(
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
-    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line.
-
-    Args:
-        model: As for `find_load_problems`; nothing in it is changed.
-        scheme: As for `calipers.calibrate`, and so the others.
-        ignore: Modules to leave alone.
-        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
-        scheme_options: Arguments of the scheme's weights that are to be others.
+    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line. The
+    arguments are those of `calipers.calibrate`; nothing in the model is changed.
 
     Raises:
         SchemeError: The model cannot take this scheme.
@@ -143,15 +137,10 @@ def refuse_unloadable(
     *,
     skip: bool = False,
 ) -> list[str]:
-    """Refuse a model whose checkpoint would not load back.
-
-    Args:
-        model: As for `find_load_problems`.
-        schemes: As for `find_load_problems`.
-        skip: Return the modules that do not load back instead, where the others do.
+    """Refuse a model whose checkpoint `find_load_problems` says would not load back.
 
     Returns:
-        Modules to leave alone; empty where all is well or could not be checked.
+        With `skip`, where the others load back, the modules to leave alone; else an empty list.
 
     Raises:
         CheckpointError: Names the modules, the reasons and the way out. What cannot be checked is
@@ -178,17 +167,15 @@ def _describe(check: LoadCheck) -> str:
         "quantized modules fail",
     ]
     for reason, names in kinds.items():
-        patterns = list(dict.fromkeys(kind_of(name) for name in names))
-        more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
-        lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
+        lines.append(f"{listing(dict.fromkeys(map(kind_of, names)), _LISTED)}: {reason}")
     if check.whole:
         lines.append(
             "no part of the model loads back under this scheme: choose another one, such as "
             "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
         )
     else:
-        patterns = list(dict.fromkeys(_pattern(name) for name in check.problems))
-        ignore = ", ".join(f'"{each}"' for each in patterns)
+        ignored = dict.fromkeys(_pattern(kind_of(name)) for name in check.problems)
+        ignore = ", ".join(f'"{each}"' for each in ignored)
         lines.append(
             f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
             "load_check=False (--no-load-check) for another loader"
@@ -196,11 +183,8 @@ def _describe(check: LoadCheck) -> str:
     return "\n  ".join(lines)
 
 
-def _pattern(name: str) -> str:
-    kind = kind_of(name)
-    if "*" not in kind:
-        return kind
-    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$"
+def _pattern(kind: str) -> str:
+    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$" if "*" in kind else kind
 
 
 def _schemes_of_twin(
@@ -237,21 +221,19 @@ def _try_kinds(
     reason = _try(twin, schemes, runs=runs)
     if reason is None:
         return {}, False
-    kinds = list(dict.fromkeys(kind_of(name) for name in schemes))
-    found: dict[str, str] = {}
-    good: list[str] = []
-    for kind in kinds:
-        alone = {n: s for n, s in schemes.items() if kind_of(n) == kind}
-        why = _try(twin, alone, runs=runs)
-        if why is None:
-            good.append(kind)
-        else:
-            found[kind] = why
-    if not found or (good and _try(twin, _only(schemes, good), runs=runs) is not None):
+
+    def why_not(kinds: list[str]) -> str | None:
+        chosen = {name: each for name, each in schemes.items() if kind_of(name) in kinds}
+        return _try(twin, chosen, runs=runs)
+
+    kinds = dict.fromkeys(kind_of(name) for name in schemes)
+    found = {kind: why for kind in kinds if (why := why_not([kind])) is not None}
+    good = [kind for kind in kinds if kind not in found]
+    if not found or (good and why_not(good) is not None):
         # Each alone loads, but not all of them together: take up one after the other.
         kept: list[str] = []
         for kind in good:
-            why = _try(twin, _only(schemes, [*kept, kind]), runs=runs)
+            why = why_not([*kept, kind])
             if why is None:
                 kept.append(kind)
             else:
@@ -260,32 +242,25 @@ def _try_kinds(
     return found, not good
 
 
-def _only(
-    schemes: Mapping[str, QuantizationScheme], kinds: list[str]
-) -> dict[str, QuantizationScheme]:
-    return {name: each for name, each in schemes.items() if kind_of(name) in kinds}
-
-
 def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:
     """Quantize a copy of the twin, save it and load it; why it does not come back, or None."""
     quantized = copy.deepcopy(twin)
     try:
         for name, scheme in schemes.items():
             _quantize(quantized.get_submodule(name), scheme)
-        tensors = checkpoint_tensors(quantized)
-        exact = loading_dtype(quantized) is None
+        dtype = loading_dtype(quantized)
+        tensors = checkpoint_tensors(quantized, dtype)
     except Exception:
         return None  # what cannot be quantized or compressed is told by others, with its reason
     with tempfile.TemporaryDirectory(prefix="calipers-") as folder:
         write_checkpoint(quantized, Path(folder), tell=False)
         try:
             kind: Any = type(twin)
-            loaded = kind.from_pretrained(
-                folder, local_files_only=True, attn_implementation="eager"
-            ).eval()
+            options = {"local_files_only": True, "attn_implementation": "eager"}
+            loaded = kind.from_pretrained(folder, **options).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
-        return _difference(quantized, loaded, tensors, exact=exact, runs=runs)
+        return _difference(quantized, loaded, tensors, exact=dtype is None, runs=runs)
 
 
 def _difference(
@@ -301,13 +276,7 @@ def _difference(
         name
         for name, tensor in tensors.items()
         if name in state
-        and (
-            state[name].shape != tensor.shape
-            or not torch.equal(
-                state[name].detach().double(),
-                tensor.to(state[name].dtype).double(),
-            )
-        )
+        and not torch.equal(state[name].double(), tensor.to(state[name].dtype).double())
     ]
     if wrong:
         return f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}"
@@ -363,13 +332,9 @@ def _outputs(model: Any) -> Tensor | str:
         value = output.get(key) if hasattr(output, "get") else None
         if isinstance(value, Tensor):
             return value.float().flatten()
-    floats = [each for each in _tensors(output) if each.is_floating_point()]
-    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
     values = output.values() if hasattr(output, "values") else output
-    return (each for each in values if isinstance(each, Tensor))
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
 
 
 def _kind_and_line(error: Exception) -> str:

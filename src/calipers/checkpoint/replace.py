@@ -85,9 +85,6 @@ def refuse_unwritable(place: Path) -> None:
 
     Nothing stays. Parents of `place` that are missing are not made.
 
-    Args:
-        place: As for `replacing`, but that parents may be missing.
-
     Raises:
         OSError: Says what cannot be done.
     """
@@ -95,10 +92,9 @@ def refuse_unwritable(place: Path) -> None:
         raise OSError(
             errno.EBUSY, "is a mount point, which no other folder can replace: choose one inside"
         )
-    parent = place.parent
-    while not parent.exists():
-        place, parent = parent, parent.parent
-    trial = _beside(place, "tmp") if parent == place.parent else _beside(parent / "trial", "tmp")
+    while not place.parent.exists():
+        place = place.parent
+    trial = _beside(place, "tmp")
     trial.mkdir(mode=0o700)
     trial.rmdir()
 

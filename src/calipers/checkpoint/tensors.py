@@ -33,10 +33,8 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_module_quantized(module)}
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
+def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """State dict of the checkpoint: quantized modules compressed, all others as they are.
-
-    Where there is a `loading_dtype` and a loader would not cast to it, the tensors have it already.
 
     Weights that the model declares tied (an output head and its embedding), and that still are, are
     left out: loading ties them again. Tensors shared in any other way are stored under each name,
@@ -44,6 +42,7 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Args:
         model: The model, its quantized modules frozen.
+        dtype: The `loading_dtype`. The tensors have it already where a loader would not cast to it.
 
     Returns:
         Contiguous tensors by full name, no two of them sharing memory. Those of quantized and of
@@ -54,13 +53,9 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: A module cannot be compressed, or holds a tensor without data.
     """
     tensors: dict[str, Tensor] = {}
-    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
+    dtype = dtype if are_renamed(model) else None
     for part in _parts(model):
-        state = _local_state(part.module)
-        if part.scheme is not None:
-            state = _compress(part.prefix, state, part.scheme, type(part.module))
-        state = _in_dtype(part, state, dtype, kept)
-        for key, value in state.items():
+        for key, value in _saved_state(part, dtype).items():
             if key in part.tied:
                 continue
             name = _join(part.prefix, key)
@@ -85,20 +80,18 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """
     total = 0
     known: dict[object, int] = {}
-    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
+    dtype = loading_dtype(model) if are_renamed(model) else None
     for part in _parts(model):
         with disable_onloading():
             stored = _stored(part.module)
             shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in stored.items()}
             if part.scheme is None:
                 state = {k: v.to("meta") for k, v in stored.items() if k not in part.tied}
-                total += _bytes(_in_dtype(part, state, dtype, kept))
+                total += _bytes(_in_dtype(part, state, dtype))
                 continue
         kind = (type(part.module), part.scheme.model_dump_json(), tuple(sorted(shapes.items())))
         if kind not in known:
-            state = _local_state(part.module)
-            state = _compress(part.prefix, state, part.scheme, type(part.module))
-            known[kind] = _bytes(_in_dtype(part, state, dtype, kept))
+            known[kind] = _bytes(_saved_state(part, dtype))
         total += known[kind]
     return total
 
@@ -122,13 +115,8 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
 
     compressed-tensors 0.19 decompresses FP4 and MX weights to bfloat16 whatever dtype the model is
     loaded in, so that a float32 or float16 model made from such a checkpoint fails in its first
-    matmul. This asks the decompressor itself, one module per scheme.
-
-    Args:
-        model: The model, its quantized modules frozen.
-
-    Returns:
-        That dtype; None where the weights come back in the dtype that they had.
+    matmul. This asks the decompressor itself, one module per scheme. None where the weights come
+    back in the dtype that they had.
 
     Raises:
         CheckpointError: A module cannot be compressed, or not be decompressed again.
@@ -142,7 +130,7 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
             continue
         asked.add(kind)
         plain = _local_state(part.module)
-        state = _compress(part.prefix, plain, part.scheme, type(part.module))
+        state = _compress(part, plain)
         try:
             compressor = _compressor(part.scheme, type(part.module))
             weight: Tensor = compressor.decompress(state, part.scheme)["weight"]
@@ -156,18 +144,25 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
-def _in_dtype(
-    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None, kept: set[str]
-) -> dict[str, Tensor]:
-    """The tensors of a module in another dtype, if any.
+def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a checkpoint stores of a module, tied tensors included."""
+    return _in_dtype(part, _compress(part, _local_state(part.module)), dtype)
 
-    Global scales and scales of a dtype of their own stay, as do the modules that transformers keeps
-    in float32.
+
+def _in_dtype(
+    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors of a module in the dtype that a loader does not cast to itself, if any.
+
+    transformers does not cast the weights that it renames (of many multimodal models), and would
+    then run layers of two dtypes on each other. Global scales and scales of a dtype of their own
+    stay, as do the modules that transformers keeps in float32.
     """
-    if dtype is None or kept & set(part.prefix.split(".")):
+    if dtype is None or part.stays_float32:
         return state
     with disable_onloading():
-        own = {t.dtype for t in _stored(part.module).values() if _is_plain_float(t)}
+        dtypes = {t.dtype for t in _stored(part.module).values()}
+    own = {each for each in dtypes if each.is_floating_point and each.itemsize > 1}
     fixed = set() if part.scheme is None else _scales_with_dtype(part.scheme)
     return {
         key: value
@@ -177,28 +172,13 @@ def _in_dtype(
     }
 
 
-def _saving_dtype(model: nn.Module) -> torch.dtype | None:
-    """The `loading_dtype`, where a loader would not cast to it itself.
-
-    transformers does not cast the weights that it renames (of many multimodal models), and would
-    then run layers of two dtypes on each other.
-    """
-    return loading_dtype(model) if are_renamed(model) else None
-
-
-def _kept_in_float32(model: nn.Module) -> set[str]:
-    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-
-
-def _is_plain_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
-
-
 def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
-    all_args = {"weight": scheme.weights, "input": scheme.input_activations}
-    all_args["output"] = scheme.output_activations
-    named = {name for name, args in all_args.items() if args is not None and args.scale_dtype}
-    return {f"{name}_scale" for name in named}
+    scales = {
+        "weight_scale": scheme.weights,
+        "input_scale": scheme.input_activations,
+        "output_scale": scheme.output_activations,
+    }
+    return {name for name, args in scales.items() if args is not None and args.scale_dtype}
 
 
 @dataclass(frozen=True)
@@ -210,6 +190,7 @@ class _Part:
     scheme: QuantizationScheme | None
     tied: frozenset[str]
     offloaded: bool
+    stays_float32: bool
 
 
 def _parts(model: nn.Module) -> Iterator[_Part]:
@@ -226,6 +207,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
         for name, source in _declared_ties(model).items()
         if name in plain and source in plain and _equal(plain[name], plain[source])
     }
+    float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for prefix, module in named:
         keys = (*module._parameters, *module._buffers)
         yield _Part(
@@ -234,6 +216,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             scheme=module.quantization_scheme if is_module_quantized(module) else None,
             tied=frozenset(key for key in keys if _join(prefix, key) in tied),
             offloaded=isinstance(module._parameters, OffloadCache),
+            stays_float32=bool(float32 & set(prefix.split("."))),
         )
 
 
@@ -259,15 +242,16 @@ def _local_state(module: nn.Module) -> dict[str, Tensor]:
         return _stored(module)
 
 
-def _compress(
-    prefix: str, state: dict[str, Tensor], scheme: QuantizationScheme, kind: type[nn.Module]
-) -> dict[str, Tensor]:
+def _compress(part: _Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if part.scheme is None:
+        return state
     try:
         with torch.no_grad():
-            compressed: dict[str, Tensor] = _compressor(scheme, kind).compress(state, scheme)
+            compressor = _compressor(part.scheme, type(part.module))
+            compressed: dict[str, Tensor] = compressor.compress(state, part.scheme)
     except Exception as error:
         raise CheckpointError(
-            f"module {prefix} cannot be compressed: {type(error).__name__}: {error}"
+            f"module {part.prefix} cannot be compressed: {type(error).__name__}: {error}"
         ) from error
     return compressed
 

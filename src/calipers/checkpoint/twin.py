@@ -43,14 +43,12 @@ _IS_TOKEN = re.compile(r"_token_(id|index)$|^(image|video|audio)_token(_id|_inde
 
 
 def make_twin(model: nn.Module) -> Any:
-    """A small model of the same class and architecture, with random weights, on the CPU.
+    """A small model of a transformers model's class and architecture: random weights, on the CPU.
 
     Its layers are those that the model begins with, as many as it takes to see each kind of module
     that the model has; widths, experts and vocabulary are smaller too. So its modules have names
-    that the model's have. A model that is small already is built as it is.
-
-    Args:
-        model: A transformers model, its weights anywhere; not touched.
+    that the model's have. A model that is small already is built as it is. The model itself is not
+    touched, and its weights may lie anywhere.
 
     Raises:
         Exception: Whatever the class raises where it cannot be built so small.
@@ -59,9 +57,8 @@ def make_twin(model: nn.Module) -> Any:
     config = small_config(model)
     for each in _configs(config):
         each.__dict__.pop("quantization_config", None)
-    kind: Any = type(model)
     dtype = source.dtype if source.dtype.is_floating_point else torch.float32
-    twin = kind._from_config(config, dtype=dtype, attn_implementation="eager")
+    twin = type(source)._from_config(config, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if parameter.ndim >= 2:
@@ -89,13 +86,17 @@ def small_config(model: nn.Module) -> Any:
     source: Any = model
     config = copy.deepcopy(source.config)
     needed = _layers_needed(model)
-    _each_in_configs(config, lambda each: _fewer_layers(each, needed))
+    configs = list(_configs(config))
+    for each in configs:
+        _fewer_layers(each, needed)
     with disable_onloading():
         if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
             return config
     widths: dict[int, int] = {}
-    _each_in_configs(config, lambda each: _fewer_heads(each, widths))
-    _each_in_configs(config, lambda each: _narrower(each, widths))
+    for each in configs:
+        _fewer_heads(each, widths)
+    for each in configs:
+        _narrower(each, widths)
     return config
 
 
@@ -107,20 +108,12 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(value)
 
 
-def _each_in_configs(config: Any, change: Any) -> None:
-    for each in _configs(config):
-        change(each)
-
-
 def _layers_needed(model: nn.Module) -> dict[int, int]:
     """Number of layers of a stack to how many of the first of them show every kind of module."""
     needed: dict[int, int] = defaultdict(int)
-    stacks = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+(\.|$)", name)
-    }
-    for stack in stacks.values():
+    for stack_name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or re.search(r"\.\d+(\.|$)", stack_name):
+            continue
         seen: set[tuple[str, type[nn.Module]]] = set()
         last = 0
         for place, layer in enumerate(stack):
@@ -133,54 +126,55 @@ def _layers_needed(model: nn.Module) -> dict[int, int]:
 
 
 def _fewer_layers(config: Any, needed: Mapping[int, int]) -> None:
-    fields = vars(config)
-    for key, value in list(fields.items()):
-        if not _LAYERS.search(key) or not isinstance(value, int) or isinstance(value, bool):
-            continue
+    for key, value in _numbers(config).items():
         fewer = max(2, needed.get(value, 2))
-        if value <= fewer:
+        if not _LAYERS.search(key) or value <= fewer:
             continue
-        _set(config, key, fewer)
-        for other, values in list(fields.items()):
+        setattr(config, key, fewer)
+        for other, values in list(vars(config).items()):
             if isinstance(values, list) and len(values) == value:
-                _set(config, other, values[:fewer])
+                setattr(config, other, values[:fewer])
 
 
 def _fewer_heads(config: Any, widths: dict[int, int]) -> None:
     """Smaller head counts with heads as wide as before, and the hidden size that follows."""
-    hidden = next((v for k in _HIDDEN if isinstance(v := _get(config, k), int)), None)
-    heads_key = next((k for k in _HEADS if isinstance(_get(config, k), int)), None)
+    numbers = _numbers(config)
+    hidden = next((numbers[key] for key in _HIDDEN if key in numbers), None)
+    heads_key = next((key for key in _HEADS if key in numbers), None)
     if heads_key is None:
-        coder = [k for k in _CODER_HEADS if isinstance(_get(config, k), int)]
+        coder = [key for key in _CODER_HEADS if key in numbers]
         if not coder or hidden is None:
             return
-        size = hidden // _get(config, coder[0])
+        size = hidden // numbers[coder[0]]
         heads = _heads_for(size, hidden, 2)
         for key in coder:
-            _set(config, key, heads)
+            setattr(config, key, heads)
         widths[hidden] = heads * size
         return
-    heads = _get(config, heads_key)
-    expand, size = _get(config, "expand"), _get(config, "head_dim")
-    if hidden and expand and size and heads * size == expand * hidden:  # Mamba 2
+    heads = numbers[heads_key]
+    expand, wide = vars(config).get("expand"), numbers.get("head_dim")
+    if hidden and expand and wide and heads * wide == expand * hidden:  # Mamba 2
         widths[hidden] = _WIDTH
-        _set(config, heads_key, expand * _WIDTH // size)
+        setattr(config, heads_key, expand * _WIDTH // wide)
         return
-    explicit = any(isinstance(_get(config, key), int) for key in _HEAD_DIMS)
-    kv_key = next((k for k in _KV_HEADS if isinstance(_get(config, k), int)), None)
-    kv = _get(config, kv_key) if kv_key else heads
-    fewer = min(4, heads)
-    if hidden is not None and hidden % heads == 0 and (not explicit or hidden == heads * size):
+    explicit = any(key in numbers for key in _HEAD_DIMS)
+    kv_key = next((key for key in _KV_HEADS if key in numbers), None)
+    kv = numbers[kv_key] if kv_key else heads
+    if (
+        hidden is not None
+        and hidden % heads == 0
+        and (not explicit or hidden == heads * (wide or 0))
+    ):
         fewer = min(heads, _heads_for(hidden // heads, hidden, 2))
         widths[hidden] = fewer * (hidden // heads)
     elif explicit:
-        fewer = min(4, heads) if heads % 2 == 0 else min(3, heads)
+        fewer = min(4 - heads % 2, heads)
     else:
         return
-    _set(config, heads_key, fewer)
+    setattr(config, heads_key, fewer)
     if kv_key is not None:
         pairs = 2 if fewer % 2 == 0 and kv > 1 else 1
-        _set(config, kv_key, fewer if kv == heads else pairs)
+        setattr(config, kv_key, fewer if kv == heads else pairs)
 
 
 def _heads_for(size: int, hidden: int, least: int) -> int:
@@ -193,23 +187,21 @@ def _heads_for(size: int, hidden: int, least: int) -> int:
 
 
 def _narrower(config: Any, widths: dict[int, int]) -> None:
-    hidden = next((v for k in _HIDDEN if isinstance(v := _get(config, k), int)), None)
-    expand = _get(config, "expand")
-    for key, value in list(vars(config).items()):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
+    numbers = _numbers(config)
+    hidden = next((numbers[key] for key in _HIDDEN if key in numbers), None)
+    expand = vars(config).get("expand")
+    for key, value in numbers.items():
         if _IS_WIDTH.search(key) and "head" not in key and value > _WIDTH:
             if key == "intermediate_size" and expand and hidden and value == expand * hidden:
-                base = widths.get(hidden, _narrow(hidden))
-                _set(config, key, int(expand * base))
+                setattr(config, key, int(expand * widths.get(hidden, _narrow(hidden))))
                 continue
-            _set(config, key, widths.setdefault(value, _narrow(value)))
+            setattr(config, key, widths.setdefault(value, _narrow(value)))
         elif key in _EXPERT_COUNTS and value > _EXPERTS:
-            _set(config, key, max(_EXPERTS, _get(config, "num_experts_per_tok") or 0))
+            setattr(config, key, max(_EXPERTS, numbers.get("num_experts_per_tok", 0)))
         elif _IS_VOCABULARY.search(key) and value > _VOCABULARY:
-            _set(config, key, _VOCABULARY)
+            setattr(config, key, _VOCABULARY)
     if hasattr(config, "use_mamba_kernels"):
-        _set(config, "use_mamba_kernels", False)
+        config.use_mamba_kernels = False
     _fewer_tokens(config)
 
 
@@ -234,15 +226,12 @@ def _fewer_tokens(config: Any) -> None:
                 moved[each] = place
                 place -= 1
         new = [moved.get(each, each) for each in values]
-        _set(config, key, new if isinstance(value, list) else new[0])
+        setattr(config, key, new if isinstance(value, list) else new[0])
 
 
-def _get(config: Any, key: str) -> Any:
-    return vars(config).get(key)
-
-
-def _set(config: Any, key: str, value: Any) -> None:
-    setattr(config, key, value)
+def _numbers(config: Any) -> dict[str, int]:
+    """The integers of a config by field."""
+    return {key: value for key, value in vars(config).items() if type(value) is int}
 
 
 def config_text(config: Any) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from calipers._quiet import no_progress_bars
 from calipers.errors import CalipersError
 
-__all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
+__all__ = ["load_model", "load_tokenizer", "peak_memory_bytes"]
 
 #: An organisation and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -109,12 +108,6 @@ def load_tokenizer(path: Path) -> Any:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise CalipersError(f"{path}: no files of a tokenizer")
     return tokenizer
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model, shared ones counted once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def peak_memory_bytes() -> int:

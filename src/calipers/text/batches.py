@@ -63,9 +63,9 @@ def read_batches(
         >>> from transformers import AutoTokenizer
         >>> from calipers.demo import MODEL_PATH
         >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-        >>> batches = read_batches(["Once upon a time", "A cat sat"], tokenizer, sequence_length=3)
-        >>> [tuple(ids.shape) for ids in batches]
-        [(1, 3), (1, 3)]
+        >>> samples = ["Once upon a time", {"prompt": "Who sat?", "response": "A cat."}]
+        >>> read_batches(samples, tokenizer, sequence_length=3)
+        [tensor([[ 0, 49, 80]]), tensor([[ 0, 57, 539]])]
     """
     if isinstance(path, str):
         path = Path(path)

@@ -61,10 +61,7 @@ def open_saved(folder: Path, split: str | None) -> Iterator[Sample]:
 def iterate_dataset(dataset: Any, name: str, split: str | None = None) -> Iterator[Sample]:
     """Iterate over the rows of a dataset, as plain Python values.
 
-    Args:
-        dataset: Of the package's classes.
-        name: What errors call it.
-        split: Which of several; None takes "train", or the only one.
+    Of several splits None takes "train", or the only one. `name` is what errors call the dataset.
 
     Raises:
         CalipersError: There is no such split (lists them), or no column holds samples.

@@ -23,9 +23,7 @@ _walked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def name_of(module: nn.Module, *, search: bool = False) -> str:
     """A module's name in the model of the session; its class where it is not part of one.
 
-    Args:
-        module: The module.
-        search: Walk through the model again where the module was not in it before.
+    With `search` the model is walked through again where the module was not in it before.
     """
     model = active_session().state.model
     unknown = search and module not in _names

@@ -115,13 +115,9 @@ def output_verdict(
     *,
     objective: str | None = None,
 ) -> str:
-    """One line on the output error of a model without a language head; see `verdict`.
+    """One line on the output error of a model without a language head, as `verdict` gives it.
 
-    Args:
-        scheme: As for `verdict`.
-        error: `OutputError.value`.
-        standard_error: `OutputError.standard_error`.
-        objective: As for `verdict`.
+    `error` and `standard_error` are the value and the standard error of an `OutputError`.
     """
     scheme = _hardest(scheme)
     if not math.isfinite(error):

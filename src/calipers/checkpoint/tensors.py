@@ -34,15 +34,13 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """State dict of the checkpoint: quantized modules compressed, all others as they are.
+    """State dict of the checkpoint: frozen quantized modules compressed, all others as they are.
 
     Weights that the model declares tied (an output head and its embedding), and that still are, are
     left out: loading ties them again. Tensors shared in any other way are stored under each name,
     since nothing would share them again.
 
-    Args:
-        model: The model, its quantized modules frozen.
-        dtype: The `loading_dtype`. The tensors have it already where a loader would not cast to it.
+    With the `loading_dtype`, tensors have it already where a loader would not cast to it.
 
     Returns:
         Contiguous tensors by full name, no two of them sharing memory. Those of quantized and of

@@ -17,7 +17,7 @@ from torch import nn
 
 from calipers.calibration.targets import kind_of
 
-__all__ = ["make_twin", "plain_defaults", "small_config"]
+__all__ = ["config_text", "make_twin", "plain_defaults"]
 
 #: Models up to this many parameters are as small as a twin needs to be.
 _SMALL = 3_000_000
@@ -54,9 +54,17 @@ def make_twin(model: nn.Module) -> Any:
         Exception: Whatever the class raises where it cannot be built so small.
     """
     source: Any = model
-    config = small_config(model)
-    for each in _configs(config):
+    config = copy.deepcopy(source.config)
+    configs, needed = list(_configs(config)), _layers_needed(model)
+    for each in configs:
         each.__dict__.pop("quantization_config", None)
+        _fewer_layers(each, needed)
+    with disable_onloading():
+        is_small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+    widths: dict[int, int] = {}
+    for shrink in () if is_small else (_fewer_heads, _narrower):
+        for each in configs:
+            shrink(each, widths)
     dtype = source.dtype if source.dtype.is_floating_point else torch.float32
     twin = type(source)._from_config(config, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
@@ -79,25 +87,6 @@ def plain_defaults() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
-
-
-def small_config(model: nn.Module) -> Any:
-    """A copy of the model's config with sizes for a twin; see `make_twin`."""
-    source: Any = model
-    config = copy.deepcopy(source.config)
-    needed = _layers_needed(model)
-    configs = list(_configs(config))
-    for each in configs:
-        _fewer_layers(each, needed)
-    with disable_onloading():
-        if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
-            return config
-    widths: dict[int, int] = {}
-    for each in configs:
-        _fewer_heads(each, widths)
-    for each in configs:
-        _narrower(each, widths)
-    return config
 
 
 def _configs(config: Any) -> Iterator[Any]:

@@ -32,6 +32,7 @@ from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
+from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Change,
@@ -43,22 +44,6 @@ from calipers.cli.judging import (
     measure,
 )
 from calipers.cli.models import load_model, load_tokenizer, peak_memory_bytes
-from calipers.cli.options import (
-    ActivationObserver,
-    DataFile,
-    DataSamples,
-    Device,
-    Dtype,
-    EvalFile,
-    EvalSamples,
-    GroupSize,
-    Ignore,
-    Json,
-    ModelFolder,
-    Plugins,
-    SequenceLength,
-    load_plugins,
-)
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError, MissingDataError
@@ -71,7 +56,7 @@ DEFAULT_SCHEME = "W4A16"
 
 
 def calibrate(
-    model: ModelFolder = None,
+    model: options.ModelFolder = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +64,7 @@ def calibrate(
             "size that divides the columns of all modules."
         ),
     ] = None,
-    group_size: GroupSize = None,
+    group_size: options.GroupSize = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -91,15 +76,15 @@ def calibrate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
-    activation_observer: ActivationObserver = None,
-    plugin: Plugins = None,
-    data: DataFile = None,
+    activation_observer: options.ActivationObserver = None,
+    plugin: options.Plugins = None,
+    data: options.DataFile = None,
     no_data: Annotated[
         bool, typer.Option("--no-data", help="Calibrate without data: weights by themselves.")
     ] = False,
-    samples: DataSamples = 128,
-    sequence_length: SequenceLength = 512,
-    ignore: Ignore = None,
+    samples: options.DataSamples = 128,
+    sequence_length: options.SequenceLength = 512,
+    ignore: options.Ignore = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
@@ -125,17 +110,17 @@ def calibrate(
             help="Do not try first, on a small twin of the model, whether DIR would load back.",
         ),
     ] = False,
-    eval_file: EvalFile = None,
-    eval_samples: EvalSamples = 128,
+    eval_file: options.EvalFile = None,
+    eval_samples: options.EvalSamples = 128,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not judge the model before and after.")
     ] = False,
     worst: Annotated[
         int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
     ] = 5,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    json: Json = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
 ) -> None:
     """Quantize a model, judge it, and write a checkpoint that transformers and vLLM load.
 
@@ -168,11 +153,11 @@ def calibrate(
         judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
         missing = on_missing or ("error" if texts is None or texts.given else "fallback")
         check_choice("on_missing", missing, OnMissing)
-        load_plugins(plugin)
-        options = parse_options(option or [])
+        options.load_plugins(plugin)
+        chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size))
-        choice = ObserverChoice(observer, activation_observer, options, texts is not None)
+        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
@@ -353,13 +338,13 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     Raises:
         CalipersError: One without a key or an equals sign, or of a value that is no scalar.
     """
-    options = {}
+    found = {}
     for item in given:
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise CalipersError(f"--option: expected key=value, got {item!r}")
         try:
-            options[key.strip()] = yaml.safe_load(value)
+            found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise CalipersError(f"--option: cannot read the value of {item!r}") from None
-    return options
+    return found

@@ -21,6 +21,7 @@ from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
+from calipers.cli import options
 from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options, sized
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
@@ -37,22 +38,6 @@ from calipers.cli.judging import (
     measure,
 )
 from calipers.cli.models import load_model, load_tokenizer
-from calipers.cli.options import (
-    ActivationObserver,
-    DataFile,
-    DataSamples,
-    Device,
-    Dtype,
-    EvalFile,
-    EvalSamples,
-    GroupSize,
-    Ignore,
-    Json,
-    ModelFolder,
-    Plugins,
-    SequenceLength,
-    load_plugins,
-)
 from calipers.cli.texts import TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError
@@ -76,12 +61,12 @@ _OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
 
 
 def compare(
-    model: ModelFolder = None,
+    model: options.ModelFolder = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(help="A preset or a YAML file; may be repeated. Default: W4A16."),
     ] = None,
-    group_size: GroupSize = None,
+    group_size: options.GroupSize = None,
     observer: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,21 +81,21 @@ def compare(
             metavar="KEY=VALUE", help="An option of all observers that have it; may be repeated."
         ),
     ] = None,
-    activation_observer: ActivationObserver = None,
-    plugin: Plugins = None,
-    data: DataFile = None,
-    samples: DataSamples = 128,
-    sequence_length: SequenceLength = 512,
-    ignore: Ignore = None,
+    activation_observer: options.ActivationObserver = None,
+    plugin: options.Plugins = None,
+    data: options.DataFile = None,
+    samples: options.DataSamples = 128,
+    sequence_length: options.SequenceLength = 512,
+    ignore: options.Ignore = None,
     on_unfit: Annotated[
         str,
         typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
     ] = "error",
-    eval_file: EvalFile = None,
-    eval_samples: EvalSamples = 128,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    json: Json = False,
+    eval_file: options.EvalFile = None,
+    eval_samples: options.EvalSamples = 128,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
 ) -> None:
     """Quantize a model under each scheme with each observer, and compare the results.
 
@@ -129,7 +114,7 @@ def compare(
         recover(path.expanduser().resolve())
         texts = calibration_text(data, demo=model is None)
         judged_texts = heldout_text(eval_file, demo=model is None)
-        load_plugins(plugin)
+        options.load_plugins(plugin)
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
         observers = observer or list(_OBSERVERS)
@@ -262,17 +247,16 @@ def plan_runs(
         name, _, own = each.partition(":")
         name = name.strip().lower().replace("-", "_")
         known = Observer.get_value_from_registry(name).Options.model_fields
-        options = {key: value for key, value in given.items() if key in known}
-        used |= options.keys()
-        options |= parse_options(own.split(",")) if own else {}
-        chosen.append((name, options))
+        common_ones = {key: value for key, value in given.items() if key in known}
+        used |= common_ones.keys()
+        chosen.append((name, common_ones | (parse_options(own.split(",")) if own else {})))
     if unused := given.keys() - used:
         names = ", ".join(name for name, _ in chosen)
         raise CalipersError(f"--option: none of {names} has an option {min(unused)!r}")
-    sized = {each: _scheme_options(each, group_size) for each in schemes}
-    if group_size is not None and not any(sized.values()):
+    by_scheme = {each: _scheme_options(each, group_size) for each in schemes}
+    if group_size is not None and not any(by_scheme.values()):
         resolve_config(schemes[0], (), {"group_size": group_size})  # says why not
-    return [Run(s, name, options, more) for s, more in sized.items() for name, options in chosen]
+    return [Run(s, name, having, more) for s, more in by_scheme.items() for name, having in chosen]
 
 
 def _scheme_options(scheme: str, group_size: int | None) -> dict[str, Any]:
@@ -290,7 +274,7 @@ def execute(
     progress: Progress,
     *,
     stored: torch.dtype | None = None,
-    **options: Any,
+    **others: Any,
 ) -> list[RunResult]:
     """Quantize a model as each run asks for, and measure what came of it.
 
@@ -302,7 +286,7 @@ def execute(
         before: What the unquantized model did with `judged`.
         progress: Called for each run, and for each batch that is measured.
         stored: The dtype that the checkpoint's size is told for; None for that of the model.
-        options: Other arguments of `calibrate`.
+        others: Other arguments of `calibrate`.
     """
     results = []
     for done, run in enumerate(runs):
@@ -316,7 +300,7 @@ def execute(
             model_inputs(texts, model),
             observer_options=run.options,
             scheme_options=run.scheme_options,
-            **options,
+            **others,
         )
         seconds = time.perf_counter() - started
         errors = [each.weight_error for each in report.modules if each.weight_error is not None]

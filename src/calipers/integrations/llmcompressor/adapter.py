@@ -289,10 +289,7 @@ def _statistics_of_inputs(inner: Observer) -> dict[str, Tensor]:
 def adapt(cls: type[Observer], original: type[PeerObserver] = PeerObserver) -> type[Adapter]:
     """The class that offers an observer of calipers to llmcompressor.
 
-    Args:
-        cls: The observer of calipers.
-        original: The observer of llmcompressor whose place it takes: instances are instances of
-            that class too. Its base class where it takes none.
+    Its instances are instances of `original` too, the observer whose place it takes there.
     """
     adapter = IMatrixAdapter if issubclass(original, PeerIMatrixObserver) else Adapter
     members = {"calipers_class": cls, "__doc__": cls.__doc__, "__module__": __name__}

@@ -1,4 +1,4 @@
-"""What a tensor is: whether its elements lie in memory, and as what they can be read.
+"""Whether a tensor's elements lie in memory, and the plain tensor that they can be read as.
 
 Pointers are handed to compiled code. A tensor may have a shape and a dtype but no memory (fake and
 meta tensors, wrappers of other tensors, tensors inside of a function transform), or memory that
@@ -51,8 +51,8 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     torch.func.grad, and replicated DTensors, are replaced by the tensor behind them.
 
     Raises:
-        ValueError: What came instead of a dense tensor of real numbers with values, without the
-            name of what it is for.
+        ValueError: It is no dense tensor of real numbers with values. The message says what it is;
+            the caller adds the name of the argument.
     """
     # Under a FakeTensorMode no tensor of this thread has values.
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:

@@ -154,6 +154,7 @@ def refuse_unloadable(
     return list(check.problems)
 
 
+#: What was found out in this process, by class, config, dtype and schemes of the twin.
 _KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
 
 

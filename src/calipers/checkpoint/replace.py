@@ -22,7 +22,7 @@ from loguru import logger
 __all__ = ["recover", "refuse_unwritable", "replacing"]
 
 _YOUNG = 60.0  # seconds in which a folder without a lock may still be about to get one
-_LONG = 86400.0  # seconds after which one that tells no process is nobody's
+_LONG = 86400.0  # seconds after which a folder whose name tells no process is nobody's
 #: Which machine this is, for folders that several write to.
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _MARK = re.compile(r"((?P<pid>\d+)-(?P<host>[0-9a-f]{8}))?[0-9a-f]{8}\.(tmp|old)")

@@ -201,7 +201,7 @@ def _narrow(value: int) -> int:
 
 
 def _fewer_tokens(config: Any) -> None:
-    """Numbers of special tokens into the small vocabulary, different ones different."""
+    """Move ids of special tokens into the small vocabulary; different ids stay different."""
     place = _VOCABULARY - 1
     moved: dict[int, int] = {}
     for key, value in list(vars(config).items()):

@@ -19,7 +19,7 @@ _WIDTH_OF_FRAMES = 80
 
 
 class _Plain:
-    """For both kinds of commands; comes before them among the bases."""
+    """What single commands and the group share; the first of their bases."""
 
     rich_markup_mode: Any
     help: str | None

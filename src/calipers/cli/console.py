@@ -155,7 +155,7 @@ def _bars(console: Console) -> Iterator[ProgressFunction]:
 
 
 def _lines(console: Console) -> ProgressFunction:
-    """A log that is watched, or read afterwards, shall show that work goes on; not every step."""
+    """Print a line every half a minute: a log shows that work goes on, but not each step."""
     started = told = monotonic()
 
     def advance(stage: str, done: int, total: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import re
 import tempfile
@@ -31,7 +32,7 @@ from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import SchemeLike, resolve_config
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
-from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
+from calipers.checkpoint.twin import make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 from calipers.formats import Format
@@ -91,7 +92,7 @@ def find_load_problems(
             return LoadCheck(unchecked=f"no small twin could be made: {_kind_and_line(error)}")
         key = (
             type(model),
-            config_text(twin.config),
+            json.dumps(twin.config.to_dict(), sort_keys=True, default=str),
             str(twin.dtype),
             tuple((name, each.model_dump_json()) for name, each in chosen.items()),
         )

@@ -19,9 +19,9 @@ from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
 __all__ = [
-    "broken_ties",
     "checkpoint_bytes",
     "checkpoint_tensors",
+    "has_broken_ties",
     "loading_dtype",
     "module_format",
     "quantized_modules",
@@ -98,14 +98,14 @@ def _bytes(state: dict[str, Tensor]) -> int:
     return sum(value.numel() * value.dtype.itemsize for value in state.values())
 
 
-def broken_ties(model: nn.Module) -> dict[str, str]:
-    """Declared ties that a checkpoint of this model cannot keep, as {name: name it was tied to}.
+def has_broken_ties(model: nn.Module) -> bool:
+    """Whether the model declares a tie that a checkpoint of it cannot keep.
 
     A tie breaks when one side is quantized, or when the two sides hold different tensors already. A
     loader that tied them again would overwrite one of them.
     """
     kept = {_join(part.prefix, key) for part in _parts(model) for key in part.tied}
-    return {name: source for name, source in _declared_ties(model).items() if name not in kept}
+    return not _declared_ties(model).keys() <= kept
 
 
 def loading_dtype(model: nn.Module) -> torch.dtype | None:

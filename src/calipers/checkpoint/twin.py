@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections import defaultdict
@@ -17,7 +16,7 @@ from torch import nn
 
 from calipers.calibration.targets import kind_of
 
-__all__ = ["config_text", "make_twin", "plain_defaults"]
+__all__ = ["make_twin", "plain_defaults"]
 
 #: Models up to this many parameters are as small as a twin needs to be.
 _SMALL = 3_000_000
@@ -221,8 +220,3 @@ def _fewer_tokens(config: Any) -> None:
 def _numbers(config: Any) -> dict[str, int]:
     """The integers of a config by field."""
     return {key: value for key, value in vars(config).items() if type(value) is int}
-
-
-def config_text(config: Any) -> str:
-    """All of a config as text, sub-configs included."""
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)

@@ -15,7 +15,7 @@ from torch import nn
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.saved_config import saved_config
-from calipers.checkpoint.tensors import broken_ties, checkpoint_tensors, loading_dtype
+from calipers.checkpoint.tensors import checkpoint_tensors, has_broken_ties, loading_dtype
 
 __all__ = ["write_checkpoint"]
 
@@ -48,7 +48,7 @@ def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> No
     transforms = getattr(model, TRANSFORM_CONFIG_NAME, None)
     compressor = ModelCompressor(quantization_config=config, transform_config=transforms)
     compressor.update_config(str(folder))
-    _change_config(folder / "config.json", changes, untied=bool(broken_ties(model)))
+    _change_config(folder / "config.json", changes, untied=has_broken_ties(model))
 
 
 def _change_config(config_file: Path, changes: dict[str, str], *, untied: bool) -> None:

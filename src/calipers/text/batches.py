@@ -71,8 +71,8 @@ def read_batches(
         path = Path(path)
     _check(path, tokenizer, sequence_length, samples)
     if isinstance(path, Path) and path.suffix.lower() == ".txt" and path.is_file():
-        ids = _read_stream(path, tokenizer)
-        batches = _cut_stream(ids, sequence_length, samples, batch_size)
+        text = decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+        batches = _cut_stream(encode_text(text, tokenizer), sequence_length, samples, batch_size)
         name = str(path)
     else:
         name, found = _open(path)
@@ -126,11 +126,6 @@ def _encode(
             left_out + len(batches),
         )
     return batches
-
-
-def _read_stream(path: Path, tokenizer: Any) -> Tensor:
-    text = decode(path.read_bytes(), path)
-    return encode_text(text.replace("\r\n", "\n").replace("\r", "\n"), tokenizer)
 
 
 def _cut_stream(ids: Tensor, length: int, samples: int | None, batch_size: int) -> list[Tensor]:

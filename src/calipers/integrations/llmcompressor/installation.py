@@ -247,16 +247,12 @@ def _check_llmcompressor() -> None:
             f"llmcompressor {version}: its observer interface is not known to this version of "
             f"calipers, which works with llmcompressor {known}"
         )
-    missing = [
-        f"{path}.{name}" for path, names in _INTERFACE.items() for name in _missing(path, names)
-    ]
+    missing: list[str] = []
+    for path, names in _INTERFACE.items():
+        module, _, attribute = path.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None)
+        missing += [f"{path}.{name}" for name in names if not hasattr(found, name)]
     if missing:
         raise IntegrationError(
             f"llmcompressor {version} lacks what this integration builds on: {', '.join(missing)}"
         )
-
-
-def _missing(path: str, names: tuple[str, ...]) -> list[str]:
-    module, _, attribute = path.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute, None)
-    return [name for name in names if not hasattr(found, name)]

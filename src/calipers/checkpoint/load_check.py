@@ -223,25 +223,33 @@ def _try_kinds(
     reason = _try(twin, schemes, runs=runs)
     if reason is None:
         return {}, False
-
-    def why_not(kinds: list[str]) -> str | None:
-        chosen = {name: each for name, each in schemes.items() if kind_of(name) in kinds}
-        return _try(twin, chosen, runs=runs)
-
-    kinds = dict.fromkeys(kind_of(name) for name in schemes)
-    found = {kind: why for kind in kinds if (why := why_not([kind])) is not None}
-    good = [kind for kind in kinds if kind not in found]
-    if not found or (good and why_not(good) is not None):
+    kinds = list(dict.fromkeys(kind_of(name) for name in schemes))
+    found: dict[str, str] = {}
+    good: list[str] = []
+    for kind in kinds:
+        alone = {n: s for n, s in schemes.items() if kind_of(n) == kind}
+        why = _try(twin, alone, runs=runs)
+        if why is None:
+            good.append(kind)
+        else:
+            found[kind] = why
+    if not found or (good and _try(twin, _only(schemes, good), runs=runs) is not None):
         # Each alone loads, but not all of them together: take up one after the other.
         kept: list[str] = []
         for kind in good:
-            why = why_not([*kept, kind])
+            why = _try(twin, _only(schemes, [*kept, kind]), runs=runs)
             if why is None:
                 kept.append(kind)
             else:
                 found[kind] = why
         good = kept
     return found, not good
+
+
+def _only(
+    schemes: Mapping[str, QuantizationScheme], kinds: list[str]
+) -> dict[str, QuantizationScheme]:
+    return {name: each for name, each in schemes.items() if kind_of(name) in kinds}
 
 
 def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:
@@ -258,8 +266,9 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
         write_checkpoint(quantized, Path(folder), tell=False)
         try:
             kind: Any = type(twin)
-            options = {"local_files_only": True, "attn_implementation": "eager"}
-            loaded = kind.from_pretrained(folder, **options).eval()
+            loaded = kind.from_pretrained(
+                folder, local_files_only=True, attn_implementation="eager"
+            ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
         return _difference(quantized, loaded, tensors, exact=dtype is None, runs=runs)

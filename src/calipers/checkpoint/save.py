@@ -164,15 +164,18 @@ def _has_usable_scales(module: nn.Module) -> bool:
     scheme: Any = module.quantization_scheme
     if scheme.weights is not None and "weight_scale" not in module._parameters:
         return False
-    for key in module._parameters:
+    scales = [key for key in module._parameters if key.endswith("_scale")]
+    for key in scales:
         scale = getattr(module, key)
-        if not key.endswith("_scale") or scale.is_meta:
-            continue
-        if key == "weight_scale" and (scheme.weights.observer_kwargs or {}).get("signed", False):
-            scale = scale.abs()  # `optimal` may give symmetric integers a negative one, on request
-        if not bool(torch.all(torch.isfinite(scale) & (scale > 0))):
+        # The observer optimal may give symmetric integers a negative scale, on request.
+        usable = scale != 0 if key == "weight_scale" and _may_be_signed(scheme) else scale > 0
+        if not scale.is_meta and not bool(torch.all(torch.isfinite(scale) & usable)):
             return False
     return True
+
+
+def _may_be_signed(scheme: Any) -> bool:
+    return bool((scheme.weights.observer_kwargs or {}).get("signed", False))
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:

@@ -247,9 +247,10 @@ def plan_runs(
         name, _, own = each.partition(":")
         name = name.strip().lower().replace("-", "_")
         known = Observer.get_value_from_registry(name).Options.model_fields
-        common_ones = {key: value for key, value in given.items() if key in known}
-        used |= common_ones.keys()
-        chosen.append((name, common_ones | (parse_options(own.split(",")) if own else {})))
+        options = {key: value for key, value in given.items() if key in known}
+        used |= options.keys()
+        options |= parse_options(own.split(",")) if own else {}
+        chosen.append((name, options))
     if unused := given.keys() - used:
         names = ", ".join(name for name, _ in chosen)
         raise CalipersError(f"--option: none of {names} has an option {min(unused)!r}")

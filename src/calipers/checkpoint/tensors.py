@@ -128,7 +128,7 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
             continue
         asked.add(kind)
         plain = _local_state(part.module)
-        state = _compress(part, plain)
+        state = _compress(part.prefix, plain, part.scheme, type(part.module))
         try:
             compressor = _compressor(part.scheme, type(part.module))
             weight: Tensor = compressor.decompress(state, part.scheme)["weight"]
@@ -144,7 +144,10 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What a checkpoint stores of a module, tied tensors included."""
-    return _in_dtype(part, _compress(part, _local_state(part.module)), dtype)
+    state = _local_state(part.module)
+    if part.scheme is not None:
+        state = _compress(part.prefix, state, part.scheme, type(part.module))
+    return _in_dtype(part, state, dtype)
 
 
 def _in_dtype(
@@ -171,12 +174,10 @@ def _in_dtype(
 
 
 def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
-    scales = {
-        "weight_scale": scheme.weights,
-        "input_scale": scheme.input_activations,
-        "output_scale": scheme.output_activations,
-    }
-    return {name for name, args in scales.items() if args is not None and args.scale_dtype}
+    all_args = {"weight": scheme.weights, "input": scheme.input_activations}
+    all_args["output"] = scheme.output_activations
+    named = {name for name, args in all_args.items() if args is not None and args.scale_dtype}
+    return {f"{name}_scale" for name in named}
 
 
 @dataclass(frozen=True)
@@ -240,16 +241,15 @@ def _local_state(module: nn.Module) -> dict[str, Tensor]:
         return _stored(module)
 
 
-def _compress(part: _Part, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    if part.scheme is None:
-        return state
+def _compress(
+    prefix: str, state: dict[str, Tensor], scheme: QuantizationScheme, kind: type[nn.Module]
+) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
-            compressor = _compressor(part.scheme, type(part.module))
-            compressed: dict[str, Tensor] = compressor.compress(state, part.scheme)
+            compressed: dict[str, Tensor] = _compressor(scheme, kind).compress(state, scheme)
     except Exception as error:
         raise CheckpointError(
-            f"module {part.prefix} cannot be compressed: {type(error).__name__}: {error}"
+            f"module {prefix} cannot be compressed: {type(error).__name__}: {error}"
         ) from error
     return compressed
 

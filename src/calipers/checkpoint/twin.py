@@ -42,12 +42,14 @@ _IS_TOKEN = re.compile(r"_token_(id|index)$|^(image|video|audio)_token(_id|_inde
 
 
 def make_twin(model: nn.Module) -> Any:
-    """A small model of a transformers model's class and architecture: random weights, on the CPU.
+    """A small model of the same class and architecture, with random weights, on the CPU.
 
     Its layers are those that the model begins with, as many as it takes to see each kind of module
     that the model has; widths, experts and vocabulary are smaller too. So its modules have names
-    that the model's have. A model that is small already is built as it is. The model itself is not
-    touched, and its weights may lie anywhere.
+    that the model's have. A model that is small already is built as it is.
+
+    Args:
+        model: A transformers model, its weights anywhere; not touched.
 
     Raises:
         Exception: Whatever the class raises where it cannot be built so small.
@@ -64,8 +66,9 @@ def make_twin(model: nn.Module) -> Any:
     for shrink in () if is_small else (_fewer_heads, _narrower):
         for each in configs:
             shrink(each, widths)
+    kind: Any = type(model)
     dtype = source.dtype if source.dtype.is_floating_point else torch.float32
-    twin = type(source)._from_config(config, dtype=dtype, attn_implementation="eager")
+    twin = kind._from_config(config, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if parameter.ndim >= 2:

@@ -37,7 +37,11 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
 
     if dtype not in _DTYPES:
         raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    place = _device(device)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise CalipersError(f"device {device!r} cannot be used: {error}") from None
     if not path.exists() and _HUB_ID.fullmatch(str(path)):
         raise CalipersError(
             f"{path}: no such directory. If it is a model of the Hugging Face Hub, download it "
@@ -85,15 +89,6 @@ def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
             f"{path}: lacks weights that the model needs, or has them in other shapes: "
             f"{min(missing)}{more}"
         )
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CalipersError(f"device {name!r} cannot be used: {error}") from None
-    return device
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -16,7 +16,6 @@ __all__ = ["dataset_columns", "is_dataset", "iterate_dataset", "open_saved", "sa
 _CLASSES = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
 #: One of them lies in every folder that `save_to_disk` writes.
 _MARKS = ("dataset_dict.json", "state.json")
-_SPLIT = "train"
 
 
 def is_dataset(value: object) -> bool:
@@ -67,7 +66,7 @@ def iterate_dataset(dataset: Any, name: str, split: str | None = None) -> Iterat
         CalipersError: There is no such split (lists them), or no column holds samples.
     """
     if isinstance(dataset, Mapping):
-        wanted = split or (_SPLIT if len(dataset) != 1 else next(iter(dataset)))
+        wanted = split or ("train" if len(dataset) != 1 else next(iter(dataset)))
         if wanted not in dataset:
             raise CalipersError(
                 f"{name}: no split {wanted!r}; it has {', '.join(map(str, dataset)) or 'none'}"

@@ -31,23 +31,10 @@ from calipers.ranges import (
     search_optimal_scales,
 )
 from calipers.ranges.qparams import fake_quantized, qparams_of_range
+from ranges.strategies import MX, NVFP4
 
-MXFP6 = QuantizationArgs(
-    num_bits=6,
-    type="float",
-    strategy="group",
-    group_size=32,
-    scale_dtype=torch.uint8,
-    zp_dtype=torch.uint8,
-)
-NVFP4 = QuantizationArgs(
-    num_bits=4,
-    type="float",
-    strategy="tensor_group",
-    group_size=16,
-    scale_dtype=torch.float8_e4m3fn,
-    zp_dtype=torch.float8_e4m3fn,
-)
+MXFP6 = QuantizationArgs(**MX, num_bits=6)
+NVFP4_ARGS = QuantizationArgs(**NVFP4)
 CHANNEL = QuantizationArgs(num_bits=8, type="float", strategy="channel")
 #: Exponent and mantissa bits, as their names say.
 ROWS = {"E2M1": (E2M1, 2, 1), "E2M3": (E2M3, 2, 3), "E3M2": (E3M2, 3, 2), "E4M3": (E4M3, 4, 3)}
@@ -182,7 +169,7 @@ def test_as_the_library_does_it(
     num_bits: int, strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What stands in for a library that does not know a format, where it knows it."""
-    options = {"group": MXFP6, "tensor_group": NVFP4, "channel": CHANNEL}[strategy]
+    options = {"group": MXFP6, "tensor_group": NVFP4_ARGS, "channel": CHANNEL}[strategy]
     args = options.model_copy(update={"num_bits": num_bits})
     if not is_known_to_library(args):
         pytest.skip("the installed compressed-tensors does not know the format")

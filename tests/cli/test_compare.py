@@ -218,23 +218,16 @@ RESULTS = [
 
 NARROW = """\
 ./model
-scheme          unquantized
-  perplexity    14.040 ± 1.374
-  size          269.0 MB
-scheme          W4A16
-  observer      memoryless_minmax
-  weight error  0.1015
-  perplexity    15.035 ± 1.324
-  change        +7.09% ± 0.52%
-  size          112.0 MB
-  seconds       12.3
-scheme          W4A16
-  observer      optimal
-  weight error  0.1015
-  perplexity    15.035 ± 1.324
-  change        +1.87%
-  size          112.0 MB
-  seconds       12.3
+unquantized
+  perplexity: 14.040 ± 1.374, size: 269.0 MB
+W4A16
+  observer: memoryless_minmax, weight error: 0.1015
+  perplexity: 15.035 ± 1.324, change: +7.09% ± 0.52%
+  size: 112.0 MB, seconds: 12.3
+W4A16
+  observer: optimal, weight error: 0.1015
+  perplexity: 15.035 ± 1.324, change: +1.87%, size: 112.0 MB
+  seconds: 12.3
 calibrated with  embedded calibration text: 2 sequences, 16
                  tokens
 judged by        embedded held-out text: 1 sequences, 8

@@ -94,7 +94,7 @@ docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## time range search and min/max against llmcompressor
-	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.range_search $(BENCH_ARGS)
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "installing the models of the benchmarks into $(VENV)"
@@ -103,8 +103,8 @@ $(BENCH_STAMP): $(STAMP)
 	@touch $@
 
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
-	@$(BIN)/python benchmarks/quality/run.py $(BENCH_ARGS)
-	@$(BIN)/python benchmarks/optimal.py
+	@$(BIN)/python -m benchmarks.quality.run $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.optimal
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,9 +52,13 @@ class Table:
         return [cells for cells in found if re.search(only, cells[0])]
 
     def markdown(self, only: str = "") -> str:
-        """The table in Markdown: the first column to the left, numbers to the right."""
+        """The table in Markdown: words to the left, numbers to the right."""
         headings = [heading for heading, _, _ in self.columns]
-        lines = [headings, ["---", *("---:" for _ in headings[1:])], *self.cells(only)]
+        words = [
+            any(isinstance(row.get(key), str) for row in self.rows) for _, key, _ in self.columns
+        ]
+        rules = ["---" if each else "---:" for each in words]
+        lines = [headings, rules, *self.cells(only)]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -100,7 +104,10 @@ class Result:
         """Write the file, a row of a table a line, floats with six digits."""
         head = asdict(self)
         tables = head.pop("tables")
-        text = json.dumps({k: v for k, v in head.items() if v is not None}, indent=1)
+        for name in ("threads", "note"):
+            if head[name] is None:
+                del head[name]
+        text = json.dumps(head, indent=1)
         parts = []
         for name, table in tables.items():
             listed = {

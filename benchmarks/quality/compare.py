@@ -62,9 +62,9 @@ MODELS: dict[str, tuple[dict[str, dict[str, str]], list[str]]] = {
         ["--samples", "128"],
     ),
 }
-#: What each model is judged by: title, entry of a run, format.
+#: What each model is judged by: title, entry of a run (changes in percent), format.
 MEASURES = {
-    "smollm2": ("SmolLM2-135M, change of the perplexity", "change", "{:+.1%} ± {:.1%}"),
+    "smollm2": ("SmolLM2-135M, change of the perplexity", "change", "{:+.3g}% ± {:.2g}%"),
     "minilm": ("all-MiniLM-L6-v2, output error", "output_error", "{:.3f} ± {:.3f}"),
 }
 
@@ -86,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size = runs[0]["group_size"]
             row: Json = {"scheme": scheme if size is None else f"{scheme}, groups of {size}"}
             for name, run in zip(observers, runs, strict=True):
-                row[name] = [run[entry]["value"], run[entry]["standard_error"]]
+                factor = 100 if entry == "change" else 1
+                row[name] = [factor * run[entry][key] for key in ("value", "standard_error")]
             rows.append(row)
             table = Table(columns, rows)
             print(table.markdown().splitlines()[-1], flush=True)

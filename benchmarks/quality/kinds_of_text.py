@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calipers
+from benchmarks.quality.compare import model_folder
 from benchmarks.results import Table, add_json_option, measured
 from calipers.calibration import resolve_config
 from calipers.calibration.checks import suggest_group_size

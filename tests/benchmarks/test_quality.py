@@ -12,6 +12,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
+from calipers.demo import MODEL_PATH
+
 
 @pytest.fixture
 def oracles() -> ModuleType:
@@ -68,3 +70,20 @@ def test_plot_is_an_image_with_a_bar_for_each_value() -> None:
     titles = [element.text for element in image.iter() if element.tag.endswith("title")]
     assert titles[1] == "int4 g64, optimal imatrix: 0.80"
     assert len(titles) == 4
+
+
+@pytest.mark.slow
+def test_observers_are_compared_by_the_command() -> None:
+    compare = importlib.import_module("benchmarks.quality.compare")
+    short = ["--samples", "2", "--eval-samples", "3", "--sequence-length", "32"]
+    observers = ["memoryless_minmax", "optimal:objective=mse"]
+    runs = compare.compare(MODEL_PATH, "int3, groups of 64", observers, short)
+    assert [run["observer"] for run in runs] == ["memoryless_minmax", "optimal"]
+    for run in runs:
+        for figure in run["change"].values():
+            assert isinstance(figure, float)
+    table = compare.table_of("smollm2", [compare.row_of("smollm2", "int3", compare.BOTH, runs)])
+    (cells,) = table.cells()
+    assert cells[0] == "int3"
+    assert "% ± " in cells[1]
+    assert cells[3] == ""

@@ -61,7 +61,7 @@ def test_shell_commands_parse(
         Path(file).touch()  # text is looked for first
     # the file that commands name as a plugin is what this page shows
     own = ROOT / "docs" / "write-your-own-observer.md"
-    monkeypatch.setattr("calipers.cli.plugins.load_plugin", lambda plugin: run_page(own))
+    monkeypatch.setattr("calipers.cli.options.load_plugin", lambda plugin: run_page(own))
     result = CliRunner().invoke(app, args)
     if args[0] in loading:
         assert result.exit_code == 1, result.output

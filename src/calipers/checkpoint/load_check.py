@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import re
 import tempfile
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
-from calipers._words import first_line
+from calipers._words import first_line, listing
 from calipers.calibration.attention import (
     attention_function,
     carried_scheme,
@@ -39,7 +40,7 @@ from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
-from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
+from calipers.checkpoint.twin import make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 from calipers.formats import Format
@@ -104,7 +105,7 @@ def find_load_problems(
             return LoadCheck(unchecked=f"no small twin could be made: {_kind_and_line(error)}")
         key = (
             type(model),
-            config_text(twin.config),
+            json.dumps(twin.config.to_dict(), sort_keys=True, default=str),
             str(twin.dtype),
             tuple((name, each.model_dump_json()) for name, each in chosen.items()),
         )
@@ -132,15 +133,8 @@ def check_load(
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
-    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line.
-
-    Args:
-        model: As for `find_load_problems`; nothing in it is changed.
-        scheme: As for `calipers.calibrate`, and so the others.
-        ignore: Modules to leave alone.
-        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
-        scheme_options: Arguments of the scheme's weights that are to be others.
-        kv_cache: What keys and values are quantized to.
+    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line. The
+    arguments are those of `calipers.calibrate`; nothing in the model is changed.
 
     Raises:
         SchemeError: The model cannot take this scheme.
@@ -158,15 +152,10 @@ def refuse_unloadable(
     *,
     skip: bool = False,
 ) -> list[str]:
-    """Refuse a model whose checkpoint would not load back.
-
-    Args:
-        model: As for `find_load_problems`.
-        schemes: As for `find_load_problems`.
-        skip: Return the modules that do not load back instead, where the others do.
+    """Refuse a model whose checkpoint `find_load_problems` says would not load back.
 
     Returns:
-        Modules to leave alone; empty where all is well or could not be checked.
+        With `skip`, where the others load back, the modules to leave alone; else an empty list.
 
     Raises:
         CheckpointError: Names the modules, the reasons and the way out. What cannot be checked is
@@ -180,6 +169,7 @@ def refuse_unloadable(
     return list(check.problems)
 
 
+#: What was found out in this process, by class, config, dtype and schemes of the twin.
 _KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
 
 
@@ -193,9 +183,7 @@ def _describe(model: nn.Module, check: LoadCheck) -> str:
         "quantized modules fail",
     ]
     for reason, names in kinds.items():
-        patterns = list(dict.fromkeys(kind_of(name) for name in names))
-        more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
-        lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
+        lines.append(f"{listing(dict.fromkeys(map(kind_of, names)), _LISTED)}: {reason}")
     if check.whole and all(is_attention(model.get_submodule(name)) for name in check.problems):
         lines.append(
             "a config with nothing but a cache cannot be loaded for this architecture: quantize "
@@ -207,8 +195,8 @@ def _describe(model: nn.Module, check: LoadCheck) -> str:
             "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
         )
     else:
-        patterns = list(dict.fromkeys(_pattern(name) for name in check.problems))
-        ignore = ", ".join(f'"{each}"' for each in patterns)
+        ignored = dict.fromkeys(_pattern(kind_of(name)) for name in check.problems)
+        ignore = ", ".join(f'"{each}"' for each in ignored)
         lines.append(
             f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
             "load_check=False (--no-load-check) for another loader"
@@ -216,11 +204,8 @@ def _describe(model: nn.Module, check: LoadCheck) -> str:
     return "\n  ".join(lines)
 
 
-def _pattern(name: str) -> str:
-    kind = kind_of(name)
-    if "*" not in kind:
-        return kind
-    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$"
+def _pattern(kind: str) -> str:
+    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$" if "*" in kind else kind
 
 
 def _schemes_of_twin(
@@ -292,8 +277,8 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
     try:
         for name, scheme in schemes.items():
             _quantize(quantized, quantized.get_submodule(name), scheme)
-        tensors = checkpoint_tensors(quantized)
-        exact = loading_dtype(quantized) is None
+        dtype = loading_dtype(quantized)
+        tensors = checkpoint_tensors(quantized, dtype)
     except Exception:
         return None  # what cannot be quantized or compressed is told by others, with its reason
     with tempfile.TemporaryDirectory(prefix="calipers-") as folder:
@@ -308,7 +293,7 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
             ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
-        return _difference(quantized, loaded, tensors, exact=exact, runs=runs)
+        return _difference(quantized, loaded, tensors, exact=dtype is None, runs=runs)
 
 
 def _difference(
@@ -324,13 +309,7 @@ def _difference(
         name
         for name, tensor in tensors.items()
         if name in state
-        and (
-            state[name].shape != tensor.shape
-            or not torch.equal(
-                state[name].detach().double(),
-                tensor.to(state[name].dtype).double(),
-            )
-        )
+        and not torch.equal(state[name].double(), tensor.to(state[name].dtype).double())
     ]
     if wrong:
         return f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}"
@@ -391,13 +370,9 @@ def _outputs(model: Any) -> Tensor | str:
         value = output.get(key) if hasattr(output, "get") else None
         if isinstance(value, Tensor):
             return value.float().flatten()
-    floats = [each for each in _tensors(output) if each.is_floating_point()]
-    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
     values = output.values() if hasattr(output, "values") else output
-    return (each for each in values if isinstance(each, Tensor))
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
 
 
 def _kind_and_line(error: Exception) -> str:

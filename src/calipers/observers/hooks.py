@@ -1,4 +1,4 @@
-"""The hooks of calipers on modules: inputs, outputs, attention states and calls, to who wants them.
+"""The hooks of calipers on modules, for whoever wants inputs, outputs, attention states or calls.
 
 No other file of the package sets a hook on a module. `calipers.calibration` sets these for a whole
 model, `Observer.attach` for one module by hand.

@@ -215,10 +215,13 @@ class TestKinds:
         assert report.quantized_share == 1.0
         assert by_reason(report) == {"output head": ["lm_head"]}
 
-    def test_fused_experts_count(self):
-        report = calibrate(mixtral(), "W8A8")
-        assert by_reason(report)["fused experts"] == [
-            f"model.layers.{layer}.mlp.experts" for layer in range(2)
+    def test_experts_count(self):
+        report = calibrate(mixtral(), "W8A8", ignore="MixtralExperts")
+        assert by_reason(report)["ignored by you"] == [
+            f"model.layers.{layer}.mlp.experts.{expert}.{name}"
+            for layer in range(2)
+            for expert in range(2)
+            for name in ("w1", "w3", "w2")
         ]
         attention, experts = 2 * (128 * 128 * 2 + 64 * 128 * 2), 2 * 2 * 3 * 128 * 256
         routers = 2 * 2 * 128

@@ -16,6 +16,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import SchemeLike
+from calipers.calibration.experts import separated_experts
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -110,7 +111,7 @@ def calibrate(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
     model = unwrap(model)
-    with without_wrappers(model):
+    with without_wrappers(model), separated_experts(model):
         plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
         if data is not None:
             data = batches_for_model(
@@ -199,6 +200,7 @@ def attach(
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
+        wrappers.enter_context(separated_experts(inner))
         plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish

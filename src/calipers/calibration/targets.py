@@ -29,6 +29,7 @@ from calipers.calibration.architectures import (
     is_projection,
     projection_weights,
 )
+from calipers.calibration.experts import LinearExperts
 from calipers.observers.hooks import Side
 
 __all__ = [
@@ -272,7 +273,10 @@ def find_ignored(model: nn.Module, patterns: Iterable[str]) -> tuple[set[str], l
     ]
     by_class: dict[str, list[str]] = defaultdict(list)
     for name, module in modules:
-        for kind in type(module).__mro__:
+        kinds = type(module).__mro__
+        if isinstance(module, LinearExperts):
+            kinds = (*kinds, module.replaced_class)
+        for kind in kinds:
             if issubclass(kind, nn.Module):
                 by_class[kind.__name__].append(name)
     names = {name for name, _ in modules}

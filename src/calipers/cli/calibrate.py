@@ -17,6 +17,7 @@ from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
 from calipers.calibration.config import has_free_group_size
+from calipers.calibration.experts import separate_experts
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import (
     ObserverChoice,
@@ -175,6 +176,7 @@ def calibrate(
         choice = ObserverChoice(observer, activation_observer, options, texts is not None)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
+        put_experts_back = separate_experts(loaded)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
         if no_text is not None:
             texts = judged_texts = None
@@ -211,6 +213,7 @@ def calibrate(
         before = None if judged is None else measure(loaded, judged.batches, progress)
         batches = None if read is None else model_inputs(read.batches, loaded)
         report = run_plan(loaded, plan, batches, missing, progress)  # type: ignore[arg-type]
+        put_experts_back()
         after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None
         if before is not None and after is not None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calipers.calibration import calibrate, resolve_config
 from calipers.calibration.config import has_free_group_size
+from calipers.calibration.experts import separated_experts
 from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
@@ -145,11 +146,12 @@ def compare(
             resolve_config(run.scheme, patterns)
         loaded = load_model(path, device=device, dtype=dtype)
         size_note = None
-        if scheme is None and group_size is None and on_unfit == "error":
-            group_size, size_note = choose_group_size(loaded, patterns)
-            runs = plan_runs(schemes, observers, option or [], group_size)
-        for run in runs:
-            _check(loaded, run, activation_observer, patterns, on_unfit)
+        with separated_experts(loaded):
+            if scheme is None and group_size is None and on_unfit == "error":
+                group_size, size_note = choose_group_size(loaded, patterns)
+                runs = plan_runs(schemes, observers, option or [], group_size)
+            for run in runs:
+                _check(loaded, run, activation_observer, patterns, on_unfit)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
         read = texts.read(tokenizer, sequence_length=length, samples=samples)

@@ -17,6 +17,7 @@ from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import SchemeLike
 from calipers.calibration.experts import separated_experts
+from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -49,6 +50,9 @@ def calibrate(
     samples: int = 128,
     sequence_length: int = 512,
     scheme_options: Mapping[str, Any] | None = None,
+    on_few_tokens: OnFewTokens = "shrink",
+    enough_tokens: int = ENOUGH_TOKENS,
+    all_experts: bool = False,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -82,6 +86,9 @@ def calibrate(
             model's config names.
         scheme_options: Arguments of the scheme's weights that are to be others, as
             `{"group_size": 64}`; see `resolve_config`.
+        on_few_tokens: What to do about experts that saw few tokens; see `Calibration.freeze`.
+        enough_tokens: Tokens from which an expert stands alone.
+        all_experts: Let every expert see every token; see `Calibration.run`.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -107,6 +114,7 @@ def calibrate(
     """
     _expect_model(model, "calipers.calibrate(model, ...)")
     check_choice("on_missing", on_missing, OnMissing)
+    policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), data is not None
     )
@@ -118,7 +126,13 @@ def calibrate(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
         return run_plan(
-            model, plan, data, on_missing, progress, use_attention_mask=use_attention_mask
+            model,
+            plan,
+            data,
+            on_missing,
+            progress,
+            use_attention_mask=use_attention_mask,
+            experts=policy,
         )
 
 
@@ -130,6 +144,7 @@ def run_plan(
     progress: Progress | None = None,
     *,
     use_attention_mask: bool = True,
+    experts: ExpertPolicy | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -140,18 +155,30 @@ def run_plan(
         on_missing: See `Calibration.freeze`.
         progress: As in `calibrate`.
         use_attention_mask: See `Calibration.run`.
+        experts: How experts see tokens, and what is done about few; None takes the defaults.
 
     Raises:
         MissingDataError: As `calibrate`.
     """
+    policy = experts or ExpertPolicy()
     if batches is None:
         refuse_without_data(plan)
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan) as calibration:
         if batches is not None:
-            calibration.run(batches, progress, use_attention_mask=use_attention_mask)
-        return calibration.freeze(on_missing, progress)
+            calibration.run(
+                batches,
+                progress,
+                use_attention_mask=use_attention_mask,
+                all_experts=policy.all_experts,
+            )
+        return calibration.freeze(
+            on_missing,
+            progress,
+            on_few_tokens=policy.on_few_tokens,
+            enough_tokens=policy.enough_tokens,
+        )
 
 
 def attach(

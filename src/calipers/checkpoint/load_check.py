@@ -270,20 +270,11 @@ def _try_loaders(
     """As `_try_kinds`, and why experts need `loading_experts`, where that is what they need."""
     if not find_fused_experts(twin):
         return *_try_kinds(twin, schemes, nullcontext, runs=runs), None
-    plain = _try(twin, schemes, nullcontext, runs=runs) or _lost_inputs(twin, schemes)
+    plain = _try(twin, schemes, nullcontext, runs=runs)
     if plain is None:
         return {}, False, None
     found, whole = _try_kinds(twin, schemes, loading_experts, runs=runs)
     return found, whole, None if found else plain
-
-
-def _lost_inputs(twin: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> str | None:
-    """What no comparison of outputs tells for certain: inputs that are not quantized any more."""
-    experts = tuple(f"{name}." for name in find_fused_experts(twin))
-    for name, scheme in schemes.items():
-        if name.startswith(experts) and (scheme.input_activations or scheme.output_activations):
-            return "the experts' inputs are not quantized, as the scheme wants it"
-    return None
 
 
 def _try_kinds(
@@ -377,11 +368,9 @@ def _difference(
             )
         )
     ]
-    wrong += _wrong_experts(quantized, loaded)
-    if wrong:
-        return f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}"
-    if not runs:
-        return None
+    different = _other_values(wrong) or _joined_experts(quantized, loaded)
+    if different is not None or not runs:
+        return different
     expected, found = _outputs(quantized), _outputs(loaded)
     if isinstance(expected, str):
         return None  # the fake-quantized model does not run: no matter of loading
@@ -397,22 +386,30 @@ def _difference(
 
 
 @torch.no_grad()
-def _wrong_experts(quantized: nn.Module, loaded: nn.Module) -> list[str]:
-    """Weights of single experts that came back as others, where the loader joined them again."""
+def _joined_experts(quantized: nn.Module, loaded: nn.Module) -> str | None:
+    """What is wrong with experts that the loader has joined into one parameter, if anything."""
     wrong = []
     with separated_experts(loaded):
         modules = dict(loaded.named_modules())
         for name, module in quantized.named_modules():
             found = modules.get(name)
             inside = any(isinstance(modules.get(each), LinearExperts) for each in _around(name))
-            if not inside or not isinstance(found, nn.Linear):
+            if not inside or not isinstance(found, nn.Linear) or is_module_quantized(found):
                 continue
-            if not is_module_quantized(found):
-                expected = stored_weight(name, module).double()
-                apart = (found.get_parameter("weight").double() - expected).norm()
-                if not apart <= _TOLERANCE * expected.norm():  # NaN is wrong
-                    wrong.append(f"{name}.weight")
-    return wrong
+            expected = stored_weight(name, module).double()
+            apart = (found.weight.double() - expected).norm()
+            if not apart <= _TOLERANCE * expected.norm():  # NaN is wrong
+                wrong.append(f"{name}.weight")
+            scheme: Any = getattr(module, "quantization_scheme", None)
+            if scheme and (scheme.input_activations or scheme.output_activations):
+                return "experts come back as one parameter, whose inputs are not quantized"
+    return _other_values(wrong)
+
+
+def _other_values(wrong: list[str]) -> str | None:
+    return (
+        f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}" if wrong else None
+    )
 
 
 def _around(name: str) -> Iterator[str]:

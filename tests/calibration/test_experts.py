@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.offload import offload_module
+from compressed_tensors.offload.cache import OffloadCache
 
 import architectures
 from architectures import example_inputs, output_of, spread_weights
@@ -151,3 +154,27 @@ def test_experts_that_are_left_alone_stay_one_parameter() -> None:
     assert len(experts_of(model)) == 1
     calibrate(model, "W8A16", "memoryless_minmax", ignore="re:.*(self_attn|layers.1)")
     assert not find_fused_experts(model)
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_offloaded_models_give_the_same_scales(place: str, tmp_path: Path) -> None:
+    plain, offloaded = made("qwen3_moe"), made("qwen3_moe")
+    more = {"offload_dir": str(tmp_path)} if place == "disk" else {}
+    for module in list(offloaded.modules()):
+        if module._parameters:
+            offload_module(module, onload_device="cpu", offload_device=place, **more)
+    before = dict(offloaded.named_modules())
+    with separated_experts(offloaded):
+        assert torch.equal(output_of(offloaded), output_of(plain))
+    after = dict(offloaded.named_modules())
+    assert all(after[key] is value for key, value in before.items())
+    batches = [example_inputs(plain, seed) for seed in range(2)]
+    calibrate(plain, "W4A16", "imatrix_mse", batches)
+    report = calibrate(offloaded, "W4A16", "imatrix_mse", batches)
+    assert any(".experts." in each.name for each in report.modules)
+    for each in report.modules:
+        expected = plain.get_submodule(each.name).weight_scale
+        found = offloaded.get_submodule(each.name)
+        assert torch.equal(found.weight_scale, expected)
+        assert isinstance(found._parameters, OffloadCache)
+        assert torch.equal(found.weight, plain.get_submodule(each.name).weight)

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_onloading
+from compressed_tensors.offload import disable_onloading, get_cache_init_kwargs, offload_module
+from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
+from calipers.calibration.architectures import has_own_forward
 from calipers.observers.masks import current_mask, token_mask
 
 __all__ = [
@@ -195,7 +197,7 @@ def find_fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_fused(module: nn.Module) -> bool:
-    if isinstance(module, LinearExperts) or "forward" in vars(module):
+    if isinstance(module, LinearExperts) or has_own_forward(module):
         return False
     flagged = all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "_apply_gate")
     if not flagged and type(module).__name__ not in _SORTED_INPUTS:
@@ -234,12 +236,14 @@ def separate_experts(model: nn.Module) -> Callable[[], None]:
         called again.
     """
     replaced = []
-    with disable_onloading():
-        for name, module in find_fused_experts(model).items():
-            parent = model.get_submodule(name.rpartition(".")[0])
+    for name, module in find_fused_experts(model).items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # what lies on a disk must be read, and is written again one by one
+        in_memory = get_cache_init_kwargs(module).get("offload_device") != "disk"
+        with disable_onloading() if in_memory else nullcontext():
             experts = _separate(module, _layer_names(model, name, module))
-            replaced.append((parent, name.rpartition(".")[2], module, experts))
-            parent._modules[replaced[-1][1]] = experts
+        replaced.append((parent, name.rpartition(".")[2], module, experts))
+        parent._modules[replaced[-1][1]] = experts
 
     def restore() -> None:
         kept = []
@@ -256,9 +260,11 @@ def separate_experts(model: nn.Module) -> Callable[[], None]:
 
 def _follow(module: nn.Module, experts: LinearExperts) -> None:
     """What was done to the whole model meanwhile: moved, cast, trained."""
-    now = next(experts.parameters())
-    module.to(device=now.device, dtype=now.dtype)
     module.train(experts.training)
+    if not isinstance(module._parameters, OffloadCache):
+        with disable_onloading():
+            now = next(experts.parameters())
+        module.to(device=now.device, dtype=now.dtype)
 
 
 def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
@@ -267,7 +273,8 @@ def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
     transposed = sorted_inputs or module.is_transposed
     concatenated = sorted_inputs or module.is_concatenated
     shell = copy.copy(module)
-    shell.__dict__["_parameters"] = {}
+    shell.__dict__.update(_parameters={}, _buffers={})
+    shell.__dict__.pop("forward", None)  # of an offloaded module
     form = _Form(shell, first, last, concatenated, not sorted_inputs)
     joined = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
     experts = []
@@ -278,6 +285,9 @@ def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
             part = _part(place, len(first), weight.shape[0], concatenated)
             layers[name] = _linear(weight[part], None if bias is None else bias[part])
         layers[last] = _linear(*_matrix(module, "down_proj", number, transposed))
+        if isinstance(module._parameters, OffloadCache):
+            for layer in layers.values():
+                offload_module(layer, **get_cache_init_kwargs(module))
         experts.append(LinearExpert(form, layers))
     made = LinearExperts(form, experts)
     made.train(module.training)

@@ -76,6 +76,43 @@ def test_names_are_those_of_the_models_own_checkpoints(
     assert not [key for key in stored if "gate_up_proj" in key]
 
 
+def test_layers_that_engines_fuse_share_their_global_scale() -> None:
+    model = calibrated("mixtral", "NVFP4")
+    expert = model.model.layers[0].mlp.experts[1]
+    for name in ("weight_global_scale", "input_global_scale"):
+        assert torch.equal(getattr(expert.w1, name), getattr(expert.w3, name))
+        assert not torch.equal(getattr(expert.w1, name), getattr(expert.w2, name))
+
+
+@pytest.mark.parametrize("name", JOINED)
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8"])
+def test_what_is_joined_in_its_own_checkpoints(name: str, scheme: str, tmp_path: Path) -> None:
+    model = calibrated(name, scheme)
+    warnings = saved(model, tmp_path / "out")
+    assert bool(warnings) == (name != "llama4")  # which transformers itself takes apart
+    keys = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert [key for key in keys if ".experts.1.up_proj.weight" in key]
+    expected = output_of(model)
+    found = output_of(loaded(model, tmp_path / "out", calipers.loading_experts))
+    if name == "gpt_oss":  # whose weights are stored transposed: sums have another order
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
+    if name == "llama4":
+        assert torch.equal(output_of(loaded(model, tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC"])
+def test_experts_left_alone_in_one_layer_or_in_all(name: str, scheme: str, tmp_path: Path) -> None:
+    for ignore in ("re:.*layers.0.*experts", "re:.*experts"):
+        model = calibrated(name, scheme, ignore)
+        folder = tmp_path / str(len(ignore))
+        saved(model, folder)
+        found = output_of(loaded(model, folder, calipers.loading_experts))
+        torch.testing.assert_close(found, output_of(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "NVFP4A16", "W4A16_ASYM", "FP8"])
 def test_other_schemes_need_the_loader_and_say_so(scheme: str, tmp_path: Path) -> None:
     model = calibrated("mixtral", scheme)

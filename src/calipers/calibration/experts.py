@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -147,11 +147,11 @@ class LinearExperts(nn.ModuleList):
         eager = getattr(config, "_experts_implementation", None) == "eager"
         total = torch.zeros_like(hidden)
         parts: Tensor | None = None
-        for number, expert in enumerate(self):
-            places, tokens = torch.nonzero(index.T.eq(number), as_tuple=True)
-            if not tokens.numel():
+        for number in index.unique().tolist():
+            if number >= len(self):  # of an expert on another device
                 continue
-            answer = self._answer(expert, hidden[tokens], hidden, tokens)
+            places, tokens = torch.nonzero(index.T.eq(number), as_tuple=True)
+            answer = self._answer(self[number], hidden[tokens], hidden, tokens)
             answer = answer * weights[tokens, places, None]
             if eager:
                 total.index_add_(0, tokens, answer.to(total.dtype))
@@ -277,14 +277,16 @@ def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
     shell.__dict__.pop("forward", None)  # of an offloaded module
     form = _Form(shell, first, last, concatenated, not sorted_inputs)
     joined = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
+    trained = module.down_proj.requires_grad
+    ups, up_biases = _matrices(module, joined, transposed)
+    downs, down_biases = _matrices(module, "down_proj", transposed)
     experts = []
-    for number in range(module.down_proj.shape[0]):
+    for up, up_bias, down, down_bias in zip(ups, up_biases, downs, down_biases, strict=True):
         layers = {}
-        weight, bias = _matrix(module, joined, number, transposed)
         for place, name in enumerate(first):
-            part = _part(place, len(first), weight.shape[0], concatenated)
-            layers[name] = _linear(weight[part], None if bias is None else bias[part])
-        layers[last] = _linear(*_matrix(module, "down_proj", number, transposed))
+            part = _part(place, len(first), up.shape[0], concatenated)
+            layers[name] = _linear(up[part], None if up_bias is None else up_bias[part], trained)
+        layers[last] = _linear(down, down_bias, trained)
         if isinstance(module._parameters, OffloadCache):
             for layer in layers.values():
                 offload_module(layer, **get_cache_init_kwargs(module))
@@ -294,14 +296,14 @@ def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
     return made
 
 
-def _matrix(
-    module: nn.Module, name: str, number: int, transposed: bool
-) -> tuple[nn.Parameter, Tensor | None]:
-    """The matrix of one expert with outputs as rows, and its bias."""
-    weight: Any = getattr(module, name)
+def _matrices(
+    module: nn.Module, name: str, transposed: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    """The matrix of each expert with outputs as rows, and its bias."""
+    weight: Any = getattr(module, name).detach()
     bias: Any = getattr(module, f"{name}_bias", None)
-    matrix = weight.detach()[number]
-    return matrix.T if transposed else matrix, None if bias is None else bias.detach()[number]
+    matrices = weight.transpose(-2, -1) if transposed else weight
+    return matrices.unbind(), [None] * len(weight) if bias is None else bias.detach().unbind()
 
 
 def _part(place: int, parts: int, rows: int, concatenated: bool) -> slice:
@@ -311,11 +313,11 @@ def _part(place: int, parts: int, rows: int, concatenated: bool) -> slice:
     return slice(place, None, parts)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight = nn.Parameter(weight, requires_grad=trained)
     if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
+        layer.bias = nn.Parameter(bias, requires_grad=trained)
     return layer
 
 

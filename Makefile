@@ -22,9 +22,10 @@ BENCH_STAMP := $(VENV)/.calipers-bench
 TRITON_STAMP := $(VENV)/.calipers-triton
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
+RESULTS := benchmarks/results
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest test-vllm bench bench-quality clean distclean
+.PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest test-vllm bench bench-quality bench-results doc-tables clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,7 +95,7 @@ docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## time range search and min/max against llmcompressor
-	@$(BIN)/python benchmarks/range_search.py $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.range_search $(BENCH_ARGS)
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "installing the models of the benchmarks into $(VENV)"
@@ -103,8 +104,27 @@ $(BENCH_STAMP): $(STAMP)
 	@touch $@
 
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
-	@$(BIN)/python benchmarks/quality/run.py $(BENCH_ARGS)
-	@$(BIN)/python benchmarks/optimal.py
+	@$(BIN)/python -m benchmarks.quality.run $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.optimal
+
+# The result files that need no more than this checkout and an idle machine; an hour or more.
+bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
+	@$(BIN)/python -m benchmarks.range_search --json $(RESULTS)/range_search.json
+	@$(BIN)/python -m benchmarks.range_search --cold --json $(RESULTS)/cold.json
+	@$(BIN)/python -m benchmarks.optimal --json $(RESULTS)/optimal.json
+	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json
+	@for part in minilm demo activations oracles; do \
+		$(BIN)/python -m benchmarks.quality.run --parts $$part --json $(RESULTS)/$$part.json || exit 1; done
+	@$(BIN)/python -m benchmarks.quality.run --plot $(RESULTS)/minilm.json docs/output-error.svg
+	@for model in smollm2 minilm; do \
+		$(BIN)/python -m benchmarks.quality.compare $$model --json $(RESULTS)/compare_$$model.json || exit 1; done
+	@$(BIN)/python -m benchmarks.quality.kinds_of_text smollm2 --samples 48 --eval-samples 16 --objectives imatrix \
+		--json $(RESULTS)/kinds_of_text.json
+	@$(BIN)/python -m benchmarks.quality.shares --json $(RESULTS)/token_shares.json
+	@$(BIN)/python -m benchmarks.tables --write
+
+doc-tables: $(STAMP) ## write the measured tables of README and docs from benchmarks/results
+	@$(BIN)/python -m benchmarks.tables --write
 
 clean: ## remove caches and build outputs
 	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """How long `optimal` takes beside what it is compared with, all in turn in one process.
 
-    python benchmarks/optimal.py --json out.json
+    python -m benchmarks.optimal --json out.json
 
 In an environment with the `bench` extra: llmcompressor's observers are timed where it is installed.
 """
@@ -8,23 +8,31 @@ In an environment with the `bench` extra: llmcompressor's observers are timed wh
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-from sides import peer_is_here, peer_observer
-from timing import Call, alternate
 from torch import Tensor
 
+from benchmarks.peers import peer_observer
+from benchmarks.results import Table, add_json_option, measured, peer_is_here
+from benchmarks.timing import Call, alternate
 from calipers.observers import Observer
 
 Json = dict[str, Any]
 TOKENS = 2048
+COLUMNS = (
+    ("format", "case", "{}"),
+    ("ours", "ours", "{}"),
+    ("compared with", "theirs", "{}"),
+    ("ours, ms", "ours_ms", "{:.0f}"),
+    ("theirs, ms", "theirs_ms", "{:.0f}"),
+    ("theirs / ours", "ratio", "{:.3g}"),
+    ("wanted", "wanted", "{:.3g}"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def our_call(name: str, args: QuantizationArgs, options: Json, weight: Tensor, x
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write what was measured here")
+    add_json_option(parser)
     parser.add_argument("--size", type=int, default=4096, help="columns, and rows of most cases")
     parser.add_argument("--pairs", type=int, help="pairs of samples; default: by time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -80,9 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, options.size, generator=generator)
     x = x * torch.randn(options.size, generator=generator).exp() + 0.3
-    results = []
-    print("| format | ours | theirs | ours, ms | theirs, ms | theirs / ours | wanted |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     for case in cases(options.size):
         if case.peer and not peer_is_here():
             continue
@@ -101,16 +107,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 (case.theirs, case.their_options, case.peer),
             )
         ]
-        wanted = "" if case.wanted is None else f"{case.wanted:.3g}"
-        print(
-            f"| {case.name}, {case.rows} rows | {labels[0]} | {labels[1]} | {timing.ours_ms:.0f} "
-            f"| {timing.theirs_ms:.0f} | {timing.speedup:.3g} | {wanted} |",
-            flush=True,
+        rows.append(
+            {
+                "case": f"{case.name}, {case.rows} rows",
+                "ours": labels[0],
+                "theirs": labels[1],
+                **asdict(timing),
+                "ratio": timing.speedup,
+                "wanted": case.wanted,
+            }
         )
-        found = asdict(timing)
-        results.append({"case": case.name, "ours": labels[0], "theirs": labels[1], **found})
+        print(" | ".join(Table(COLUMNS, rows[-1:]).cells()[0]), flush=True)
+    table = Table(COLUMNS, rows)
+    result = measured("benchmarks.optimal", arguments, {"optimal": table}, timed=True)
+    print(f"\n{table.markdown()}\n\n{result.source()}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        result.write(options.json)
     return 0
 
 

@@ -2,9 +2,9 @@
 
 `make bench` runs everything at full size; by hand, in an environment with the `bench` extra:
 
-    python benchmarks/range_search.py --cases "int4 g128" --json out.json
-    python benchmarks/range_search.py --cold
-    python benchmarks/range_search.py --device cuda
+    python -m benchmarks.range_search --cases "int4 g128" --json out.json
+    python -m benchmarks.range_search --cold
+    python -m benchmarks.range_search --device cuda
 
 What is timed: theirs `update_statistics_from_observed(flatten_for_calibration(weight))`, ours
 `observer.observe(weight)`, or, for min/max, `torch.aminmax(weight)` against
@@ -15,48 +15,43 @@ whole call counts. Every answer is checked before it is timed.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from cases import Case, all_cases, gpu_cases
 from compressed_tensors.quantization import QuantizationArgs
-from scratch import peak_allocated, peak_on_gpu, peak_resident
-from sides import (
-    Side,
+from torch import Tensor
+
+from benchmarks.cases import Case, all_cases, gpu_cases
+from benchmarks.memory import peak_allocated, peak_on_gpu, peak_resident
+from benchmarks.peers import (
+    Answer,
     canonical,
     canonical_importance,
     chosen_engine,
     error_of,
     our_min_max,
     our_observer,
-    peer_is_here,
     peer_observer,
     steps_of,
 )
-from timing import Call, Timing, alternate
-from torch import Tensor
+from benchmarks.results import ROOT, Table, add_json_option, measured, peer_is_here
+from benchmarks.timing import Call, Timing, alternate
 
-import calipers
-
-ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("eager", "native", "triton")
 #: MiB beyond input and qparams.
-SCRATCH_LIMIT = 64
+MEMORY_LIMIT = 64
 #: Seconds of the first search of a process, by state of the compile cache.
 COLD_LIMITS = {"empty": 20.0, "warm": 4.0}
-#: Groups in which both sides must have chosen the same step, unless the others are ties.
+#: Groups in which both must have chosen the same step, unless the others are ties.
 SAME_STEP, TIE = 0.9999, 1e-6
 
 Json = dict[str, Any]
@@ -101,7 +96,7 @@ class Setting:
             importance = importance.to(device)
         return cls(case, case.quantization_args(size), weight.to(device), importance)
 
-    def ours(self, weight: Tensor | None = None) -> Side:
+    def ours(self, weight: Tensor | None = None) -> Answer:
         weight = self.weight if weight is None else weight
         if self.case.pure:
             return our_min_max(self.args, weight)
@@ -115,7 +110,7 @@ class Setting:
             global_scale=self.case.global_scale,
         )
 
-    def peer(self) -> Side:
+    def peer(self) -> Answer:
         return peer_observer(
             self.case.observer,
             self.args,
@@ -125,14 +120,14 @@ class Setting:
             whole_call=self.case.whole_call,
         )
 
-    def read(self) -> Side:
+    def read(self) -> Answer:
         last: list[tuple[Tensor, Tensor]] = []
 
         def run() -> None:
             low, high = torch.aminmax(self.weight)
             last[:] = [(low, high)]
 
-        return Side(run, lambda: last[0], last.clear)
+        return Answer(run, lambda: last[0], last.clear)
 
 
 def run_case(
@@ -189,9 +184,9 @@ def run_case(
         "met": is_met(case, timing),
         "checks": [asdict(check) for check in checks],
         "correct": all(check.agreed for check in checks if check.required),
-        "scratch_allocated_mib": allocated,
-        "scratch_resident_mib": resident,
-        "scratch_met": max(allocated, resident or 0) <= SCRATCH_LIMIT,
+        "memory_allocated_mib": allocated,
+        "memory_resident_mib": resident,
+        "memory_met": max(allocated, resident or 0) <= MEMORY_LIMIT,
     }
 
 
@@ -215,7 +210,7 @@ def is_met(case: Case, timing: Timing) -> bool | None:
     return case.at_most is not None and 1 / speedup <= case.at_most
 
 
-def check_search(setting: Setting, ours: Side, theirs: Side | None) -> list[Check]:
+def check_search(setting: Setting, ours: Answer, theirs: Answer | None) -> list[Check]:
     """Ours against the peer, which counts for float32 values, and else against the eager engine.
 
     The peer sums errors in the dtype of the values, so that in bfloat16 its steps are not a
@@ -263,7 +258,7 @@ def compare(
     return Check(against, groups, where.numel(), gap, agreed, required)
 
 
-def check_extremes(setting: Setting, ours: Side) -> Check:
+def check_extremes(setting: Setting, ours: Answer) -> Check:
     """Min/max bit for bit."""
     values = canonical(setting.weight, setting.args)
     low, high = ours.range()
@@ -284,13 +279,18 @@ def run_cold(case: Case, size: int, engine: str | None, threads: int) -> Json:
             "CALIPERS_CACHE": f"{folder}/native",
             "TRITON_CACHE_DIR": f"{folder}/triton",
         }
-        script = [sys.executable, str(Path(__file__).resolve()), "--first-search"]
+        script = [sys.executable, "-m", "benchmarks.range_search", "--first-search"]
         options = ["--cases", f"^{re.escape(case.name)}$", "--size", str(size)]
         options += ["--threads", str(threads)] + (["--engine", engine] if engine else [])
         for cache in COLD_LIMITS:
             start = perf_counter()
             child = subprocess.run(
-                [*script, *options], env=environment, check=True, stdout=subprocess.PIPE, text=True
+                [*script, *options],
+                cwd=ROOT,
+                env=environment,
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             first = json.loads(child.stdout.splitlines()[-1])
             result[cache] = {
@@ -316,55 +316,7 @@ def first_search(case: Case, size: int, engine: str | None) -> Json:
 # -- output ---------------------------------------------------------------------------------------
 
 
-def describe_environment(threads: int, device: str = "cpu") -> Json:
-    """Machine, versions and commit."""
-    return {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(),
-        "cpu": cpu_name(),
-        "threads": threads,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{
-            name.replace("-", "_"): version(name)
-            for name in ("compressed-tensors", "llmcompressor", "triton")
-        },
-        "calipers": calipers.__version__,
-        "commit": git_commit(),
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """Commit of this checkout, with a plus sign where files differ from it; None outside one."""
-    try:
-        commit = git("rev-parse", "HEAD")
-        return f"{commit}+" if git("status", "--porcelain") else commit
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def git(*arguments: str) -> str:
-    command = ["git", "--no-optional-locks", *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-HEADER = ("case", "theirs ms", "ours ms", "ratio", "required", "met", "differ", "scratch MiB")
+HEADER = ("case", "theirs ms", "ours ms", "ratio", "required", "met", "differ", "memory MiB")
 WIDTHS = (44, 10, 9, 8, 9, 5, 14, 11)
 
 
@@ -379,10 +331,10 @@ def as_cells(result: Json) -> tuple[str, ...]:
     ratio = result["ours_over_theirs" if slower else "theirs_over_ours"]
     bound = result["at_most"] if slower else result["at_least"]
     check = next(check for check in result["checks"] if check["required"])
-    resident = result["scratch_resident_mib"]
-    scratch = f"{result['scratch_allocated_mib']:.1f}"
+    resident = result["memory_resident_mib"]
+    memory = f"{result['memory_allocated_mib']:.1f}"
     if resident is not None:
-        scratch += f"/{resident:.0f}"
+        memory += f"/{resident:.0f}"
     return (
         result["case"],
         "-" if result["theirs_ms"] is None else f"{result['theirs_ms']:.3f}",
@@ -391,7 +343,7 @@ def as_cells(result: Json) -> tuple[str, ...]:
         "-" if bound is None else f"{'<=' if slower else '>='} {bound:g}x",
         "WRONG" if not result["correct"] else {True: "yes", False: "no", None: "-"}[result["met"]],
         f"{check['differ']}/{check['groups']}",
-        scratch if result["scratch_met"] else f"{scratch} !",
+        memory if result["memory_met"] else f"{memory} !",
     )
 
 
@@ -404,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, metavar="N", help="pairs of samples for each case")
     parser.add_argument("--engine", choices=ENGINES, help="as CALIPERS_ENGINE; default: its choice")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    add_json_option(parser)
     parser.add_argument("--no-peer", action="store_true", help="do not look for llmcompressor")
     parser.add_argument(
         "--cold",
@@ -435,24 +387,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.first_search:
         print(json.dumps(first_search(options.selected[0], options.size, options.engine)))
         return 0
-    environment = describe_environment(options.threads, options.device)
-    report: Json = {"environment": environment, "cases": [], "cold": []}
-    print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), "\n")
-    if options.cold:
-        measure_cold(options, report)
-    else:
-        measure_warm(options, report)
+    on_gpu = options.device == "cuda"
+    found = measure_cold(options) if options.cold else measure_warm(options)
+    result = measured(
+        "benchmarks.range_search",
+        argv,
+        cold_tables(found) if options.cold else warm_tables(found, on_gpu),
+        timed=True,
+        gpu=on_gpu,
+    )
+    print(f"\n{result.source()}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0 if all(result["correct"] for result in report["cases"]) else 1
+        result.write(options.json)
+    return 0 if options.cold or all(row["correct"] for row in found) else 1
 
 
-def measure_warm(options: argparse.Namespace, report: Json) -> None:
+def measure_warm(options: argparse.Namespace) -> list[Json]:
+    """Of each case what `run_case` says."""
     with_peer = not options.no_peer and peer_is_here()
     if not with_peer:
         print("llmcompressor is left out or not installed: ours is timed alone\n")
     print(table_line(HEADER))
+    found = []
     for case in options.selected:
         result = run_case(
             case,
@@ -462,28 +418,95 @@ def measure_warm(options: argparse.Namespace, report: Json) -> None:
             with_peer=with_peer,
             device=options.device,
         )
-        report["cases"].append(result)
+        found.append(result)
         print(table_line(as_cells(result)), flush=True)
         if result["read_ms"] is not None:
             reads = result["ours_ms"] / result["read_ms"]
             print(f"  one read: {result['read_ms']:.3f} ms; ours: {reads:.2f} times that")
-    bounded = [result for result in report["cases"] if result["met"] is not None]
+    bounded = [result for result in found if result["met"] is not None]
     print(
         f"\n{sum(r['met'] for r in bounded)} of {len(bounded)} required ratios reached"
         "\nratio: theirs/ours where it must be at least (>=), ours/theirs where at most (<=);"
         " theirs for minmax: one torch.aminmax, but llmcompressor at 64x64"
         "\ndiffer: groups with another step than the peer's (bfloat16, a global scale, or no peer:"
         " than those of the eager engine on float32); minmax: not equal bit for bit"
-        f"\nscratch: peak beyond input and results, at most {SCRATCH_LIMIT}:"
+        f"\nmemory: peak beyond input and results, at most {MEMORY_LIMIT}:"
         " torch's allocator / resident memory of the process; ! where above"
     )
+    return found
 
 
-def measure_cold(options: argparse.Namespace, report: Json) -> None:
+def warm_tables(found: list[Json], on_gpu: bool) -> dict[str, Table]:
+    """Searches, min/max against one read, and calls on small values."""
+    for row in found:
+        check = next(check for check in row["checks"] if check["required"])
+        row["other"] = [check["differ"], check["groups"]]
+    minmax = [row for row in found if row["theirs"] == "aminmax"]
+    rest = [row for row in found if row["theirs"] != "aminmax"]
+    reads = [["one read, ms", "read_ms", "{:.3f}"]] if on_gpu else []
+    both = [["calipers ms", "ours_ms", "{:.3g}"], *reads]
+    memory = ["memory, MiB", "memory_allocated_mib", "{:.0f}"]
+    return {
+        "search": Table(
+            [
+                ["range search", "case", "{}"],
+                ["llmcompressor ms", "theirs_ms", "{:.4g}"],
+                *both,
+                ["ratio", "theirs_over_ours", "{:.1f}"],
+                ["wanted", "at_least", "{:g}"],
+                ["other step", "other", "{:,} of {:,}"],
+                memory,
+            ],
+            [row for row in rest if row["at_most"] is None],
+        ),
+        "minmax": Table(
+            [
+                ["min/max", "case", "{}"],
+                ["one read, ms", "theirs_ms", "{:.3g}"],
+                ["calipers ms", "ours_ms", "{:.3g}"],
+                ["ratio", "ours_over_theirs", "{:.2f}"],
+                ["wanted", "at_most", "{:g}"],
+            ],
+            minmax,
+        ),
+        "small": Table(
+            [
+                ["whole call", "case", "{}"],
+                ["llmcompressor ms", "theirs_ms", "{:.3f}"],
+                ["calipers ms", "ours_ms", "{:.3f}"],
+                ["ratio", "ours_over_theirs", "{:.2f}"],
+                ["wanted", "at_most", "{:g}"],
+            ],
+            [row for row in rest if row["at_most"] is not None],
+        ),
+    }
+
+
+def cold_tables(found: list[Json]) -> dict[str, Table]:
+    """Seconds of the first searches of a process."""
+    rows = [
+        {"case": each["case"], "engine": each["engine"], "cache": cache, **each[cache]}
+        for each in found
+        for cache in COLD_LIMITS
+    ]
+    columns = [
+        ["library", "cache", "{}"],
+        ["case", "case", "{}"],
+        ["first search, s", "first_s", "{:.2f}"],
+        ["wanted", "at_most_s", "{:g}"],
+        ["second, s", "second_s", "{:.2f}"],
+        ["whole process, s", "process_s", "{:.1f}"],
+    ]
+    return {"cold": Table(columns, rows)}
+
+
+def measure_cold(options: argparse.Namespace) -> list[Json]:
+    """Of each case what `run_cold` says."""
+    found = []
     selected = options.selected if options.cases else options.selected[:1]
     for case in selected:
         result = run_cold(case, options.size, options.engine, options.threads)
-        report["cold"].append(result)
+        found.append(result)
         for cache in COLD_LIMITS:
             run = result[cache]
             print(
@@ -492,6 +515,7 @@ def measure_cold(options: argparse.Namespace, report: Json) -> None:
                 f"{run['second_s']:.3f} s, whole process {run['process_s']:.1f} s",
                 flush=True,
             )
+    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from calipers.formats import (
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
-    arrange,
+    group_values,
     min_max,
     qparams,
     range_of_qparams,
@@ -31,23 +31,10 @@ from calipers.ranges import (
     search_optimal_scales,
 )
 from calipers.ranges.qparams import fake_quantized, qparams_of_range
+from ranges.strategies import MX, NVFP4
 
-MXFP6 = QuantizationArgs(
-    num_bits=6,
-    type="float",
-    strategy="group",
-    group_size=32,
-    scale_dtype=torch.uint8,
-    zp_dtype=torch.uint8,
-)
-NVFP4 = QuantizationArgs(
-    num_bits=4,
-    type="float",
-    strategy="tensor_group",
-    group_size=16,
-    scale_dtype=torch.float8_e4m3fn,
-    zp_dtype=torch.float8_e4m3fn,
-)
+MXFP6 = QuantizationArgs(**MX, num_bits=6)
+NVFP4_ARGS = QuantizationArgs(**NVFP4)
 CHANNEL = QuantizationArgs(num_bits=8, type="float", strategy="channel")
 #: Exponent and mantissa bits, as their names say.
 ROWS = {"E2M1": (E2M1, 2, 1), "E2M3": (E2M3, 2, 3), "E3M2": (E3M2, 3, 2), "E4M3": (E4M3, 4, 3)}
@@ -146,16 +133,16 @@ class TestSixBits:
     @pytest.mark.parametrize("engine", ["eager", "native"])
     def test_optimal_is_the_best_power_of_two(self, six_bits: FloatFormat, engine: str) -> None:
         weight = torch.randn(8, 128)
-        arrangement = arrange(weight, "weight", MXFP6)
-        extremes = [min_max(view) for view in arrangement.views]
-        found = search_optimal_scales(arrangement.views, extremes, MXFP6, engine=engine)[0][0]
+        views = group_values(weight, "weight", MXFP6)
+        extremes = [min_max(view) for view in views]
+        found = search_optimal_scales(views, extremes, MXFP6, engine=engine)[0][0]
         powers = [torch.full((8, 4), 2.0**power) for power in range(-8, 3)]
         errors = torch.stack([group_errors(weight, scale) for scale in powers])
         assert bool((found.log2() % 1 == 0).all())
         assert bool((group_errors(weight, found) <= errors.amin(0) * (1 + 1e-5)).all())
 
     def test_what_a_kernel_does_not_know_goes_to_the_reference(self, six_bits: FloatFormat) -> None:
-        view = arrange(torch.randn(64, 256), "weight", MXFP6).views[0]
+        view = group_values(torch.randn(64, 256), "weight", MXFP6)[0]
         grid = ShrinkGrid(0.8, 40, 0, 2.4)
         found = [
             search_grid_ranges([view], [min_max(view)], MXFP6, grid, engine=engine)[0]
@@ -182,7 +169,7 @@ def test_as_the_library_does_it(
     num_bits: int, strategy: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What stands in for a library that does not know a format, where it knows it."""
-    options = {"group": MXFP6, "tensor_group": NVFP4, "channel": CHANNEL}[strategy]
+    options = {"group": MXFP6, "tensor_group": NVFP4_ARGS, "channel": CHANNEL}[strategy]
     args = options.model_copy(update={"num_bits": num_bits})
     if not is_known_to_library(args):
         pytest.skip("the installed compressed-tensors does not know the format")

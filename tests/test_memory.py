@@ -16,7 +16,7 @@ from calipers.engines.native import abi
 from calipers.memory import UnreadableError, is_readable
 from calipers.ranges import (
     ShrinkGrid,
-    arrange,
+    group_values,
     min_max,
     search_grid_ranges,
     search_optimal_scales,
@@ -72,7 +72,7 @@ def test_tensors_without_memory_do_not_end_the_process(monkeypatch: pytest.Monke
 
 def searches(x: Tensor, engine: str) -> list[Tensor]:
     """Each search on the same views."""
-    view = arrange(x, "weight", CHANNEL).views[0]
+    view = group_values(x, "weight", CHANNEL)[0]
     extremes = min_max(view, engine=engine)
     (grid,) = search_grid_ranges([view], [extremes], CHANNEL, GRID, engine=engine)
     (best,) = search_optimal_scales([view], [extremes], CHANNEL, engine=engine)
@@ -89,11 +89,11 @@ def test_the_searches_leave_to_eager_what_a_kernel_cannot_read(kind: str) -> Non
 
 
 def test_importance_that_a_kernel_cannot_read() -> None:
-    view = arrange(value(), "weight", CHANNEL).views[0]
+    view = group_values(value(), "weight", CHANNEL)[0]
     extremes, found = min_max(view), []
     weights = torch.rand(34, 512, generator=torch.Generator().manual_seed(1))
     for each, engine in ((negative_bit(-weights), "native"), (weights, "eager")):
-        importance = list(arrange(each, "weight", CHANNEL).views)
+        importance = list(group_values(each, "weight", CHANNEL))
         (pair,) = search_optimal_scales(
             [view], [extremes], CHANNEL, importance=importance, engine=engine
         )

@@ -2,7 +2,7 @@
 
     calipers compare MODEL --scheme ... --observer memoryless_minmax --observer optimal \\
         --observer optimal:objective=hessian --json > FILE
-    python benchmarks/quality/bands.py FILE...
+    python -m benchmarks.quality.bands FILE...
 
 Of all models and schemes of a kind: "less than usual" is below the smallest change that any
 observer left, "usual" is up to the largest one that `optimal` left plus two standard errors, and

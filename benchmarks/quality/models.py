@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from formats import BASELINES, OURS, PEERS, Choice, formats
-from rounding import attach_all, linears_of, peer_is_here
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.quality.formats import BASELINES, OURS, PEERS, Choice, formats
+from benchmarks.quality.rounding import attach_all, linears_of
+from benchmarks.results import peer_is_here
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.evaluation import perplexity
 from calipers.text import read_batches

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
-from formats import OURS, Choice, formats
 from torch import Tensor
 
+from benchmarks.peers import give_importance
+from benchmarks.quality.formats import OURS, Choice, formats
 from calipers.observers import Observer
 
 __all__ = ["measure_excess"]
@@ -20,7 +20,9 @@ Json = dict[str, Any]
 ROWS, GROUP = 16, 128
 #: Those that can be fed E[x^2] or need nothing; the error of "hessian" is another one.
 CHOICES = [
-    c for c in OURS if not c.options.get("signed") and c.options.get("objective") != "hessian"
+    c
+    for c in OURS
+    if not c.options.get("negative_scales") and c.options.get("objective") != "hessian"
 ]
 
 
@@ -90,17 +92,15 @@ def measure_excess(quick: bool = False, only: str = "") -> Json:
                     plain = asked in ("mse", "memoryless_mse", "memoryless_minmax")
                     if not choice.fits(kind) or (plain if columns is not None else weighted):
                         continue
-                    with suppress(ValueError, NotImplementedError):
-                        excess = excess_of(choice, oracle)
-                        results.append(
-                            {
-                                "data": data,
-                                "weights": weights,
-                                "format": kind,
-                                "observer": str(choice),
-                                "excess": excess,
-                            }
-                        )
+                    results.append(
+                        {
+                            "data": data,
+                            "weights": weights,
+                            "format": kind,
+                            "observer": str(choice),
+                            "excess": excess_of(choice, oracle),
+                        }
+                    )
     return {"results": results}
 
 
@@ -134,8 +134,7 @@ def excess_of(choice: Choice, oracle: Oracle) -> float:
     args, weight, module = oracle.args, oracle.weight, torch.nn.Module()
     observer = Observer.load_from_registry(choice.name, "weight", args, module, **choice.options)
     if oracle.columns is not None:
-        seen = {"input_square_sum": oracle.columns.double(), "num_input_tokens": torch.tensor(1)}
-        observer.load_state(seen)
+        give_importance(observer, oracle.columns)
     global_scale = None
     if args.strategy == "tensor_group":
         global_scale = observer.get_global_scale(weight)

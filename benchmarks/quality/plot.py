@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
+
+from benchmarks.results import Table
 
 __all__ = ["draw"]
 
-Json = dict[str, Any]
 #: Observers of the plot from light to dark, and their colours (readable on light and dark pages).
 SERIES = {
     "llmcompressor memoryless_minmax": "#b0b7bf",
@@ -15,18 +15,18 @@ SERIES = {
     "llmcompressor imatrix_mse": "#5f6a74",
     "optimal mse": "#8fd0c9",
     "optimal imatrix": "#26a69a",
-    "optimal imatrix signed": "#00796b",
+    "optimal imatrix negative_scales": "#00796b",
     "optimal hessian": "#f0a35e",
-    "optimal hessian signed": "#d9702b",
+    "optimal hessian negative_scales": "#d9702b",
 }
 BAR, GAP, HEIGHT, TOP, LEFT = 12, 22, 220, 62, 44
 
 
-def draw(report: Json) -> str:
-    """Grouped bars of `report["minilm"]`: output error, the best of llmcompressor's three = 1."""
-    rows = report["minilm"]["results"]
-    kinds = list(dict.fromkeys(row["format"] for row in rows))
-    ratio = {(row["format"], row["observer"]): row["ratio"] for row in rows}
+def draw(table: Table) -> str:
+    """Grouped bars of the output errors by observer and format, as the table has them."""
+    (_, observer, _), *formats = table.columns
+    kinds = [key for _, key, _ in formats]
+    ratio = {(k, row[observer]): row[k] for row in table.rows for k in kinds if row.get(k)}
     shown = [name for name in SERIES if any(ratio.get((kind, name)) for kind in kinds)]
     highest = max(ratio[key] for key in ratio if key[1] in shown)
     scale = HEIGHT / (highest * 1.05)

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
-from formats import Choice
 from torch import Tensor, nn
 
+from benchmarks.quality.formats import Choice
 from calipers.observers import Observer
 
-__all__ = ["Watched", "attach_all", "linears_of", "peer_is_here"]
-
-
-def peer_is_here() -> bool:
-    """Whether llmcompressor can be imported."""
-    try:
-        import llmcompressor.observers
-    except ImportError:
-        return False
-    return bool(llmcompressor.observers)
+__all__ = ["Watched", "attach_all", "linears_of"]
 
 
 def linears_of(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
@@ -43,11 +33,7 @@ class Watched:
     observers: dict[str, Any] = field(default_factory=dict)
 
     def attach(self) -> None:
-        """Build the observers and let them see what they want of their modules' inputs.
-
-        Raises:
-            ValueError: The choice does not apply to the format.
-        """
+        """Build the observers and let them see what they want of their modules' inputs."""
         for name, module in self.modules.items():
             observer = self._build(module)
             observer.attach(module)
@@ -62,7 +48,7 @@ class Watched:
     def rounded(self) -> Iterator[tuple[str, Tensor]]:
         """Name and fake-quantized weight of each module, in the weight's dtype.
 
-        Global scales (NVFP4) are each weight's own, on both sides.
+        Global scales (NVFP4) are each weight's own, for both packages.
         """
         for name, observer in self.observers.items():
             weight = self.modules[name].weight.detach()
@@ -111,18 +97,14 @@ def attach_all(
     choices: list[Choice],
     run: Callable[[], object],
 ) -> list[Watched]:
-    """Observers of every format and choice that exists, after one run of the data for all of them.
-
-    Choices that do not exist (an objective of a later version) or do not apply are left out.
-    """
+    """Observers of every format and choice made for it, after one run of the data for all."""
     watched = []
     for kind, args in kinds.items():
         for choice in choices:
             each = Watched(kind, choice, args, modules)
             if choice.fits(kind):
-                with suppress(ValueError):
-                    each.attach()
-                    watched.append(each)
+                each.attach()
+                watched.append(each)
     run()
     for each in watched:
         each.detach()

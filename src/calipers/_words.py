@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from calipers.errors import CalipersError
 
-__all__ = ["check_choice", "did_you_mean", "first_line"]
+__all__ = ["check_choice", "did_you_mean", "first_line", "listing"]
 
 
 def check_choice(argument: str, given: object, choices: Any) -> None:
@@ -32,3 +32,10 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its name where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def listing(names: Iterable[str], most: int) -> str:
+    """`a, b and 3 more`: the first names, and how many others there are."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")

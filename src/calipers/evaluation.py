@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from calipers.calibration.batches import Progress, eval_mode
 
 __all__ = [
     "Difference",
@@ -21,8 +21,6 @@ __all__ = [
     "paired_difference",
     "perplexity",
 ]
-
-_Progress = Callable[[str, int, int | None], object]
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,7 @@ class OutputError:
 
 
 def perplexity(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    progress: _Progress | None = None,
+    model: nn.Module, batches: Iterable[Tensor], progress: Progress | None = None
 ) -> float:
     """Exponential of the mean negative log-likelihood of each token given those before it.
 
@@ -136,23 +132,30 @@ def perplexity(
 
     Raises:
         ValueError: No sequence holds two tokens.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> from calipers.demo import HELDOUT_TEXT, MODEL_PATH
+        >>> from calipers.text import read_batches
+        >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+        >>> model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+        >>> batches = read_batches(HELDOUT_TEXT, tokenizer, sequence_length=64, samples=4)
+        >>> round(perplexity(model, batches))
+        20
     """
     return evaluate_losses(model, batches, progress).value
 
 
 @torch.no_grad()
 def evaluate_losses(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    progress: _Progress | None = None,
+    model: nn.Module, batches: Iterable[Tensor], progress: Progress | None = None
 ) -> Perplexity:
-    """Judge a language model sequence by sequence, so that the uncertainty is known as well.
+    """Losses of a language model by sequence, which give its perplexity a standard error.
 
     Args:
-        model: A causal language model called with `input_ids`, whose output has `logits`. It runs
-            in evaluation mode and is given back in the mode that it was in.
-        batches: Token ids, shape (batch, tokens). Sequences of one token are left out.
-        progress: Called as `progress("perplexity", done, total)`.
+        model: As for `perplexity`. It runs in evaluation mode, and its modes are put back.
+        batches: As for `perplexity`. Sequences of one token are left out.
+        progress: As for `perplexity`.
 
     Returns:
         The losses, whose `value` is the perplexity.
@@ -162,9 +165,9 @@ def evaluate_losses(
     """
     losses: list[float] = []
     tokens: list[int] = []
-    device = _device(model)
+    device = next(model.parameters()).device
     batches = list(batches)
-    with _evaluating(model):
+    with eval_mode(model):
         for done, batch in enumerate(batches, start=1):
             if batch.shape[-1] > 1:
                 ids = batch.to(device)
@@ -215,7 +218,7 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Difference:
 def collect_outputs(
     model: nn.Module,
     batches: Iterable[Tensor],
-    progress: _Progress | None = None,
+    progress: Progress | None = None,
     *,
     max_tokens: int = 16_384,
 ) -> list[Tensor]:
@@ -237,9 +240,9 @@ def collect_outputs(
         ValueError: There are no batches, or the model's output has no `last_hidden_state`.
     """
     found: list[Tensor] = []
-    device = _device(model)
+    device = next(model.parameters()).device
     batches = _within(list(batches), max_tokens)
-    with _evaluating(model):
+    with eval_mode(model):
         for done, batch in enumerate(batches, start=1):
             states = getattr(model(input_ids=batch.to(device)), "last_hidden_state", None)
             if not isinstance(states, Tensor):
@@ -323,17 +326,3 @@ def _within(batches: Sequence[Tensor], max_tokens: int) -> list[Tensor]:
             break
         left -= fits * length
     return kept
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,4 +1,4 @@
-"""What a tensor is: whether its elements lie in memory, and as what they can be read.
+"""Whether a tensor's elements lie in memory, and the plain tensor that they can be read as.
 
 Pointers are handed to compiled code. A tensor may have a shape and a dtype but no memory (fake and
 meta tensors, wrappers of other tensors, tensors inside of a function transform), or memory that
@@ -19,25 +19,11 @@ __all__ = ["UnreadableError", "is_readable", "plain_tensor", "plain_values"]
 
 #: Classes whose tensors have nothing of their own.
 _PLAIN = (Tensor, Parameter)
-#: Dtypes that cannot be a lazy conjugate, and are read as they are or by `float()`.
-_REAL = frozenset(
-    {
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float64,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-        torch.bool,
-    }
-)
 #: Dtypes in which observers compute.
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+#: Dtypes that cannot be a lazy conjugate, and are read as they are or by `float()`.
+_REAL = {*_FLOATS, *_INTEGERS, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool}
 #: Devices whose tensors have an address. Others (xla, lazy) keep their elements in ways of their
 #: own, and torch alone computes with them.
 _ADDRESSED = ("cpu", "cuda")
@@ -64,14 +50,12 @@ def plain_tensor(tensor: Tensor) -> Tensor:
     Memory is shared where that is possible. Lazy negation and zeros are carried out. Tensors of
     torch.func.grad, and replicated DTensors, are replaced by the tensor behind them.
 
-    Args:
-        tensor: Any tensor, also of a subclass.
-
     Raises:
-        ValueError: What came instead of a dense tensor of real numbers with values, without the
-            name of what it is for.
+        ValueError: It is no dense tensor of real numbers with values. The message says what it is;
+            the caller adds the name of the argument.
     """
-    if _is_faked():
+    # Under a FakeTensorMode no tensor of this thread has values.
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         raise ValueError("expected tensors with values, got a FakeTensorMode: observe outside it")
     if (
         type(tensor) in _PLAIN
@@ -85,11 +69,6 @@ def plain_tensor(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch._C.DisableTorchFunctionSubclass():
         return _resolved(tensor)
-
-
-def _is_faked() -> bool:
-    """Whether a FakeTensorMode is at work in this thread, in which no tensor has values."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def plain_values(tensor: Tensor) -> Tensor:
@@ -120,18 +99,13 @@ def _has_memory(tensor: Tensor) -> bool:
     if tensor.numel() == 0 or tensor.device.type not in _ADDRESSED:
         return True
     try:
-        offset = tensor.storage_offset() * tensor.element_size()
+        size, offset = tensor.element_size(), tensor.storage_offset()
+        places = zip(tensor.shape, tensor.stride(), strict=True)
+        end = (offset + sum((count - 1) * stride for count, stride in places) + 1) * size
         # An offset into memory that was given back is no address; some may have been given back.
-        return tensor.data_ptr() > offset and _end(tensor) <= tensor.untyped_storage().nbytes()
+        return tensor.data_ptr() > offset * size and end <= tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # no storage at all: inside of torch.vmap
         return False
-
-
-def _end(tensor: Tensor) -> int:
-    """Bytes from the beginning of the memory of a tensor with elements to the end of its last."""
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in places)
-    return int(last + 1) * tensor.element_size()
 
 
 def _resolved(tensor: Tensor) -> Tensor:
@@ -188,7 +162,6 @@ def _resolved(tensor: Tensor) -> Tensor:
 
 def _unwrapped(tensor: Tensor) -> Tensor:
     """The tensor behind one of a class with a dispatch of its own."""
-    kind = type(tensor).__name__
     if _is_a(tensor, "torch._subclasses.fake_tensor", "FakeTensor"):
         raise ValueError(
             f"expected a tensor with values, got a FakeTensor of shape {tuple(tensor.shape)}"
@@ -197,20 +170,18 @@ def _unwrapped(tensor: Tensor) -> Tensor:
         return _whole_of_distributed(tensor)
     if _is_a(tensor, "torch.distributed._functional_collectives", "AsyncCollectiveTensor"):
         return tensor.trigger_wait()  # type: ignore[attr-defined, no-any-return]
+    cause = None
     try:
         plain = tensor.detach().as_subclass(Tensor)
         if type(plain) is Tensor and is_readable(plain):
             return plain
     except Exception as error:  # code of the class, which may raise anything
-        raise ValueError(_no_memory(kind, tensor)) from error
-    raise ValueError(_no_memory(kind, tensor))
-
-
-def _no_memory(kind: str, tensor: Tensor) -> str:
-    return (
-        f"expected a tensor with values, got a {kind} of shape {tuple(tensor.shape)}, a wrapper "
-        "without values of its own; give the tensor behind it (dequantize(), to_dense())"
-    )
+        cause = error
+    raise ValueError(
+        f"expected a tensor with values, got a {type(tensor).__name__} of shape "
+        f"{tuple(tensor.shape)}, a wrapper without values of its own; give the tensor behind it "
+        "(dequantize(), to_dense())"
+    ) from cause
 
 
 def _whole_of_distributed(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from compressed_tensors.quantization import (
     QuantizationType,
 )
 
+from calipers.calibration.targets import schemes_by_target
+
 __all__ = ["output_verdict", "verdict"]
 
 
@@ -48,6 +50,12 @@ _KINDS = {
     "mxfp4a4": _Kind("MXFP4 weights and activations", (0.01, 1.84, 3.68), (0.55, 0.60, 0.90)),
 }
 
+_BROKEN = (
+    "broken: {}. Look for NaN in the report's weight errors, and try a wider dtype "
+    "(--dtype float32)."
+)
+_EIGHT_BITS = "8 bits for the modules with the largest weight errors"
+
 _Scheme: TypeAlias = QuantizationConfig | QuantizationScheme
 
 
@@ -80,7 +88,7 @@ Nothing to mend; more text would show a smaller difference.'
     """
     scheme = _hardest(scheme)
     if not math.isfinite(change):
-        return _broken("the perplexity is no number")
+        return _BROKEN.format("the perplexity is no number")
     kind = _KINDS.get(kind_of(scheme) or "")
     figure = f"{change:+.1%} perplexity"
     if standard_error is not None and abs(change) <= 2 * standard_error:
@@ -107,27 +115,16 @@ def output_verdict(
     *,
     objective: str | None = None,
 ) -> str:
-    """One line on the output error of a model without a language head; see `verdict`.
+    """One line on the output error of a model without a language head, as `verdict` gives it.
 
-    Args:
-        scheme: As for `verdict`.
-        error: `OutputError.value`.
-        standard_error: `OutputError.standard_error`.
-        objective: As for `verdict`.
+    `error` and `standard_error` are the value and the standard error of an `OutputError`.
     """
     scheme = _hardest(scheme)
     if not math.isfinite(error):
-        return _broken("the outputs are no numbers")
+        return _BROKEN.format("the outputs are no numbers")
     kind = _KINDS.get(kind_of(scheme) or "")
     shown = f"{error:.3f}" + ("" if standard_error is None else f" ± {standard_error:.3f}")
     return _in_words(f"output error {shown}", error, kind, scheme, objective, outputs=True)
-
-
-def _broken(why: str) -> str:
-    return (
-        f"broken: {why}. Look for NaN in the report's weight errors, and try a wider dtype "
-        "(--dtype float32)."
-    )
 
 
 def _in_words(
@@ -143,23 +140,17 @@ def _in_words(
     if kind is None:
         return f"{figure}; what is usual for this scheme was not measured. {_try(steps)}"
     best, usual, worst = kind.outputs if outputs else kind.perplexity
-    shown = _plain if outputs else _percent
-    measured = f"{shown(best)} to {shown(usual)} measured on small models"
+    shown = "{:.3f}".format if outputs else _percent
+    of_kind = f"usual for {kind.name} ({shown(best)} to {shown(usual)} measured on small models)"
+    steps, eight = steps[:2], [] if _bits(scheme) >= 8 else [_EIGHT_BITS]
     if value < best:
-        return f"{figure}: less than usual for {kind.name} ({measured}). Nothing to mend."
+        return f"{figure}: less than {of_kind}. {_try([])}"
     if value <= usual:
-        return f"{figure}: usual for {kind.name} ({measured}). {_try(steps[:2], 'Nearer still: ')}"
+        return f"{figure}: {of_kind}. {_try(steps, 'Nearer still: ')}"
     if value <= worst:
-        steps = [*steps[:2], "more calibration data", *_EIGHT_BITS[: _bits(scheme) < 8]]
-        return f"{figure}: more than usual for {kind.name} ({measured}). {_try(steps)}"
-    steps = ["calibration data of the kind that the model is used on", *steps[:2]]
-    return (
-        f"{figure}: far more than usual for {kind.name} ({measured}). "
-        f"{_try([*steps, *_EIGHT_BITS[: _bits(scheme) < 8]])}"
-    )
-
-
-_EIGHT_BITS = ["8 bits for the modules with the largest weight errors"]
+        return f"{figure}: more than {of_kind}. {_try([*steps, 'more calibration data', *eight])}"
+    steps = ["calibration data of the kind that the model is used on", *steps, *eight]
+    return f"{figure}: far more than {of_kind}. {_try(steps)}"
 
 
 def _try(steps: list[str], lead: str = "Try ") -> str:
@@ -194,10 +185,7 @@ def _next_steps(scheme: QuantizationScheme, objective: str | None) -> list[str]:
 def _hardest(scheme: _Scheme) -> QuantizationScheme:
     if isinstance(scheme, QuantizationScheme):
         return scheme
-    groups = [
-        each for each in scheme.config_groups.values() if isinstance(each, QuantizationScheme)
-    ]
-    return min(groups, key=_bits)
+    return min(schemes_by_target(scheme).values(), key=_bits)
 
 
 def _bits(scheme: QuantizationScheme) -> int:
@@ -205,11 +193,7 @@ def _bits(scheme: QuantizationScheme) -> int:
 
 
 def kind_of(scheme: _Scheme) -> str | None:
-    """The kind of scheme that is told of: a key of the table; None where there is no such row.
-
-    Args:
-        scheme: As for `verdict`.
-    """
+    """The kind of scheme that is told of: a key of the table; None where there is no such row."""
     scheme = _hardest(scheme)
     weights, inputs = scheme.weights, scheme.input_activations
     if weights is None or scheme.output_activations is not None:
@@ -241,7 +225,3 @@ def _weight_name(weights: QuantizationArgs) -> str:
 
 def _percent(value: float) -> str:
     return f"{value:+.1%}" if value < 0.1 else f"{value:+.0%}"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.3f}"

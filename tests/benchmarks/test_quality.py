@@ -12,17 +12,12 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-QUALITY = Path(__file__).resolve().parents[2] / "benchmarks" / "quality"
-
-
-@pytest.fixture(autouse=True)
-def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(QUALITY))
+from calipers.demo import MODEL_PATH
 
 
 @pytest.fixture
 def oracles() -> ModuleType:
-    return importlib.import_module("oracles")
+    return importlib.import_module("benchmarks.quality.oracles")
 
 
 def test_activations_and_oracles_are_measured(
@@ -31,19 +26,24 @@ def test_activations_and_oracles_are_measured(
     out = tmp_path / "out.json"
     parts = ["--parts", "activations", "oracles", "--formats", "^(int8|MXFP4)$", "--quick"]
     threads = ["--threads", str(torch.get_num_threads())]
-    assert importlib.import_module("run").main([*parts, *threads, "--json", str(out)]) == 0
-    report = json.loads(out.read_text())
-    assert report["environment"]["torch"] == torch.__version__
-    by_observer: dict[str, list[float]] = {}
-    for row in report["activations"]["results"]:
-        by_observer.setdefault(row["observer"], []).extend(
-            [row["excess"], row["reversed"], row["merged"]]
-        )
-    assert max(by_observer["histogram"]) < 0.3
-    assert max(by_observer["static_minmax"]) > 10
-    excess = {row["observer"]: row["excess"] for row in report["oracles"]["results"]}
-    assert all(value > -1e-3 for value in excess.values()), "better than the optimum"
-    assert "| memoryless_minmax |" in capsys.readouterr().out
+    run = importlib.import_module("benchmarks.quality.run")
+    assert run.main([*parts, *threads, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["versions"]["torch"] == torch.__version__
+    activations, oracles = (found["tables"][name]["rows"] for name in ("activations", "oracles"))
+    assert max(row["histogram"] for row in activations) < 0.3
+    assert max(row["static_minmax"] for row in activations) > 10
+    assert [row["format"] for row in oracles] == ["int8", "MXFP4"]
+    for row in oracles:
+        assert row["optimal imatrix, log-sigma 1"] < 0.2 < row["imatrix_mse, log-sigma 1"]
+    assert "| MXFP4 |" in capsys.readouterr().out
+
+
+def test_nothing_is_better_than_the_optimum() -> None:
+    oracles = importlib.import_module("benchmarks.quality.oracles")
+    found = oracles.measure_excess(quick=True, only="^MXFP4$")["results"]
+    assert found
+    assert all(row["excess"] > -1e-3 for row in found)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -59,13 +59,31 @@ def test_walking_breakpoints_is_a_dense_search(oracles: ModuleType, bits: int) -
 
 
 def test_plot_is_an_image_with_a_bar_for_each_value() -> None:
-    plot = importlib.import_module("plot")
-    rows = [
-        {"format": kind, "observer": name, "ratio": ratio}
+    plot = importlib.import_module("benchmarks.quality.plot")
+    cells = {
+        (name, kind): ratio
         for kind in ("int4 g64", "NVFP4")
         for name, ratio in (("llmcompressor imatrix_mse", 1.0), ("optimal imatrix", 0.8))
-    ]
-    image = ElementTree.fromstring(plot.draw({"minilm": {"results": rows}}))
+    }
+    table = importlib.import_module("benchmarks.quality.run").crossed("observer", cells, "{:.2f}")
+    image = ElementTree.fromstring(plot.draw(table))
     titles = [element.text for element in image.iter() if element.tag.endswith("title")]
     assert titles[1] == "int4 g64, optimal imatrix: 0.80"
     assert len(titles) == 4
+
+
+@pytest.mark.slow
+def test_observers_are_compared_by_the_command() -> None:
+    compare = importlib.import_module("benchmarks.quality.compare")
+    short = ["--samples", "2", "--eval-samples", "3", "--sequence-length", "32"]
+    observers = ["memoryless_minmax", "optimal:objective=mse"]
+    runs = compare.compare(MODEL_PATH, "int3, groups of 64", observers, short)
+    assert [run["observer"] for run in runs] == ["memoryless_minmax", "optimal"]
+    for run in runs:
+        for figure in run["change"].values():
+            assert isinstance(figure, float)
+    table = compare.table_of("smollm2", [compare.row_of("smollm2", "int3", compare.BOTH, runs)])
+    (cells,) = table.cells()
+    assert cells[0] == "int3"
+    assert "% ± " in cells[1]
+    assert cells[3] == ""

@@ -19,7 +19,7 @@ PRESETS = ["W8A8", "W4A16", "W4A16_ASYM", "FP8_BLOCK", "NVFP4A16", "MXFP4A16"]
 @pytest.mark.parametrize("preset", PRESETS)
 def test_is_the_error_of_the_whole_fake_quantized_weight(preset, dtype, monkeypatch):
     # 128 columns: three rows at a time, so that pieces end inside blocks and matrices
-    monkeypatch.setattr("calipers.calibration.write.piece_size", lambda _: 3 * 128)
+    monkeypatch.setattr("calipers.calibration.write.chunk_size", lambda _: 3 * 128)
     model = tiny_llama().to(dtype)
     report = calibrate(model, preset, "memoryless_minmax")
     for row in report.modules:

@@ -181,13 +181,13 @@ def test_a_scheme_that_does_not_fit_is_named(
 def test_common_options_go_to_the_observers_that_have_them() -> None:
     runs = plan_runs(
         ["W4A16", "NVFP4", "W4A16"],
-        ["memoryless-minmax", "imatrix_mse", "optimal:objective=hessian,signed=true"],
-        ["norm=2", "signed=false"],
+        ["memoryless-minmax", "imatrix_mse", "optimal:objective=hessian,negative_scales=true"],
+        ["norm=2", "negative_scales=false"],
     )
     assert [run.name for run in runs[:3]] == [
         "memoryless_minmax",
         "imatrix_mse norm=2",
-        "optimal signed=True objective=hessian",
+        "optimal negative_scales=True objective=hessian",
     ]
     assert [run.scheme for run in runs] == ["W4A16"] * 3 + ["NVFP4"] * 3
     with pytest.raises(CalipersError, match="none of memoryless_minmax has an option 'norm'"):
@@ -218,23 +218,16 @@ RESULTS = [
 
 NARROW = """\
 ./model
-scheme          unquantized
-  perplexity    14.040 ± 1.374
-  size          269.0 MB
-scheme          W4A16
-  observer      memoryless_minmax
-  weight error  0.1015
-  perplexity    15.035 ± 1.324
-  change        +7.09% ± 0.52%
-  size          112.0 MB
-  seconds       12.3
-scheme          W4A16
-  observer      optimal
-  weight error  0.1015
-  perplexity    15.035 ± 1.324
-  change        +1.87%
-  size          112.0 MB
-  seconds       12.3
+unquantized
+  perplexity: 14.040 ± 1.374, size: 269.0 MB
+W4A16
+  observer: memoryless_minmax, weight error: 0.1015
+  perplexity: 15.035 ± 1.324, change: +7.09% ± 0.52%
+  size: 112.0 MB, seconds: 12.3
+W4A16
+  observer: optimal, weight error: 0.1015
+  perplexity: 15.035 ± 1.324, change: +1.87%, size: 112.0 MB
+  seconds: 12.3
 calibrated with  embedded calibration text: 2 sequences, 16
                  tokens
 judged by        embedded held-out text: 1 sequences, 8

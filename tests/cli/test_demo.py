@@ -19,8 +19,8 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few sequences alone: all of them under all schemes take a minute."""
     whole = Text.read
 
-    def read(self: Text, tokenizer: Any, *, sequence_length: int, samples: Any) -> TokenizedText:
-        return whole(self, tokenizer, sequence_length=sequence_length, samples=2)
+    def read(self: Text, tokenizer: Any, sequence_length: int, samples: Any) -> TokenizedText:
+        return whole(self, tokenizer, sequence_length, 2)
 
     monkeypatch.setattr(Text, "read", read)
 

@@ -210,17 +210,13 @@ ROWS: list[dict[str, Any]] = [
 
 NARROW = """\
 Judged by the embedded held-out text
-model         ./SmolLM2-135M
-  loads       yes
-  size        269.0 MB
-  perplexity  14.040 ± 1.374
-model         ./SmolLM2-135M-W4A16
-  loads       yes
-  size        112.0 MB
-  perplexity  15.035 ± 1.324
-  change      +7.09% ± 0.52%
-model         ./broken
-  loads       no
+./SmolLM2-135M
+  loads: yes, size: 269.0 MB, perplexity: 14.040 ± 1.374
+./SmolLM2-135M-W4A16
+  loads: yes, size: 112.0 MB, perplexity: 15.035 ± 1.324
+  change: +7.09% ± 0.52%
+./broken
+  loads: no
 sequences  2, 1,024 tokens
 problem    ./broken: no weights"""
 

@@ -66,10 +66,10 @@ def calibrated(change: Difference | OutputError | None) -> Print:
 def shown_demo(monkeypatch: pytest.MonkeyPatch) -> Print:
     losses = (1300.0, 1400.0)
 
-    def run(model: Any, chosen: Run, *args: Any, **kwargs: Any) -> RunResult:
+    def run(model: Any, runs: list[Run], *args: Any, **kwargs: Any) -> list[RunResult]:
         after = Perplexity((1340.0, 1430.0), (511, 511))
         change = Difference(0.0685, 0.0049)
-        return RunResult(chosen, 0.1015, after, change, 1_640_000, 4.2, None)
+        return [RunResult(each, 0.1015, after, change, 1_640_000, 4.2, None) for each in runs]
 
     monkeypatch.setattr(demo, "execute", run)
     monkeypatch.setattr(demo, "measure", lambda *args: Perplexity(losses, (511, 511)))

@@ -14,7 +14,7 @@ import calipers
 from docs.pages import API
 
 #: Rooms whose names belong to the command, or to our own searches, and to nobody who imports them.
-PRIVATE = {"_guard", "_quiet", "cli", "engines", "formats", "memory"}
+PRIVATE = {"_guard", "_quiet", "cli", "engines", "formats", "grouping", "memory"}
 ROOMS = sorted(
     module.name
     for module in pkgutil.iter_modules(calipers.__path__)

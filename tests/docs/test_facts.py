@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
 
+from calipers import demo, texts
 from calipers.cli import app
 from calipers.observers import Observer
+from calipers.texts import Document, read_documents
+from calipers.verdict import _KINDS
 from docs.pages import ROOT, read_table
 
 README = ROOT / "README.md"
@@ -47,6 +52,13 @@ def test_rooms_of_the_readme_exist() -> None:
     rooms = [re.findall(r"`([^`]+)`", row[0])[0] for row in rows]
     assert len(rooms) == 12
     assert all((ROOT / room).is_dir() for room in rooms)
+
+
+def test_the_way_from_a_tensor_to_a_checkpoint_is_short() -> None:
+    rows = read_table(README.read_text("utf-8"), "file")
+    files = [ROOT / re.findall(r"`([^`]+)`", row[0])[0] for row in rows]
+    assert len(files) == 6
+    assert sum(len(file.read_text("utf-8").splitlines()) for file in files) <= 1300
 
 
 def test_links_of_the_readme_exist() -> None:
@@ -91,3 +103,70 @@ def test_json_fields_of_the_command_line_page() -> None:
     fields = importlib.import_module("cli.test_calibrate").FIELDS
     rows = read_table(COMMAND_LINE.read_text("utf-8"), "field")
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == fields
+
+
+def test_names_of_other_versions_exist() -> None:
+    page = (ROOT / "docs" / "coming-from-llmcompressor.md").read_text("utf-8")
+    observers = importlib.import_module("calipers.observers")
+    names = {name for row in read_table(page, "name") for name in re.findall(r"`(\w+)`", row[0])}
+    assert len(names) > 5
+    assert [name for name in names if not hasattr(observers, name)] == []
+
+
+def test_sizes_of_the_demo_files() -> None:
+    data = Path(demo.__file__).parent / "data"
+    rows = read_table((ROOT / "docs" / "demo-model.md").read_text("utf-8"), "File")
+    listed = {name.strip("`"): int(size.replace(",", "")) for name, size, _ in rows}
+    assert listed == {name: (data / name).stat().st_size for name in listed}
+    assert len(listed) == 4
+
+
+def test_bands_are_those_of_the_verdict() -> None:
+    rows = read_table((ROOT / "docs" / "evaluating.md").read_text("utf-8"), "kind of scheme")
+    listed = {}
+    for name, *cells in rows:
+        shares = [float(cell.removesuffix("%")) / 100 for cell in cells[:3]]
+        listed[name] = [*shares, *map(float, cells[3:])]
+    assert listed == {
+        kind.name: pytest.approx([*kind.perplexity, *kind.outputs]) for kind in _KINDS.values()
+    }
+
+
+TEXTS = (ROOT / "docs" / "texts.md").read_text("utf-8")
+KINDS: dict[str, Callable[[Document], bool]] = {
+    "English prose": lambda each: each.kind == "prose" and each.language == "en",
+    "dialogue": lambda each: each.kind == "dialogue",
+    "code": lambda each: each.kind == "code",
+    "tables and records": lambda each: each.kind == "table",
+    "prose in other languages": lambda each: each.kind == "prose" and each.language != "en",
+}
+
+
+def test_what_is_in_the_texts() -> None:
+    listed = {name: cells for name, *cells in read_table(TEXTS, "")}
+    for column, part in enumerate(("calibration", "heldout")):
+        documents = read_documents(part)  # type: ignore[arg-type]
+        sizes = [len(each.text.encode()) for each in documents]
+        packed = Path(texts.__file__).parent / "data" / f"{part}.jsonl.gz"
+        expected = {
+            "documents": f"{len(documents)}",
+            "bytes of UTF-8": f"{sum(sizes):,}",
+            "bytes in the package": f"{packed.stat().st_size:,}",
+        }
+        for name, belongs in KINDS.items():
+            size = sum(n for each, n in zip(documents, sizes, strict=True) if belongs(each))
+            expected[name] = f"{100 * size / sum(sizes):.1f} %"
+        for kind in ("prose", "code"):
+            languages = {each.language for each in documents if each.kind == kind}
+            expected[f"languages of {kind}"] = ", ".join(sorted(languages))
+        assert {name: cells[column] for name, cells in listed.items()} == expected
+
+
+def test_bytes_of_the_sources() -> None:
+    _, *sections = re.split(r"^## (?:Calibration|Held-out) sources$", TEXTS, flags=re.MULTILINE)
+    for part, section in zip(("calibration", "heldout"), sections, strict=True):
+        sizes: dict[str, int] = {}
+        for each in read_documents(part):  # type: ignore[arg-type]
+            sizes[each.source] = sizes.get(each.source, 0) + len(each.text.encode())
+        rows = read_table(section, "source")
+        assert {row[0].strip("`"): int(row[-1].replace(",", "")) for row in rows} == sizes

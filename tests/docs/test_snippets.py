@@ -64,7 +64,7 @@ def test_shell_commands_parse(
     Path("report.json").write_text(json.dumps({"coverage": [layer]}), encoding="utf-8")
     # the file that commands name as a plugin is what this page shows
     own = ROOT / "docs" / "write-your-own-observer.md"
-    monkeypatch.setattr("calipers.cli.plugins.load_plugin", lambda plugin: run_page(own))
+    monkeypatch.setattr("calipers.cli.options.load_plugin", lambda plugin: run_page(own))
     result = CliRunner().invoke(app, args)
     if args[0] in loading:
         assert result.exit_code == 1, result.output

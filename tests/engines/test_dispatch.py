@@ -16,7 +16,7 @@ from calipers.formats import Format
 from calipers.observers import Observer
 from calipers.ranges import (
     ShrinkGrid,
-    arrange,
+    group_values,
     min_max,
     search_grid_ranges,
 )
@@ -50,11 +50,11 @@ def awkward(rows: int, cols: int) -> torch.Tensor:
 
 def both_engines(value, args, search=DEFAULTS, *, importance=None, global_scale=None, g_idx=None):
     """A search by `native` and by the reference: what both find, as one flat tensor each."""
-    views = arrange(value, "weight", args, g_idx).views
+    views = group_values(value, "weight", args, g_idx)
     extremes = [min_max(view) for view in views]
     weights = None
     if importance is not None:
-        weights = list(arrange(importance.expand_as(value), "weight", args, g_idx).views)
+        weights = list(group_values(importance.expand_as(value), "weight", args, g_idx))
     found = {}
     for engine in ("native", "eager"):
         ranges = search_grid_ranges(
@@ -78,7 +78,7 @@ def assert_same_steps(compiled: torch.Tensor, eager: torch.Tensor) -> None:
 
 def assert_errors_as_small(value, args, search, compiled, eager) -> None:
     """Where steps differ, the errors of both are equal to 1e-6 of themselves."""
-    (view,) = arrange(value, "weight", args).views
+    (view,) = group_values(value, "weight", args)
     differing = (compiled != eager).any(dim=0)
     groups = view.values.flatten(0, -2)[differing].double()
     token_args = args.model_copy(update={"strategy": "token"})
@@ -289,7 +289,7 @@ class TestChoice:
             raise RuntimeError("no room for the cache")
 
         value, args = awkward(16, 64), group(4, 32)
-        views = arrange(value, "weight", args).views
+        views = group_values(value, "weight", args)
         extremes = [min_max(view) for view in views]
         expected = search_grid_ranges(views, extremes, args, DEFAULTS, engine="eager")
         monkeypatch.setattr("calipers.engines.native.grid.search", broken)

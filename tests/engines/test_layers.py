@@ -13,8 +13,6 @@ import calipers
 ROOT = Path(calipers.__file__).parent
 ENGINES = ROOT / "engines"
 FILES = sorted(ROOT.rglob("*.py"))
-#: What engines may know of ranges: tensors and the records they are handed.
-KNOWN = {"views"}
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
@@ -25,10 +23,14 @@ def nodes(path: Path) -> Iterator[ast.AST]:
 def test_engines_know_tensors_and_formats_alone(path: Path) -> None:
     for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("calipers."):
-            _, package, *rest = (node.module or "").split(".")
-            assert package in ("engines", "errors", "formats", "memory") or (
-                package == "ranges" and rest[0] in KNOWN
-            )
+            _, package, *_ = (node.module or "").split(".")
+            assert package in ("engines", "errors", "formats", "grouping", "memory")
+
+
+def test_groupings_know_no_search() -> None:
+    for node in nodes(ROOT / "grouping.py"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("calipers."):
+            assert (node.module or "").split(".")[1] == "memory"
 
 
 def test_engines_are_told_apart_in_their_package_alone() -> None:

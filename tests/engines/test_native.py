@@ -14,13 +14,13 @@ from compressed_tensors.quantization.utils import generate_gparam
 from loguru import logger
 
 from calipers.engines import dispatch
-from calipers.engines.native import abi, build, cache, grid, hessian, optimal, sums
+from calipers.engines.native import abi, build, cache, grid, hessian, optimal
 from calipers.engines.native import min_max as native_min_max
 from calipers.observers import Observer
 from calipers.ranges import (
-    GroupedView,
+    Groups,
     ShrinkGrid,
-    arrange,
+    group_values,
     min_max,
     search_grid_ranges,
 )
@@ -42,7 +42,7 @@ def values(rows: int = 300, cols: int = 400, dtype: torch.dtype = torch.float32)
     return (torch.randn(rows, cols, generator=generator) * 3).to(dtype)
 
 
-def assert_same_extremes(view: GroupedView) -> None:
+def assert_same_extremes(view: Groups) -> None:
     native, eager = min_max(view, engine="native"), min_max(view, engine="eager")
     assert not dispatch._failures
     for found, expected in zip(native, eager, strict=True):
@@ -55,7 +55,7 @@ class TestMinMax:
     @pytest.mark.parametrize("name", STRATEGIES)
     def test_strategies(self, name, dtype):
         args = QuantizationArgs(num_bits=8, **STRATEGIES[name])
-        for view in arrange(values(dtype=dtype), "weight", args).views:
+        for view in group_values(values(dtype=dtype), "weight", args):
             assert_same_extremes(view)
 
     @pytest.mark.parametrize("base_name", ["input", "k"])
@@ -63,20 +63,20 @@ class TestMinMax:
         strategy = {"input": "tensor", "k": "attn_head"}[base_name]
         states = values(2 * 40, 24 * 32).view(2, 40, 24, 32).transpose(1, 2)
         args = QuantizationArgs(num_bits=8, strategy=strategy)
-        for view in arrange(states, base_name, args).views:
+        for view in group_values(states, base_name, args):
             assert_same_extremes(view)
 
     def test_groups_of_activations_and_columns_in_any_order(self):
         args = QuantizationArgs(num_bits=8, strategy="group", group_size=16)
-        for view in arrange(values(), "input", args).views:
+        for view in group_values(values(), "input", args):
             assert_same_extremes(view)
-        for view in arrange(values(), "weight", args, torch.arange(400).remainder(25)).views:
+        for view in group_values(values(), "weight", args, torch.arange(400).remainder(25)):
             assert_same_extremes(view)
 
     def test_values_that_lie_apart(self):
         args = QuantizationArgs(num_bits=8, strategy="group", group_size=16)
         for value in (values().t(), values()[:, ::2], values().expand(2, -1, -1)):
-            for view in arrange(value, "weight", args).views:
+            for view in group_values(value, "weight", args):
                 assert_same_extremes(view)
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,19 +86,19 @@ class TestMinMax:
         value = values(dtype=dtype)
         value[::3, 7], value[5], value[6, :200] = odd, odd, -odd
         args = QuantizationArgs(num_bits=8, strategy="group", group_size=size)
-        for view in arrange(value, "weight", args).views:
+        for view in group_values(value, "weight", args):
             assert_same_extremes(view)
             assert_same_extremes(view.finite())
 
     def test_every_sixteen_bit_float(self):
         every = torch.arange(-(2**15), 2**15).to(torch.int16)
         for dtype in DTYPES[1:]:
-            view = GroupedView(every.view(dtype).view(-1, 1, 1), (2,))
+            view = Groups(every.view(dtype).view(-1, 1, 1), (2,))
             assert_same_extremes(view)
-            assert_same_extremes(GroupedView(every.view(dtype).view(-1, 16), (1,)).finite())
+            assert_same_extremes(Groups(every.view(dtype).view(-1, 16), (1,)).finite())
 
     def test_any_number_of_threads(self, on_one_thread_and_five):
-        view = arrange(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel")).views
+        view = group_values(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel"))
         one, five = on_one_thread_and_five(lambda: min_max(view[0], engine="native"))
         assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
 
@@ -113,7 +113,7 @@ def on_one_thread_and_five(monkeypatch):
         return parts[-1]
 
     monkeypatch.setattr(abi, "WORTH_THREADS", 1)
-    for module in (grid, hessian, native_min_max, optimal, sums):
+    for module in (grid, hessian, native_min_max, optimal):
         monkeypatch.setattr(module, "number_of_parts", counted)
 
     def search_twice(search):
@@ -134,7 +134,7 @@ def on_one_thread_and_five(monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_grid_search_on_any_number_of_threads(bits, on_one_thread_and_five):
     args = QuantizationArgs(num_bits=bits, strategy="group", group_size=16)
-    (view,) = arrange(values(), "weight", args).views
+    (view,) = group_values(values(), "weight", args)
     extremes = [min_max(view)]
     search = ShrinkGrid(maxshrink=0.2, grid=100, patience=5, norm=2.4)
     ((one,), (five,)) = on_one_thread_and_five(
@@ -170,7 +170,7 @@ def test_optimal_on_any_number_of_threads(scheme, objective, on_one_thread_and_f
 def test_steps_that_clip_too_much_are_left_out():
     """Counted: with int8 far fewer than all 80 steps, with the same answer."""
     value, args = values(512, 256), QuantizationArgs(num_bits=8, strategy="channel")
-    (view,) = arrange(value, "weight", args).views
+    (view,) = group_values(value, "weight", args)
     extremes = min_max(view)
     search = ShrinkGrid(maxshrink=0.8, grid=100, patience=0, norm=2.4)
     (found,) = search_grid_ranges([view], [extremes], args, search, engine="native")
@@ -183,7 +183,7 @@ def test_steps_that_clip_too_much_are_left_out():
 def test_steps_of_one_rounded_scale_are_tried_once(preset):
     """Counted: some of the 20 steps alone, with the same answer."""
     value, args = values(512, 256), preset_name_to_scheme(preset, ["Linear"]).weights
-    (view,) = arrange(value, "weight", args).views
+    (view,) = group_values(value, "weight", args)
     extremes, global_scale = [min_max(view)], None
     if args.strategy == "tensor_group":
         global_scale = generate_gparam(value.amin(), value.amax())
@@ -201,9 +201,9 @@ def test_steps_of_one_rounded_scale_are_tried_once(preset):
 def test_candidates_are_dismissed_by_their_squares(weighted):
     """Counted: powers other than squares of a few steps alone, with the same answer."""
     value, args = values(512, 256), QuantizationArgs(num_bits=8, strategy="channel")
-    (view,) = arrange(value, "weight", args).views
+    (view,) = group_values(value, "weight", args)
     weight = torch.rand(256, generator=torch.Generator().manual_seed(1)).expand(512, 256)
-    importance = list(arrange(weight, "weight", args).views) if weighted else None
+    importance = list(group_values(weight, "weight", args)) if weighted else None
     counts, extremes = [], [min_max(view)]
     for norm in (2.0, 2.4):
         search = ShrinkGrid(maxshrink=0.2, grid=100, patience=0, norm=norm)
@@ -246,8 +246,10 @@ class TestBuild:
         monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-DOWN_THREADS"])
         for cached in (build._flags, build._fingerprint):
             monkeypatch.setattr(build, cached.__name__, cached.__wrapped__)
-        view = arrange(values(1000), "weight", QuantizationArgs(num_bits=8, strategy="channel"))
-        assert_same_extremes(view.views[0])
+        view = group_values(
+            values(1000), "weight", QuantizationArgs(num_bits=8, strategy="channel")
+        )
+        assert_same_extremes(view[0])
 
     def test_a_compiler_that_fails_is_one_warning(self, monkeypatch, tmp_path):
         fake = tmp_path / "c++"
@@ -256,7 +258,7 @@ class TestBuild:
         monkeypatch.setenv("CXX", str(fake))
         messages: list[str] = []
         sink = logger.add(messages.append, format="{message}", level="WARNING")
-        view = arrange(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel")).views
+        view = group_values(values(), "weight", QuantizationArgs(num_bits=8, strategy="channel"))
         try:
             found = [min_max(view[0], engine="native") for _ in range(2)]
         finally:
@@ -267,12 +269,12 @@ class TestBuild:
         assert list((tmp_path / "cache").iterdir()) == []
 
     def test_a_structure_of_another_size_is_found_when_the_library_is_loaded(self, monkeypatch):
-        class Longer(abi.NativeBox):
+        class Longer(abi.NativeStrides):
             _fields_ = (("more", ctypes.c_int64),)
 
         abi.library()
         monkeypatch.setitem(abi.STRUCTURES, "Box", Longer)
-        size = ctypes.sizeof(abi.NativeBox)
+        size = ctypes.sizeof(abi.NativeStrides)
         build.library.cache_clear()
         with pytest.raises(
             build.BuildError, match=f"Box has {size} bytes in C\\+\\+ and {size + 8}"

@@ -24,7 +24,7 @@ from calipers.engines.dispatch import choose_engine, triton_problem
 from calipers.engines.kernels import GridProblem, GridReference
 from calipers.formats import Format
 from calipers.observers import Observer
-from calipers.ranges import GroupedView, ShrinkGrid, arrange, min_max, search_grid_ranges
+from calipers.ranges import Groups, ShrinkGrid, group_values, min_max, search_grid_ranges
 from calipers.ranges.optimal import search_optimal_scales
 
 HERE = Path(__file__)
@@ -81,7 +81,7 @@ def awkward(rows: int, cols: int, seed: int = 7) -> torch.Tensor:
     return values * 0.02
 
 
-def errors_of(view: GroupedView, found, args, norm, weights, global_scale) -> torch.Tensor:
+def errors_of(view: Groups, found, args, norm, weights, global_scale) -> torch.Tensor:
     """Error of every group of a view under a range, in float64 sums."""
     low, high = found
     scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
@@ -105,11 +105,11 @@ def assert_like_the_reference(
 ) -> None:  # fmt: skip
     """The engine's range of each group is the reference's, or its error is as small."""
     value = value.to(device)
-    views = list(arrange(value, "weight", args, g_idx).views)
+    views = list(group_values(value, "weight", args, g_idx))
     weights = None
     if importance is not None:
         importance = importance.to(device).expand_as(value)
-        weights = list(arrange(importance, "weight", args, g_idx).views)
+        weights = list(group_values(importance, "weight", args, g_idx))
     if finite_only:
         views = [view.finite() for view in views]
     extremes = [min_max(view) for view in views]
@@ -268,7 +268,7 @@ class TestLikeTheReference:
         monkeypatch.setattr(grid_triton, "TILE", tile)
         for seed in (34, 51, 52):
             value = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)).to(device)
-            views = arrange(value, "weight", group(4, 32)).views
+            views = group_values(value, "weight", group(4, 32))
             extremes = [min_max(view) for view in views]
             found = {}
             for engine, patience in (("triton", 2), ("eager", 2), ("triton", 0)):
@@ -280,7 +280,7 @@ class TestLikeTheReference:
 
     def test_nothing_at_all(self, device):
         value = torch.empty(0, 32, device=device)
-        views = arrange(value, "weight", group(4, 32)).views
+        views = group_values(value, "weight", group(4, 32))
         empty = torch.empty(0, 1, device=device)
         found = search_grid_ranges(views, [(empty, empty)], group(4, 32), DEFAULTS, engine="triton")
         assert found[0][0].shape == (0, 1)
@@ -301,12 +301,12 @@ class TestLikeTheReference:
 
 def optimal_twice(value, args, importance=None, **options):
     """Scales, zero points and errors of all groups, by the engine and by the reference."""
-    views = list(arrange(value, "weight", args).views)
+    views = list(group_values(value, "weight", args))
     extremes = [min_max(view) for view in views]
     weights = None
     if importance is not None:
         importance = importance.to(value.device).expand_as(value)
-        weights = list(arrange(importance, "weight", args).views)
+        weights = list(group_values(importance, "weight", args))
     for engine in ("triton", "eager"):
         found = search_optimal_scales(
             views, extremes, args, importance=weights, engine=engine, **options
@@ -344,7 +344,7 @@ class TestOptimal:
 
     def test_signed(self, device):
         (mine, errors), (_, expected) = optimal_twice(
-            awkward(20, 128)[11:].to(device), group(4, 32), signed=True
+            awkward(20, 128)[11:].to(device), group(4, 32), negative_scales=True
         )
         assert bool((mine < 0).any())
         torch.testing.assert_close(errors, expected, rtol=2e-3, atol=1e-12)
@@ -397,7 +397,7 @@ class TestOnAGpu:
         value = awkward(64, 8200).bfloat16().to(device)
         for strategy in ({"group_size": 128}, {"strategy": "channel"}, {"strategy": "tensor"}):
             args = QuantizationArgs(num_bits=4, **strategy)
-            views = arrange(value, "weight", args).views
+            views = group_values(value, "weight", args)
             extremes = [min_max(view) for view in views]
             search_grid_ranges(views, extremes, args, DEFAULTS)  # compiles
             torch.cuda.set_sync_debug_mode("error")
@@ -411,7 +411,7 @@ class TestOnAGpu:
         device = torch.device("cuda")
         value = torch.randn(4096, 4096, device=device).bfloat16()
         for args in (group(4, 128), preset("NVFP4"), QuantizationArgs(strategy="tensor")):
-            views = arrange(value, "weight", args).views
+            views = group_values(value, "weight", args)
             extremes = [min_max(view) for view in views]
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -423,7 +423,7 @@ class TestOnAGpu:
         value, args = awkward(64, 128), group(4, 32)
         found = []
         for place, engine in (("cpu", "eager"), ("cuda", "eager"), ("cuda", "triton")):
-            views = arrange(value.to(place), "weight", args).views
+            views = group_values(value.to(place), "weight", args)
             ranges = search_grid_ranges(
                 views, [min_max(v) for v in views], args, DEFAULTS, engine=engine
             )
@@ -549,11 +549,11 @@ def test_every_kernel_compiles(capability, monkeypatch):
         (awkward(3, 9000), QuantizationArgs(strategy="channel"), DEFAULTS, None, None),
     ]
     for value, args, grid, weight, order in cases:
-        views = arrange(value, "weight", args, order).views
+        views = group_values(value, "weight", args, order)
         extremes = [tuple(t.float() for t in min_max(view)) for view in views]
         weights = [None] * len(views)
         if weight is not None:
-            weights = list(arrange(weight.expand_as(value), "weight", args, order).views)
+            weights = list(group_values(weight.expand_as(value), "weight", args, order))
         scale = torch.ones(1) if args.strategy == "tensor_group" else None
         problems = [
             GridProblem(view, *extreme, each, args, grid, scale)

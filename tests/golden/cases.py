@@ -63,9 +63,9 @@ OBSERVERS: dict[str, tuple[str, Options]] = {
     "optimal-mse": ("optimal", {"objective": "mse"}),
     "optimal-imatrix": ("optimal", {"objective": "imatrix"}),
     "optimal-hessian": ("optimal", {"objective": "hessian"}),
-    "optimal-mse-signed": ("optimal", {"objective": "mse", "signed": True}),
-    "optimal-imatrix-signed": ("optimal", {"objective": "imatrix", "signed": True}),
-    "optimal-hessian-signed": ("optimal", {"objective": "hessian", "signed": True}),
+    "optimal-mse-signed": ("optimal", {"objective": "mse", "negative_scales": True}),
+    "optimal-imatrix-signed": ("optimal", {"objective": "imatrix", "negative_scales": True}),
+    "optimal-hessian-signed": ("optimal", {"objective": "hessian", "negative_scales": True}),
 }
 SIGNED = [label for label in OBSERVERS if label.endswith("-signed")]
 #: They look at inputs, which an activation has not.

@@ -138,7 +138,7 @@ RUN = [
     Case(
         "int4, groups of 64, negative scales",
         "smollm2",
-        quantize(INT4_G64, observer="optimal", objective="mse", signed=True),
+        quantize(INT4_G64, observer="optimal", objective="mse", negative_scales=True),
         int4=True,
     ),
     Case("int4, channels", "smollm2", quantize(linears(integers(4))), int4=True),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from integrations.peer import Small, build
 from observers.samples import logged
+from ranges.strategies import NVFP4
 
 pytest.importorskip("llmcompressor")
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -221,14 +222,7 @@ def test_an_empty_batch_changes_nothing() -> None:
 
 
 def test_fused_observers_share_a_global_scale() -> None:
-    args = QuantizationArgs(
-        num_bits=4,
-        type="float",
-        strategy="tensor_group",
-        group_size=16,
-        scale_dtype=torch.float8_e4m3fn,
-        zp_dtype=torch.float8_e4m3fn,
-    )
+    args = QuantizationArgs(**NVFP4)
     layers = [Small(seed).up for seed in range(3)]
     layers[1].weight.data *= 7
     observers = [build("memoryless_minmax", args) for _ in layers]

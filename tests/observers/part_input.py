@@ -44,7 +44,7 @@ class InputPart(ObserverRig):
         assert zero_point.shape == case.qparams
         assert scale.isfinite().all()
         # The one exception to positive scales has to be asked for.
-        sizes = scale.abs() if self.options.get("signed") else scale
+        sizes = scale.abs() if self.options.get("negative_scales") else scale
         assert (sizes > 0).all()
         assert wide(zero_point).isfinite().all()
 

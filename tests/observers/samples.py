@@ -13,6 +13,8 @@ from compressed_tensors.quantization import QuantizationArgs
 from loguru import logger
 from torch import Tensor
 
+from ranges.strategies import NVFP4
+
 CUDA = pytest.param(
     "cuda",
     marks=[
@@ -22,14 +24,6 @@ CUDA = pytest.param(
 )
 DEVICES = ["cpu", CUDA]
 
-NVFP4 = {
-    "num_bits": 4,
-    "type": "float",
-    "strategy": "tensor_group",
-    "group_size": 16,
-    "scale_dtype": torch.float8_e4m3fn,
-    "zp_dtype": torch.float8_e4m3fn,
-}
 #: A global scale for values up to 12: above all samples, and their ranges times 1.8.
 GLOBAL_SCALE = 448.0 * 6.0 / 12.0
 

@@ -94,7 +94,7 @@ class TestHistogram(ObserverContract):
 class TestOptimal(ObserverContract):
     name = "optimal"
     remembers = "last"
-    defaults = Options({"objective": "imatrix", "signed": False})
+    defaults = Options({"objective": "imatrix", "negative_scales": False})
     options = Options({"objective": "mse"})
     needs_data = True
 
@@ -133,7 +133,7 @@ class TestOptimalIMatrix(OnSeenInputs):
 
 
 class TestOptimalIMatrixSigned(OnSeenInputs):
-    options = Options({"objective": "imatrix", "signed": True})
+    options = Options({"objective": "imatrix", "negative_scales": True})
 
     def build(self, case: Case, **given: Any) -> Observer:
         args = given.get("args") or case.args()

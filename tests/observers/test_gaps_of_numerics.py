@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import calipers
 from calipers.observers import Observer
-from calipers.ranges import ShrinkGrid, arrange, min_max, search_grid_ranges
+from calipers.ranges import ShrinkGrid, group_values, min_max, search_grid_ranges
 from observers.samples import NVFP4, sample
 
 INT4 = {"num_bits": 4, "strategy": "group", "group_size": 16}
@@ -140,7 +140,7 @@ def test_float64_hessian_at_any_size(engine: str, monkeypatch: pytest.MonkeyPatc
 def test_mxfp4_of_single_elements(size: int, grid: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Native and eager take the same step, for one element in a group and for equal ones."""
     x = torch.linspace(0.01, 8, 128).to(dtype).unsqueeze(1)
-    views = arrange(x.expand(-1, size).contiguous(), "weight", QuantizationArgs(**MXFP4)).views
+    views = group_values(x.expand(-1, size).contiguous(), "weight", QuantizationArgs(**MXFP4))
     args, extremes = QuantizationArgs(**MXFP4), [min_max(view) for view in views]
     found = [
         search_grid_ranges(views, extremes, args, ShrinkGrid(*grid), engine=engine)

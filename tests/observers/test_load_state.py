@@ -86,7 +86,7 @@ WEIGHT = ("memoryless_minmax", "weight", {})
 IMATRIX = ("imatrix_mse", "weight", {})
 OPTIMAL = ("optimal", "weight", {})
 HESSIAN = ("optimal", "weight", {"objective": "hessian"})
-SIGNED = ("optimal", "weight", {"signed": True})
+SIGNED = ("optimal", "weight", {"negative_scales": True})
 
 CASES: list[tuple[tuple[str, str, dict[str, Any]], Callable[[State], None], str]] = [
     (STATIC, drop("num_batches"), "num_batches is missing"),
@@ -202,8 +202,8 @@ def test_shapes_that_the_strategy_never_gives(shape: tuple[int, ...]) -> None:
         fresh.load_state(state)
 
 
-def test_negative_scales_are_those_of_signed() -> None:
-    observer = observed("optimal", "weight", signed=True)
+def test_negative_scales_are_loaded_where_they_were_asked_for() -> None:
+    observer = observed("optimal", "weight", negative_scales=True)
     state = observer.state()
     state["found_scale"] = -state["found_scale"].abs()
     observer.load_state(state)

@@ -227,8 +227,8 @@ class TestGlobalScale:
     def test_an_odd_one_as_an_argument(self, kind: str) -> None:
         from calipers.ranges import (
             ShrinkGrid,
-            arrange,
             count_patterns,
+            group_values,
             min_max,
             search_grid_ranges,
             search_histogram_range,
@@ -236,9 +236,9 @@ class TestGlobalScale:
         )
 
         odd, args, x = GLOBAL_SCALES[kind], QuantizationArgs(**NVFP4), value()
-        views = arrange(x, "weight", args).views
+        views = group_values(x, "weight", args)
         extremes = [min_max(view) for view in views]
-        counted = arrange(x, "input", args).views[0]
+        counted = group_values(x, "input", args)[0]
         histogram = count_patterns(counted)
         optimal = Observer.load_from_registry("optimal", "weight", args, objective="mse")
         for run in (

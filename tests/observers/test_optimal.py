@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import calipers
 from calibration.tiny_models import tiny_llama, token_batches
 from calipers.errors import CalipersError, MissingDataError
-from calipers.observers import Observer, OptimalObserver
-from observers.samples import BY_NAME, assert_same, assert_same_state, differs, sample
+from calipers.observers import Observer, OptimalObserver, options
+from observers.samples import BY_NAME, assert_same, assert_same_state, differs, logged, sample
 
 GROUP = QuantizationArgs(num_bits=4, strategy="group", group_size=8)
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -232,25 +232,26 @@ def test_hessian_in_float_formats(preset: str) -> None:
     assert errors[0] < errors[1] * 1.01
 
 
-# -- signed ----------------------------------------------------------------------------------
+# -- negative scales -------------------------------------------------------------------------
 
 
-def test_signed_needs_symmetric_integers() -> None:
+def test_negative_scales_need_symmetric_integers() -> None:
     for args in (
         QuantizationArgs(num_bits=4, symmetric=False),
         QuantizationArgs(num_bits=8, type="float"),
     ):
-        with pytest.raises(CalipersError, match="signed=True needs symmetric integers"):
-            Observer.load_from_registry("optimal", "weight", args, signed=True)
-    observer = seen(linear(), signed=True)
+        with pytest.raises(CalipersError, match="negative_scales=True needs symmetric integers"):
+            Observer.load_from_registry("optimal", "weight", args, negative_scales=True)
+    observer = seen(linear(), negative_scales=True)
     with pytest.raises(CalipersError, match="negative"):
         observer.get_min_max(sample((1, 6, 3, 8)))
 
 
-def test_negative_scales_go_through_a_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["negative_scales", "signed"])
+def test_negative_scales_go_through_a_checkpoint(name: str, tmp_path: Path) -> None:
     model = tiny_llama()
     batches = token_batches()
-    options = {"signed": True}
+    options = {name: True}
     calipers.calibrate(model, "W4A16", "optimal", batches, observer_options=options)
     scales = [module.weight_scale for module in model.modules() if hasattr(module, "weight_scale")]
     assert any(bool((scale < 0).any()) for scale in scales)
@@ -261,6 +262,19 @@ def test_negative_scales_go_through_a_checkpoint(tmp_path: Path) -> None:
     with torch.no_grad():
         found = loaded(**batches[0]).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_signed_is_the_former_name_of_negative_scales() -> None:
+    options._warn_once.cache_clear()
+    with logged("WARNING") as lines:
+        old, new = (seen(linear(), **{name: True}) for name in ("signed", "negative_scales"))
+        seen(linear(), signed=True)
+    assert old.options == new.options
+    assert ["'signed' is called 'negative_scales' now" in line for line in lines] == [True]
+    with pytest.raises(ValueError, match="'signed' is the former name of 'negative_scales'"):
+        seen(linear(), signed=True, negative_scales=True)
+    with pytest.raises(ValueError, match=r"valid options: negative_scales, objective$"):
+        seen(linear(), singed=True)
 
 
 # -- the rest --------------------------------------------------------------------------------

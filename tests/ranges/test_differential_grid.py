@@ -12,8 +12,8 @@ from hypothesis import assume, currently_in_test_context, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from calipers import grouping
 from calipers.observers import Observer
-from calipers.ranges import views
 from observers.samples import assert_same
 from ranges import brute_force
 from ranges.strategies import MX, NVFP4, arguments, group_indices, modest, weights
@@ -76,7 +76,7 @@ def check(
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(views, "CPU_PIECE", 16)
+    monkeypatch.setattr(grouping, "CPU_CHUNK", 16)
 
 
 @modest(100)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs
 
-from calipers.ranges import ShrinkGrid, arrange, min_max, search_grid_ranges
+from calipers.ranges import ShrinkGrid, group_values, min_max, search_grid_ranges
 
 GRIDS = [(5, 0.2, 100, 1.0), (1000, 1 - 0.8 / 1.8, 200, 1.8)]
 
@@ -21,7 +21,7 @@ def test_the_references_step(bits, values, norm, grid):
     pick = torch.rand(64, 32, generator=generator) < 0.5
     x = {"single": size, "two": torch.where(pick, 1.3, -0.7) * size, "constant": size.repeat(1, 32)}
     args = QuantizationArgs(num_bits=bits, strategy="channel")
-    views = arrange(x[values], "weight", args).views
+    views = group_values(x[values], "weight", args)
     patience, maxshrink, steps, expand = grid
     shrink = ShrinkGrid(maxshrink, steps, patience, norm, expand)
     (eager,), (native,) = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calipers.engines import dispatch
 from calipers.engines.native import hessian as hessian_native
-from calipers.ranges import arrange, hessian, min_max
+from calipers.ranges import Grouping, hessian, min_max
 from calipers.ranges.hessian import refine_by_hessian, sum_coupled
 from calipers.ranges.input_gram import column_groups, factor_of_sketch, rank_for, sketch
 from calipers.ranges.least_squares import ScaleSpec, min_max_scales
@@ -164,21 +164,21 @@ def refined(args: QuantizationArgs, signed: bool, engine: str, coupled: bool = T
     """Rows, X'X, and scales by an engine, of values that take several blocks of columns."""
     value, x = random(48, 64), correlated(400, 64)
     columns = column_groups(args, 64, None)
-    arrangement = arrange(value, "weight", args)
-    (view,) = arrangement.views
+    grouping = Grouping.of(value.shape, "weight", args)
+    (view,) = grouping.split(value)
     extremes = min_max(view)
     scheme = ScaleSpec(args, torch.float32, signed)
-    (start,) = search_optimal_scales([view], [extremes], args, signed=signed)
+    (start,) = search_optimal_scales([view], [extremes], args, negative_scales=signed)
     products = columns.products(columns.triangles(x))
     factor = factor_of_sketch(sketch(x, 12).double(), 400, x.double().square().sum(0))
     factors = columns.by_block(factor.T.float()).transpose(-1, -2) * coupled
     found = refine_by_hessian(view, start, extremes, products, factors, scheme, engine)
     assert not dispatch._failures, "the engine did not take part"
-    return value, x, arrangement, found
+    return value, x, grouping, found
 
 
-def output_error(value: Tensor, x: Tensor, arrangement, pair, args: QuantizationArgs) -> float:
-    scale, zero_point = arrangement.assemble([pair])
+def output_error(value: Tensor, x: Tensor, grouping, pair, args: QuantizationArgs) -> float:
+    scale, zero_point = grouping.join([pair])
     left = fake_quantize(value, scale, zero_point.round(), args) - value
     return float((x @ left.T).double().square().sum())
 
@@ -220,10 +220,10 @@ def test_no_group_is_worse_than_with_minimum_and_maximum(name: str, layout: str)
         args = QuantizationArgs(**SCHEMES[name], **LAYOUTS[layout])
     else:
         args = preset_name_to_scheme(name, ["Linear"]).weights
-    value, x, arrangement, found = refined(args, name == "int4 signed", "native")
+    value, x, grouping, found = refined(args, name == "int4 signed", "native")
     size = args.group_size or value.shape[1]
     blocks = x.unflatten(1, (-1, size)).transpose(0, 1).double()
-    plain = min_max_scales(*min_max(arrangement.views[0]), ScaleSpec(args, torch.float32))
+    plain = min_max_scales(*min_max(grouping.split(value)[0]), ScaleSpec(args, torch.float32))
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
     errors = []
     token_args = args.model_copy(update={"strategy": "token"})
@@ -239,7 +239,7 @@ def test_no_group_is_worse_than_with_minimum_and_maximum(name: str, layout: str)
 def test_a_group_of_many_rows_is_judged_as_a_whole(engine: str, monkeypatch) -> None:
     args = QuantizationArgs(num_bits=4, strategy="tensor")
     *_, expected = refined(args, False, engine)
-    monkeypatch.setattr(hessian, "PIECE", 500)
+    monkeypatch.setattr(hessian, "CHUNK", 500)
     *_, found = refined(args, False, engine)
     for one, two in zip(expected, found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=0)

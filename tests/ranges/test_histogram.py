@@ -9,7 +9,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
 from calipers.ranges import (
-    GroupedView,
+    Groups,
     Histogram,
     count_patterns,
     percentile_range,
@@ -27,9 +27,9 @@ FORMATS = {
 }
 
 
-def view_of(values: Tensor) -> GroupedView:
+def view_of(values: Tensor) -> Groups:
     """Each row has a scale of its own."""
-    return GroupedView(values, (1,))
+    return Groups(values, (1,))
 
 
 def sample(rows: int = 1, count: int = 20000, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -11,9 +11,9 @@ from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor
 
+from calipers import grouping
 from calipers.engines import dispatch
-from calipers.ranges import arrange, min_max, range_of_qparams, search_optimal_scales
-from calipers.ranges import views as views_module
+from calipers.ranges import group_values, min_max, range_of_qparams, search_optimal_scales
 from ranges import oracles
 
 
@@ -31,10 +31,10 @@ def search(
     x: Tensor, args: QuantizationArgs, weight: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points of one view, flat."""
-    views = arrange(x, "weight", args).views
+    views = group_values(x, "weight", args)
     importance = None
     if weight is not None:
-        importance = list(arrange(weight, "weight", args).views)
+        importance = list(group_values(weight, "weight", args))
     extremes = [min_max(view) for view in views]
     pairs = search_optimal_scales(views, extremes, args, importance=importance, **options)
     assert len(pairs) == 1
@@ -164,7 +164,7 @@ def test_never_worse_than_min_max_as_stored(name: str, dtype: torch.dtype) -> No
         plain, plain_zero = calculate_qparams(x.amin(1), x.amax(1), args, global_scale)
         before = oracles.error(x.float(), w, plain.float(), plain_zero, args, global_scale)
         for signed in {False, args.type == "int" and args.symmetric}:
-            scale, zero = search(x, args, w, global_scale=global_scale, signed=signed)
+            scale, zero = search(x, args, w, global_scale=global_scale, negative_scales=signed)
             if global_scale is None:
                 assert torch.equal(scale.to(dtype).float(), scale), "not as stored"
             else:
@@ -181,7 +181,7 @@ def test_signed_scales_serve_the_longer_side() -> None:
     x = oracles.values("gauss", 200, 32)
     w = torch.ones_like(x)
     plain, zero = search(x, group(4, 32))
-    signed, _ = search(x, group(4, 32), signed=True)
+    signed, _ = search(x, group(4, 32), negative_scales=True)
     assert (plain > 0).all()
     assert 0.2 < float((signed < 0).float().mean()) < 0.8
     before = oracles.error(x, w, plain, zero, group(4, 32)).sum()
@@ -204,8 +204,8 @@ def test_groups_that_come_in_pieces(strategy: str, monkeypatch: pytest.MonkeyPat
     args = QuantizationArgs(num_bits=4, strategy=strategy)
     x, w = oracles.values("laplace", 40, 5000), oracles.importance(1, 5000, 1).expand(40, -1)
     expected = search(x, args, w)[0]
-    monkeypatch.setattr(views_module, "CPU_PIECE", 3000)
-    monkeypatch.setattr(views_module, "SMALLEST_PIECE", 1000)
+    monkeypatch.setattr(grouping, "CPU_CHUNK", 3000)
+    monkeypatch.setattr(grouping, "SMALLEST_CHUNK", 1000)
     # Sums of many values in another order: 1e-6 of them.
     torch.testing.assert_close(search(x, args, w)[0], expected, rtol=1e-5, atol=0)
 
@@ -232,4 +232,4 @@ def assert_engines_agree(engine: str, args: QuantizationArgs, groups: int, **opt
 def test_the_native_engine_agrees_with_the_reference(name: str) -> None:
     assert_engines_agree("native", SCHEMES[name], 5000)
     if SCHEMES[name].type == "int" and SCHEMES[name].symmetric:
-        assert_engines_agree("native", SCHEMES[name], 1000, signed=True)
+        assert_engines_agree("native", SCHEMES[name], 1000, negative_scales=True)

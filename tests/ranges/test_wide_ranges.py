@@ -9,8 +9,9 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from calipers.formats import Format
 from calipers.observers import Observer
-from calipers.ranges import ShrinkGrid, arrange, min_max, search_grid_ranges
+from calipers.ranges import ShrinkGrid, group_values, min_max, search_grid_ranges
 from calipers.ranges.qparams import global_scale_of_range, qparams_of_range
+from ranges.strategies import MX, NVFP4
 
 LARGEST = {torch.float16: 4e4, torch.bfloat16: 2e38, torch.float32: 2e38, torch.float64: 1e300}
 OBSERVERS = (
@@ -47,9 +48,7 @@ def test_scales_stay_finite(name, dtype, symmetric, bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_float16_power_of_two_scales_stay_finite(bits):
-    args = QuantizationArgs(
-        num_bits=bits, type="float", strategy="group", group_size=32, scale_dtype=torch.uint8
-    )
+    args = QuantizationArgs(**MX, num_bits=bits)
     end = torch.full((1, 1), 65504.0, dtype=torch.float16)
     scale, _ = qparams_of_range(-end, end, args)
     assert float(scale) == 2.0 ** (14 if bits == 4 else 8)
@@ -61,14 +60,7 @@ def test_global_scale_of_small_float16_values():
 
 
 def test_expanded_nvfp4_of_the_largest_values():
-    args = QuantizationArgs(
-        num_bits=4,
-        type="float",
-        strategy="tensor_group",
-        group_size=16,
-        scale_dtype=torch.float8_e4m3fn,
-        zp_dtype=torch.float8_e4m3fn,
-    )
+    args = QuantizationArgs(**NVFP4)
     module = torch.nn.Linear(32, 4)
     x = torch.linspace(-1, 1, 128).view(4, 32) * 2e38
     observer = Observer.load_from_registry("nvfp4_expanded_mse", "weight", args, module)
@@ -81,16 +73,9 @@ def test_expanded_nvfp4_of_the_largest_values():
 @pytest.mark.parametrize("engine", ["eager", "native"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_stored_power_of_two_is_the_best_one(dtype, engine):
-    args = QuantizationArgs(
-        num_bits=4,
-        type="float",
-        strategy="group",
-        group_size=32,
-        scale_dtype=torch.uint8,
-        zp_dtype=torch.uint8,
-    )
+    args = QuantizationArgs(**MX, num_bits=4)
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
-    views = arrange(x, "weight", args).views
+    views = group_values(x, "weight", args)
     grid = ShrinkGrid(maxshrink=0.6, grid=400, patience=0, norm=2.0, expand=1.2)
     ((low, high),) = search_grid_ranges(views, [min_max(views[0])], args, grid, engine=engine)
     stored, _ = qparams_of_range(low.to(dtype), high.to(dtype), args)

@@ -154,7 +154,7 @@ def test_texts_are_those_of_the_documents() -> None:
 
 def test_another_part_is_refused() -> None:
     with pytest.raises(
-        CalipersError, match=r"part: expected 'calibration' or 'heldout', got 'train'"
+        CalipersError, match=r"part must be one of calibration, heldout, got 'train'"
     ):
         read_documents("train")  # type: ignore[arg-type]
 

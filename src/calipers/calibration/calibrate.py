@@ -121,7 +121,9 @@ def calibrate(
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
         plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
-        if data is not None:
+        if data is None:
+            refuse_without_data(plan)
+        else:
             data = batches_for_model(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
@@ -151,18 +153,14 @@ def run_plan(
     Args:
         model: The model that was planned for; no wrapper.
         plan: See `plan_observers`.
-        batches: See `Calibration.run`; None without data.
+        batches: See `Calibration.run`; None where `refuse_without_data` lets the plan pass.
         on_missing: See `Calibration.freeze`.
         progress: As in `calibrate`.
         use_attention_mask: See `Calibration.run`.
         experts: How experts see tokens, and what is done about few; None takes the defaults.
-
-    Raises:
-        MissingDataError: As `calibrate`.
     """
     policy = experts or ExpertPolicy()
     if batches is None:
-        refuse_without_data(plan)
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan) as calibration:

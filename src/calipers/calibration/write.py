@@ -18,7 +18,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
-from calipers.ranges.views import piece_size
+from calipers.grouping import chunk_size
 
 __all__ = ["measure_weight_error", "undo_on_error", "write_qparam"]
 
@@ -138,7 +138,7 @@ def _pieces(weight: torch.Tensor, args: QuantizationArgs) -> Iterator[tuple[slic
     height = 1
     if args.strategy == QuantizationStrategy.BLOCK and args.block_structure is not None:
         height = args.block_structure[0]
-    step = max(1, piece_size(weight) // (max(1, columns) * height))  # in units of scale rows
+    step = max(1, chunk_size(weight) // (max(1, columns) * height))  # in units of scale rows
     for start in range(0, math.ceil(rows / height), step):
         groups = slice(start, start + step)
         if args.strategy == QuantizationStrategy.TENSOR:

@@ -1,7 +1,5 @@
 """Writing compressed-tensors checkpoints of quantized models."""
 
-from __future__ import annotations
-
 from calipers.checkpoint.load_check import LoadCheck, check_load, find_load_problems
 from calipers.checkpoint.loading import loading_experts
 from calipers.checkpoint.save import compressed_size, save

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 import re
 import tempfile
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
-from calipers._words import first_line
+from calipers._words import first_line, listing
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import SchemeLike, resolve_config
@@ -39,7 +40,7 @@ from calipers.checkpoint.tensors import (
     quantized_modules,
     stored_weight,
 )
-from calipers.checkpoint.twin import config_text, make_twin, plain_defaults
+from calipers.checkpoint.twin import make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 from calipers.formats import Format
@@ -103,7 +104,7 @@ def find_load_problems(
             return LoadCheck(unchecked=f"no small twin could be made: {_kind_and_line(error)}")
         key = (
             type(model),
-            config_text(twin.config),
+            json.dumps(twin.config.to_dict(), sort_keys=True, default=str),
             str(twin.dtype),
             tuple((name, each.model_dump_json()) for name, each in chosen.items()),
         )
@@ -130,14 +131,8 @@ def check_load(
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
-    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line.
-
-    Args:
-        model: As for `find_load_problems`; nothing in it is changed.
-        scheme: As for `calipers.calibrate`, and so the others.
-        ignore: Modules to leave alone.
-        on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
-        scheme_options: Arguments of the scheme's weights that are to be others.
+    What `calipers.save` finds out afterwards, as `calibrate --out` does it on the command line. The
+    arguments are those of `calipers.calibrate`; nothing in the model is changed.
 
     Raises:
         SchemeError: The model cannot take this scheme.
@@ -156,15 +151,10 @@ def refuse_unloadable(
     *,
     skip: bool = False,
 ) -> list[str]:
-    """Refuse a model whose checkpoint would not load back.
-
-    Args:
-        model: As for `find_load_problems`.
-        schemes: As for `find_load_problems`.
-        skip: Return the modules that do not load back instead, where the others do.
+    """Refuse a model whose checkpoint `find_load_problems` says would not load back.
 
     Returns:
-        Modules to leave alone; empty where all is well or could not be checked.
+        With `skip`, where the others load back, the modules to leave alone; else an empty list.
 
     Raises:
         CheckpointError: Names the modules, the reasons and the way out. What cannot be checked is
@@ -185,6 +175,7 @@ def refuse_unloadable(
     return list(check.problems)
 
 
+#: What was found out in this process, by class, config, dtype and schemes of the twin.
 _KNOWN: dict[Any, tuple[dict[str, str], bool, str | None]] = {}
 
 
@@ -198,17 +189,15 @@ def _describe(check: LoadCheck) -> str:
         "quantized modules fail",
     ]
     for reason, names in kinds.items():
-        patterns = list(dict.fromkeys(kind_of(name) for name in names))
-        more = f", and {len(patterns) - _LISTED} more" * (len(patterns) > _LISTED)
-        lines.append(f"{', '.join(patterns[:_LISTED])}{more}: {reason}")
+        lines.append(f"{listing(dict.fromkeys(map(kind_of, names)), _LISTED)}: {reason}")
     if check.whole:
         lines.append(
             "no part of the model loads back under this scheme: choose another one, such as "
             "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
         )
     else:
-        patterns = list(dict.fromkeys(_pattern(name) for name in check.problems))
-        ignore = ", ".join(f'"{each}"' for each in patterns)
+        ignored = dict.fromkeys(_pattern(kind_of(name)) for name in check.problems)
+        ignore = ", ".join(f'"{each}"' for each in ignored)
         lines.append(
             f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
             "load_check=False (--no-load-check) for another loader"
@@ -216,11 +205,8 @@ def _describe(check: LoadCheck) -> str:
     return "\n  ".join(lines)
 
 
-def _pattern(name: str) -> str:
-    kind = kind_of(name)
-    if "*" not in kind:
-        return kind
-    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$"
+def _pattern(kind: str) -> str:
+    return "re:" + re.escape(kind).replace(r"\*", r"\d+") + "$" if "*" in kind else kind
 
 
 def _schemes_of_twin(
@@ -330,8 +316,8 @@ def _try(
         with separated_experts(quantized):
             for name, scheme in schemes.items():
                 _quantize(quantized.get_submodule(name), scheme)
-        tensors = checkpoint_tensors(quantized)
-        exact = loading_dtype(quantized) is None
+        dtype = loading_dtype(quantized)
+        tensors = checkpoint_tensors(quantized, dtype)
     except Exception:
         return None  # what cannot be quantized or compressed is told by others, with its reason
     with tempfile.TemporaryDirectory(prefix="calipers-") as folder:
@@ -344,7 +330,7 @@ def _try(
                 ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
-        return _difference(quantized, loaded, tensors, exact=exact, runs=runs)
+        return _difference(quantized, loaded, tensors, exact=dtype is None, runs=runs)
 
 
 def _difference(
@@ -360,13 +346,7 @@ def _difference(
         name
         for name, tensor in tensors.items()
         if name in state
-        and (
-            state[name].shape != tensor.shape
-            or not torch.equal(
-                state[name].detach().double(),
-                tensor.to(state[name].dtype).double(),
-            )
-        )
+        and not torch.equal(state[name].double(), tensor.to(state[name].dtype).double())
     ]
     different = _other_values(wrong) or _joined_experts(quantized, loaded)
     if different is not None or not runs:
@@ -454,13 +434,9 @@ def _outputs(model: Any) -> Tensor | str:
         value = output.get(key) if hasattr(output, "get") else None
         if isinstance(value, Tensor):
             return value.float().flatten()
-    floats = [each for each in _tensors(output) if each.is_floating_point()]
-    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
     values = output.values() if hasattr(output, "values") else output
-    return (each for each in values if isinstance(each, Tensor))
+    floats = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+    return torch.cat([each.float().flatten() for each in floats]) if floats else "no output"
 
 
 def _kind_and_line(error: Exception) -> str:

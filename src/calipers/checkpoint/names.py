@@ -17,10 +17,6 @@ def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
 
     The two differ where transformers renames weights when it loads a model (multimodal models whose
     checkpoints are older than their classes); `save_pretrained` renames them back.
-
-    Args:
-        model: Any model; without renamings every name stands for itself.
-        names: Names of modules.
     """
     conversions = _conversions(model)
     inverted = [each.reverse_transform() for each in reversed(conversions)]

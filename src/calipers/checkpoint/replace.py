@@ -22,7 +22,7 @@ from loguru import logger
 __all__ = ["recover", "refuse_unwritable", "replacing"]
 
 _YOUNG = 60.0  # seconds in which a folder without a lock may still be about to get one
-_LONG = 86400.0  # seconds after which one that tells no process is nobody's
+_LONG = 86400.0  # seconds after which a folder whose name tells no process is nobody's
 #: Which machine this is, for folders that several write to.
 _HOST = f"{zlib.crc32(platform.node().encode()):08x}"
 _MARK = re.compile(r"((?P<pid>\d+)-(?P<host>[0-9a-f]{8}))?[0-9a-f]{8}\.(tmp|old)")
@@ -85,9 +85,6 @@ def refuse_unwritable(place: Path) -> None:
 
     Nothing stays. Parents of `place` that are missing are not made.
 
-    Args:
-        place: As for `replacing`, but that parents may be missing.
-
     Raises:
         OSError: Says what cannot be done.
     """
@@ -95,10 +92,9 @@ def refuse_unwritable(place: Path) -> None:
         raise OSError(
             errno.EBUSY, "is a mount point, which no other folder can replace: choose one inside"
         )
-    parent = place.parent
-    while not parent.exists():
-        place, parent = parent, parent.parent
-    trial = _beside(place, "tmp") if parent == place.parent else _beside(parent / "trial", "tmp")
+    while not place.parent.exists():
+        place = place.parent
+    trial = _beside(place, "tmp")
     trial.mkdir(mode=0o700)
     trial.rmdir()
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from calipers._unwrap import unwrap, without_wrappers
+from calipers._words import listing
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
@@ -142,22 +143,20 @@ def _refuse_unready(model: nn.Module) -> None:
             f"{type(model).__name__} has no quantized module, so there is nothing to compress; "
             "calibrate it first, or save it with its own save_pretrained"
         )
-    open_ones = {
-        name: getattr(module, "quantization_status", None)
-        for name, module in modules.items()
-        if getattr(module, "quantization_status", None) != QuantizationStatus.FROZEN
-    }
+    statuses = {n: getattr(m, "quantization_status", None) for n, m in modules.items()}
+    open_ones = {n: s for n, s in statuses.items() if s != QuantizationStatus.FROZEN}
     if open_ones:
-        statuses = sorted({str(getattr(s, "value", s)) for s in open_ones.values()})
+        told = sorted({str(getattr(s, "value", s)) for s in open_ones.values()})
         raise CheckpointError(
             f"{len(open_ones)} of {len(modules)} quantized modules are not frozen (status "
-            f"{', '.join(statuses)}); freeze the calibration before saving: {_listing(open_ones)}"
+            f"{', '.join(told)}); freeze the calibration before saving: "
+            f"{listing(open_ones, _LISTED)}"
         )
     bad = [name for name, module in modules.items() if not _has_usable_scales(module)]
     if bad:
         raise CheckpointError(
             f"{len(bad)} of {len(modules)} quantized modules lack a scale, or hold one that is "
-            f"NaN, infinite or not positive: {_listing(bad)}"
+            f"NaN, infinite or not positive: {listing(bad, _LISTED)}"
         )
 
 
@@ -176,7 +175,8 @@ def _has_usable_scales(module: nn.Module) -> bool:
 
 
 def _may_be_signed(scheme: Any) -> bool:
-    return bool((scheme.weights.observer_kwargs or {}).get("signed", False))
+    options = scheme.weights.observer_kwargs or {}
+    return bool(options.get("negative_scales", options.get("signed", False)))
 
 
 def refuse_taken(path: Path, *, force: bool) -> None:
@@ -184,44 +184,26 @@ def refuse_taken(path: Path, *, force: bool) -> None:
 
     A folder that a killed save had put aside is put back first.
 
-    Args:
-        path: Where a checkpoint is to be written.
-        force: Whether a folder that is not empty may be replaced.
-
     Raises:
         CheckpointError: A file, a folder that is not empty (without `force`), one that holds the
             working directory, or one that the system lets nobody write or replace.
     """
-    shown, place = path, path.expanduser().resolve()
+    place = path.expanduser().resolve()
     try:
         recover(place)
-        _refuse_filled(shown, place, force=force)
+        if place.exists() and not place.is_dir():
+            raise CheckpointError(f"{path} is a file; save writes a folder")
+        if place.exists() and any(place.iterdir()):
+            if not force:
+                raise CheckpointError(
+                    f"{path} exists and is not empty; choose another path, or pass force=True "
+                    "(--force) to replace it"
+                )
+            here = Path.cwd().resolve()
+            if place in (here, *here.parents):
+                raise CheckpointError(
+                    f"{path} holds the current working directory; force=True would delete all of it"
+                )
         refuse_unwritable(place)
     except OSError as error:
-        raise _CannotWriteError(f"{shown} cannot be written: {error}") from error
-
-
-def _refuse_filled(shown: Path, place: Path, *, force: bool) -> None:
-    if not place.exists():
-        return
-    if not place.is_dir():
-        raise CheckpointError(f"{shown} is a file; save writes a folder")
-    if not any(place.iterdir()):
-        return
-    if not force:
-        raise CheckpointError(
-            f"{shown} exists and is not empty; choose another path, or pass force=True (--force) "
-            "to replace it"
-        )
-    here = Path.cwd().resolve()
-    if place == here or place in here.parents:
-        raise CheckpointError(
-            f"{shown} holds the current working directory; force=True would delete all of it"
-        )
-
-
-def _listing(names: Any) -> str:
-    listed = list(names)
-    shown = ", ".join(listed[:_LISTED])
-    rest = len(listed) - _LISTED
-    return f"{shown} and {rest} more" if rest > 0 else shown
+        raise _CannotWriteError(f"{path} cannot be written: {error}") from error

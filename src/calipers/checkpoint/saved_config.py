@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from compressed_tensors import InternalModule
 from compressed_tensors.config import CompressionFormat
@@ -19,7 +18,9 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import is_match, match_targets
 from torch import nn
 
+from calipers._words import listing
 from calipers.calibration.experts import find_fused_experts
+from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint.names import checkpoint_names
 from calipers.checkpoint.tensors import module_format
 from calipers.errors import CheckpointError
@@ -36,9 +37,6 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     names; any other scheme targets names, as a regex over the numbers in them where just its own
     modules match it. Where the model's names differ from its checkpoint's, both stand in
     the lists: transformers matches the one kind, vLLM the other.
-
-    Args:
-        model: A model whose quantized modules carry `quantization_scheme`; not changed.
 
     Returns:
         The config, with the format of each group; None where no module is quantized.
@@ -113,12 +111,10 @@ def _most_of(
     kind: str, named: Mapping[str, nn.Module], kinds: Mapping[tuple[str, str], list[str]]
 ) -> tuple[str, str] | None:
     """The scheme that most modules of a class have; None where none of them is quantized."""
-    counts = {
-        key: sum(_class_of(named[name]) == kind for name in members)
-        for key, members in kinds.items()
-    }
-    most = max(counts, key=counts.__getitem__)
-    return most if counts[most] else None
+    counts = Counter(
+        key for key, names in kinds.items() for name in names if _class_of(named[name]) == kind
+    )
+    return next((key for key, _ in counts.most_common(1)), None)
 
 
 def _patterns(model: nn.Module, names: list[str], named: Iterable[str]) -> list[str]:
@@ -126,9 +122,7 @@ def _patterns(model: nn.Module, names: list[str], named: Iterable[str]) -> list[
     shapes: dict[str, list[str]] = defaultdict(list)
     for name in names:
         shapes[_without_numbers(name)].append(name)
-    alike: dict[str, int] = defaultdict(int)
-    for name in named:
-        alike[_without_numbers(name)] += 1
+    alike = Counter(map(_without_numbers, named))
     found: list[str] = []
     for shape, members in shapes.items():
         if len(members) == 1 or alike[shape] != len(members):
@@ -175,12 +169,7 @@ def _check(
     config: QuantizationConfig,
 ) -> None:
     """Resolve the config as a loader does, and compare with what the modules carry."""
-    by_target: dict[str, Any] = {
-        target: scheme
-        for scheme in config.config_groups.values()
-        if isinstance(scheme, QuantizationScheme)
-        for target in scheme.targets
-    }
+    by_target = schemes_by_target(config)
     # Long lists hold exact names: looked up, so that the others are few for each module.
     ignored = set(config.ignore or []).intersection(named)
     ignoring = [each for each in config.ignore or [] if each.startswith("re:") or "." not in each]
@@ -197,8 +186,7 @@ def _check(
         if read != own:
             wrong.append(name)
     if wrong:
-        listed = ", ".join(wrong[:10]) + f" and {len(wrong) - 10} more" * (len(wrong) > 10)
         raise CheckpointError(
             f"the config of the checkpoint would give {len(wrong)} modules another scheme than "
-            f"they have: {listed}"
+            f"they have: {listing(wrong, 10)}"
         )

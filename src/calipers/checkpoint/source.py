@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ _OF_TOKENIZERS = (
     "vocab.bpe",
 )
 _OF_TOKENIZERS_TOO = (".model", ".tiktoken")
-_FOLDERS = ("additional_chat_templates",)
+_TEMPLATES = "additional_chat_templates"
 _CODE = re.compile(r"[A-Za-z_]\w*\.py")
 
 
@@ -60,9 +60,7 @@ def source_folder(model: Any) -> Path | None:
 def refuse_source(path: Path, source: Path | None) -> None:
     """Refuse to write to the folder that a model was loaded from, inside of it or above it.
 
-    Args:
-        path: Where a checkpoint is to be written.
-        source: The model's folder; None refuses nothing. Symbolic links are followed in both.
+    Symbolic links are followed in both paths. Without a source nothing is refused.
 
     Raises:
         CheckpointError: Says which of the three it is.
@@ -71,14 +69,17 @@ def refuse_source(path: Path, source: Path | None) -> None:
         return
     place, origin = path.expanduser().resolve(), source.expanduser().resolve()
     if _same(place, origin):
-        how = f"is the folder that the model was loaded from ({source})"
+        how = "is"
     elif any(_same(parent, origin) for parent in place.parents):
-        how = f"lies inside the folder that the model was loaded from ({source})"
+        how = "lies inside"
     elif any(_same(place, parent) for parent in origin.parents):
-        how = f"holds the folder that the model was loaded from ({source})"
+        how = "holds"
     else:
         return
-    raise CheckpointError(f"{path} {how}; choose a path outside of it")
+    raise CheckpointError(
+        f"{path} {how} the folder that the model was loaded from ({source}); choose a path "
+        "outside of it"
+    )
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -94,35 +95,32 @@ def carry_files(model: nn.Module, folder: Path, *, tokenizer: bool) -> None:
 
     That is processors, chat templates, custom code (`*.py`) and, with `tokenizer`, the files of the
     tokenizer: from the folder that the model was loaded from, or from the local cache of the hub.
-    What the checkpoint holds already stays.
-
-    Args:
-        model: A transformers model.
-        folder: The checkpoint.
-        tokenizer: Whether to carry the tokenizer's files along, which were not saved otherwise.
+    What the checkpoint in `folder` holds already stays.
 
     Raises:
         OSError: A file cannot be copied.
     """
-    for file in _files(model, [*_CARRIED, *(_OF_TOKENIZERS if tokenizer else ())]):
-        _copy(file, folder / file.name)
+    names = (*_CARRIED, *(_OF_TOKENIZERS if tokenizer else ()))
+    endings = _OF_TOKENIZERS_TOO if tokenizer else ()
     source = source_folder(model)
     if source is None:
-        return
-    for name in _FOLDERS:
-        if (source / name).is_dir() and not (folder / name).exists():
-            shutil.copytree(source / name, folder / name)
+        files = list(_cached_files(model, names))
+    else:
+        files = [
+            file
+            for file in sorted(source.iterdir())
+            if file.name in names or file.suffix in endings or _CODE.fullmatch(file.name)
+        ]
+        template = source / _TEMPLATES
+        if template.is_dir() and not (folder / _TEMPLATES).exists():
+            shutil.copytree(template, folder / _TEMPLATES)
+    for file in files:
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
-def _files(model: Any, names: list[str]) -> Iterator[Path]:
-    source = source_folder(model)
-    if source is not None:
-        yield from (source / name for name in names if (source / name).is_file())
-        endings = _OF_TOKENIZERS_TOO if set(_OF_TOKENIZERS) <= set(names) else ()
-        for file in sorted(source.iterdir()):
-            if file.is_file() and (_CODE.fullmatch(file.name) or file.suffix in endings):
-                yield file
-        return
+def _cached_files(model: Any, names: Iterable[str]) -> Iterator[Path]:
+    """Those of these files of a model's repository that lie in the local cache of the hub."""
     name = getattr(model, "name_or_path", None)
     if not isinstance(name, str) or name.count("/") > 1 or not name:
         return
@@ -136,8 +134,3 @@ def _files(model: Any, names: list[str]) -> Iterator[Path]:
             return
         if isinstance(cached, str):
             yield Path(cached)
-
-
-def _copy(file: Path, to: Path) -> None:
-    if not to.exists():
-        shutil.copyfile(file, to)

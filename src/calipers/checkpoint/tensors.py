@@ -19,9 +19,9 @@ from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
 __all__ = [
-    "broken_ties",
     "checkpoint_bytes",
     "checkpoint_tensors",
+    "has_broken_ties",
     "loading_dtype",
     "module_format",
     "quantized_modules",
@@ -34,17 +34,14 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_module_quantized(module)}
 
 
-def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of the checkpoint: quantized modules compressed, all others as they are.
-
-    Where there is a `loading_dtype` and a loader would not cast to it, the tensors have it already.
+def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """State dict of the checkpoint: frozen quantized modules compressed, all others as they are.
 
     Weights that the model declares tied (an output head and its embedding), and that still are, are
     left out: loading ties them again. Tensors shared in any other way are stored under each name,
     since nothing would share them again.
 
-    Args:
-        model: The model, its quantized modules frozen.
+    With the `loading_dtype`, tensors have it already where a loader would not cast to it.
 
     Returns:
         Contiguous tensors by full name, no two of them sharing memory. Those of quantized and of
@@ -55,13 +52,9 @@ def checkpoint_tensors(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: A module cannot be compressed, or holds a tensor without data.
     """
     tensors: dict[str, Tensor] = {}
-    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
+    dtype = dtype if are_renamed(model) else None
     for part in _parts(model):
-        state = _local_state(part.module)
-        if part.scheme is not None:
-            state = _compress(part.prefix, state, part.scheme, type(part.module))
-        state = _in_dtype(part, state, dtype, kept)
-        for key, value in state.items():
+        for key, value in _saved_state(part, dtype).items():
             if key in part.tied:
                 continue
             name = _join(part.prefix, key)
@@ -86,20 +79,18 @@ def checkpoint_bytes(model: nn.Module) -> int:
     """
     total = 0
     known: dict[object, int] = {}
-    dtype, kept = _saving_dtype(model), _kept_in_float32(model)
+    dtype = loading_dtype(model) if are_renamed(model) else None
     for part in _parts(model):
         with disable_onloading():
             stored = _stored(part.module)
             shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in stored.items()}
             if part.scheme is None:
                 state = {k: v.to("meta") for k, v in stored.items() if k not in part.tied}
-                total += _bytes(_in_dtype(part, state, dtype, kept))
+                total += _bytes(_in_dtype(part, state, dtype))
                 continue
         kind = (type(part.module), part.scheme.model_dump_json(), tuple(sorted(shapes.items())))
         if kind not in known:
-            state = _local_state(part.module)
-            state = _compress(part.prefix, state, part.scheme, type(part.module))
-            known[kind] = _bytes(_in_dtype(part, state, dtype, kept))
+            known[kind] = _bytes(_saved_state(part, dtype))
         total += known[kind]
     return total
 
@@ -108,14 +99,14 @@ def _bytes(state: dict[str, Tensor]) -> int:
     return sum(value.numel() * value.dtype.itemsize for value in state.values())
 
 
-def broken_ties(model: nn.Module) -> dict[str, str]:
-    """Declared ties that a checkpoint of this model cannot keep, as {name: name it was tied to}.
+def has_broken_ties(model: nn.Module) -> bool:
+    """Whether the model declares a tie that a checkpoint of it cannot keep.
 
     A tie breaks when one side is quantized, or when the two sides hold different tensors already. A
     loader that tied them again would overwrite one of them.
     """
     kept = {_join(part.prefix, key) for part in _parts(model) for key in part.tied}
-    return {name: source for name, source in _declared_ties(model).items() if name not in kept}
+    return not _declared_ties(model).keys() <= kept
 
 
 def loading_dtype(model: nn.Module) -> torch.dtype | None:
@@ -123,13 +114,8 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
 
     compressed-tensors 0.19 decompresses FP4 and MX weights to bfloat16 whatever dtype the model is
     loaded in, so that a float32 or float16 model made from such a checkpoint fails in its first
-    matmul. This asks the decompressor itself, one module per scheme.
-
-    Args:
-        model: The model, its quantized modules frozen.
-
-    Returns:
-        That dtype; None where the weights come back in the dtype that they had.
+    matmul. This asks the decompressor itself, one module per scheme. None where the weights come
+    back in the dtype that they had.
 
     Raises:
         CheckpointError: A module cannot be compressed, or not be decompressed again.
@@ -172,18 +158,28 @@ def stored_weight(name: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def _in_dtype(
-    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None, kept: set[str]
-) -> dict[str, Tensor]:
-    """The tensors of a module in another dtype, if any.
+def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a checkpoint stores of a module, tied tensors included."""
+    state = _local_state(part.module)
+    if part.scheme is not None:
+        state = _compress(part.prefix, state, part.scheme, type(part.module))
+    return _in_dtype(part, state, dtype)
 
-    Global scales and scales of a dtype of their own stay, as do the modules that transformers keeps
-    in float32.
+
+def _in_dtype(
+    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors of a module in the dtype that a loader does not cast to itself, if any.
+
+    transformers does not cast the weights that it renames (of many multimodal models), and would
+    then run layers of two dtypes on each other. Global scales and scales of a dtype of their own
+    stay, as do the modules that transformers keeps in float32.
     """
-    if dtype is None or kept & set(part.prefix.split(".")):
+    if dtype is None or part.stays_float32:
         return state
     with disable_onloading():
-        own = {t.dtype for t in _stored(part.module).values() if _is_plain_float(t)}
+        dtypes = {t.dtype for t in _stored(part.module).values()}
+    own = {each for each in dtypes if each.is_floating_point and each.itemsize > 1}
     fixed = set() if part.scheme is None else _scales_with_dtype(part.scheme)
     return {
         key: value
@@ -191,23 +187,6 @@ def _in_dtype(
         else value.to(dtype)
         for key, value in state.items()
     }
-
-
-def _saving_dtype(model: nn.Module) -> torch.dtype | None:
-    """The `loading_dtype`, where a loader would not cast to it itself.
-
-    transformers does not cast the weights that it renames (of many multimodal models), and would
-    then run layers of two dtypes on each other.
-    """
-    return loading_dtype(model) if are_renamed(model) else None
-
-
-def _kept_in_float32(model: nn.Module) -> set[str]:
-    return set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-
-
-def _is_plain_float(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
@@ -226,6 +205,7 @@ class _Part:
     scheme: QuantizationScheme | None
     tied: frozenset[str]
     offloaded: bool
+    stays_float32: bool
 
 
 def _parts(model: nn.Module) -> Iterator[_Part]:
@@ -242,6 +222,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
         for name, source in _declared_ties(model).items()
         if name in plain and source in plain and _equal(plain[name], plain[source])
     }
+    float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for prefix, module in named:
         keys = (*module._parameters, *module._buffers)
         yield _Part(
@@ -250,6 +231,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
             scheme=module.quantization_scheme if is_module_quantized(module) else None,
             tied=frozenset(key for key in keys if _join(prefix, key) in tied),
             offloaded=isinstance(module._parameters, OffloadCache),
+            stays_float32=bool(float32 & set(prefix.split("."))),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
 from collections import defaultdict
@@ -17,7 +16,7 @@ from torch import nn
 
 from calipers.calibration.targets import kind_of
 
-__all__ = ["make_twin", "plain_defaults", "small_config"]
+__all__ = ["make_twin", "plain_defaults"]
 
 #: Models up to this many parameters are as small as a twin needs to be.
 _SMALL = 3_000_000
@@ -56,9 +55,17 @@ def make_twin(model: nn.Module) -> Any:
         Exception: Whatever the class raises where it cannot be built so small.
     """
     source: Any = model
-    config = small_config(model)
-    for each in _configs(config):
+    config = copy.deepcopy(source.config)
+    configs, needed = list(_configs(config)), _layers_needed(model)
+    for each in configs:
         each.__dict__.pop("quantization_config", None)
+        _fewer_layers(each, needed)
+    with disable_onloading():
+        is_small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+    widths: dict[int, int] = {}
+    for shrink in () if is_small else (_fewer_heads, _narrower):
+        for each in configs:
+            shrink(each, widths)
     kind: Any = type(model)
     dtype = source.dtype if source.dtype.is_floating_point else torch.float32
     twin = kind._from_config(config, dtype=dtype, attn_implementation="eager")
@@ -84,21 +91,6 @@ def plain_defaults() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def small_config(model: nn.Module) -> Any:
-    """A copy of the model's config with sizes for a twin; see `make_twin`."""
-    source: Any = model
-    config = copy.deepcopy(source.config)
-    needed = _layers_needed(model)
-    _each_in_configs(config, lambda each: _fewer_layers(each, needed))
-    with disable_onloading():
-        if sum(parameter.numel() for parameter in model.parameters()) <= _SMALL:
-            return config
-    widths: dict[int, int] = {}
-    _each_in_configs(config, lambda each: _fewer_heads(each, widths))
-    _each_in_configs(config, lambda each: _narrower(each, widths))
-    return config
-
-
 def _configs(config: Any) -> Iterator[Any]:
     """A config and the sub-configs in it, each once."""
     yield config
@@ -107,20 +99,12 @@ def _configs(config: Any) -> Iterator[Any]:
             yield from _configs(value)
 
 
-def _each_in_configs(config: Any, change: Any) -> None:
-    for each in _configs(config):
-        change(each)
-
-
 def _layers_needed(model: nn.Module) -> dict[int, int]:
     """Number of layers of a stack to how many of the first of them show every kind of module."""
     needed: dict[int, int] = defaultdict(int)
-    stacks = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+(\.|$)", name)
-    }
-    for stack in stacks.values():
+    for stack_name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or re.search(r"\.\d+(\.|$)", stack_name):
+            continue
         seen: set[tuple[str, type[nn.Module]]] = set()
         last = 0
         for place, layer in enumerate(stack):
@@ -133,54 +117,55 @@ def _layers_needed(model: nn.Module) -> dict[int, int]:
 
 
 def _fewer_layers(config: Any, needed: Mapping[int, int]) -> None:
-    fields = vars(config)
-    for key, value in list(fields.items()):
-        if not _LAYERS.search(key) or not isinstance(value, int) or isinstance(value, bool):
-            continue
+    for key, value in _numbers(config).items():
         fewer = max(2, needed.get(value, 2))
-        if value <= fewer:
+        if not _LAYERS.search(key) or value <= fewer:
             continue
-        _set(config, key, fewer)
-        for other, values in list(fields.items()):
+        setattr(config, key, fewer)
+        for other, values in list(vars(config).items()):
             if isinstance(values, list) and len(values) == value:
-                _set(config, other, values[:fewer])
+                setattr(config, other, values[:fewer])
 
 
 def _fewer_heads(config: Any, widths: dict[int, int]) -> None:
     """Smaller head counts with heads as wide as before, and the hidden size that follows."""
-    hidden = next((v for k in _HIDDEN if isinstance(v := _get(config, k), int)), None)
-    heads_key = next((k for k in _HEADS if isinstance(_get(config, k), int)), None)
+    numbers = _numbers(config)
+    hidden = next((numbers[key] for key in _HIDDEN if key in numbers), None)
+    heads_key = next((key for key in _HEADS if key in numbers), None)
     if heads_key is None:
-        coder = [k for k in _CODER_HEADS if isinstance(_get(config, k), int)]
+        coder = [key for key in _CODER_HEADS if key in numbers]
         if not coder or hidden is None:
             return
-        size = hidden // _get(config, coder[0])
+        size = hidden // numbers[coder[0]]
         heads = _heads_for(size, hidden, 2)
         for key in coder:
-            _set(config, key, heads)
+            setattr(config, key, heads)
         widths[hidden] = heads * size
         return
-    heads = _get(config, heads_key)
-    expand, size = _get(config, "expand"), _get(config, "head_dim")
-    if hidden and expand and size and heads * size == expand * hidden:  # Mamba 2
+    heads = numbers[heads_key]
+    expand, wide = vars(config).get("expand"), numbers.get("head_dim")
+    if hidden and expand and wide and heads * wide == expand * hidden:  # Mamba 2
         widths[hidden] = _WIDTH
-        _set(config, heads_key, expand * _WIDTH // size)
+        setattr(config, heads_key, expand * _WIDTH // wide)
         return
-    explicit = any(isinstance(_get(config, key), int) for key in _HEAD_DIMS)
-    kv_key = next((k for k in _KV_HEADS if isinstance(_get(config, k), int)), None)
-    kv = _get(config, kv_key) if kv_key else heads
-    fewer = min(4, heads)
-    if hidden is not None and hidden % heads == 0 and (not explicit or hidden == heads * size):
+    explicit = any(key in numbers for key in _HEAD_DIMS)
+    kv_key = next((key for key in _KV_HEADS if key in numbers), None)
+    kv = numbers[kv_key] if kv_key else heads
+    if (
+        hidden is not None
+        and hidden % heads == 0
+        and (not explicit or hidden == heads * (wide or 0))
+    ):
         fewer = min(heads, _heads_for(hidden // heads, hidden, 2))
         widths[hidden] = fewer * (hidden // heads)
     elif explicit:
-        fewer = min(4, heads) if heads % 2 == 0 else min(3, heads)
+        fewer = min(4 - heads % 2, heads)
     else:
         return
-    _set(config, heads_key, fewer)
+    setattr(config, heads_key, fewer)
     if kv_key is not None:
         pairs = 2 if fewer % 2 == 0 and kv > 1 else 1
-        _set(config, kv_key, fewer if kv == heads else pairs)
+        setattr(config, kv_key, fewer if kv == heads else pairs)
 
 
 def _heads_for(size: int, hidden: int, least: int) -> int:
@@ -193,23 +178,21 @@ def _heads_for(size: int, hidden: int, least: int) -> int:
 
 
 def _narrower(config: Any, widths: dict[int, int]) -> None:
-    hidden = next((v for k in _HIDDEN if isinstance(v := _get(config, k), int)), None)
-    expand = _get(config, "expand")
-    for key, value in list(vars(config).items()):
-        if isinstance(value, bool) or not isinstance(value, int):
-            continue
+    numbers = _numbers(config)
+    hidden = next((numbers[key] for key in _HIDDEN if key in numbers), None)
+    expand = vars(config).get("expand")
+    for key, value in numbers.items():
         if _IS_WIDTH.search(key) and "head" not in key and value > _WIDTH:
             if key == "intermediate_size" and expand and hidden and value == expand * hidden:
-                base = widths.get(hidden, _narrow(hidden))
-                _set(config, key, int(expand * base))
+                setattr(config, key, int(expand * widths.get(hidden, _narrow(hidden))))
                 continue
-            _set(config, key, widths.setdefault(value, _narrow(value)))
+            setattr(config, key, widths.setdefault(value, _narrow(value)))
         elif key in _EXPERT_COUNTS and value > _EXPERTS:
-            _set(config, key, max(_EXPERTS, _get(config, "num_experts_per_tok") or 0))
+            setattr(config, key, max(_EXPERTS, numbers.get("num_experts_per_tok", 0)))
         elif _IS_VOCABULARY.search(key) and value > _VOCABULARY:
-            _set(config, key, _VOCABULARY)
+            setattr(config, key, _VOCABULARY)
     if hasattr(config, "use_mamba_kernels"):
-        _set(config, "use_mamba_kernels", False)
+        config.use_mamba_kernels = False
     _fewer_tokens(config)
 
 
@@ -220,7 +203,7 @@ def _narrow(value: int) -> int:
 
 
 def _fewer_tokens(config: Any) -> None:
-    """Numbers of special tokens into the small vocabulary, different ones different."""
+    """Move ids of special tokens into the small vocabulary; different ids stay different."""
     place = _VOCABULARY - 1
     moved: dict[int, int] = {}
     for key, value in list(vars(config).items()):
@@ -234,17 +217,9 @@ def _fewer_tokens(config: Any) -> None:
                 moved[each] = place
                 place -= 1
         new = [moved.get(each, each) for each in values]
-        _set(config, key, new if isinstance(value, list) else new[0])
+        setattr(config, key, new if isinstance(value, list) else new[0])
 
 
-def _get(config: Any, key: str) -> Any:
-    return vars(config).get(key)
-
-
-def _set(config: Any, key: str, value: Any) -> None:
-    setattr(config, key, value)
-
-
-def config_text(config: Any) -> str:
-    """All of a config as text, sub-configs included."""
-    return json.dumps(config.to_dict(), sort_keys=True, default=str)
+def _numbers(config: Any) -> dict[str, int]:
+    """The integers of a config by field."""
+    return {key: value for key, value in vars(config).items() if type(value) is int}

@@ -15,22 +15,15 @@ from torch import nn
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.saved_config import saved_config
-from calipers.checkpoint.tensors import (
-    broken_ties,
-    checkpoint_tensors,
-    loading_dtype,
-)
+from calipers.checkpoint.tensors import checkpoint_tensors, has_broken_ties, loading_dtype
 
 __all__ = ["write_checkpoint"]
 
 
 def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> None:
-    """Write config.json, generation_config.json and the compressed weights of a model.
+    """Write config.json, generation_config.json and the compressed weights of a frozen model.
 
-    Args:
-        model: A transformers model, its quantized modules frozen; it stays as it is.
-        folder: An existing folder.
-        tell: Whether to log what is unusual about the checkpoint.
+    The model stays as it is. What is unusual about the checkpoint is logged, with `tell`.
 
     Raises:
         CheckpointError: A module cannot be compressed, or the config would not mean the model.
@@ -38,39 +31,35 @@ def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> No
     """
     save_pretrained: Any = model.save_pretrained
     config = saved_config(model)
-    tensors = checkpoint_tensors(model)
-    changes: dict[str, Any] = {}
     dtype = loading_dtype(model)
-    if dtype is not None:
-        changes["dtype"] = str(dtype).removeprefix("torch.")
-        if tell:
-            logger.warning(
-                "compressed-tensors decompresses this scheme to {} only, so config.json says dtype "
-                "{}: loaded by transformers the model runs in it. Calibrate in {} to get the same "
-                "logits.",
-                *[changes["dtype"]] * 3,
-            )
+    tensors = checkpoint_tensors(model, dtype)
+    changes = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if changes and tell:
+        logger.warning(
+            "compressed-tensors decompresses this scheme to {0} only, so config.json says dtype "
+            "{0}: loaded by transformers the model runs in it. Calibrate in {0} to get the same "
+            "logits.",
+            changes["dtype"],
+        )
     with _as_before_saving(model, tell=tell) as invalid, no_progress_bars():
         save_pretrained(folder, state_dict=tensors)
     if invalid is not None:
         invalid.to_json_file(folder / "generation_config.json")
-    ModelCompressor(
-        quantization_config=config,
-        transform_config=getattr(model, TRANSFORM_CONFIG_NAME, None),
-    ).update_config(str(folder))
-    _change_config(folder / "config.json", changes, untied=bool(broken_ties(model)))
+    transforms = getattr(model, TRANSFORM_CONFIG_NAME, None)
+    compressor = ModelCompressor(quantization_config=config, transform_config=transforms)
+    compressor.update_config(str(folder))
+    _change_config(folder / "config.json", changes, untied=has_broken_ties(model))
 
 
-def _change_config(config_file: Path, changes: dict[str, Any], *, untied: bool) -> None:
+def _change_config(config_file: Path, changes: dict[str, str], *, untied: bool) -> None:
     if not changes and not untied:
         return
     config = json.loads(config_file.read_text(encoding="utf-8"))
     for each in _with_sub_configs(config):
         each.update(changes)
-    if untied:
-        config["tie_word_embeddings"] = False
-        if isinstance(config.get("text_config"), dict):
-            config["text_config"]["tie_word_embeddings"] = False
+    for each in (config, config.get("text_config")) if untied else ():
+        if isinstance(each, dict):
+            each["tie_word_embeddings"] = False
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     config_file.write_text(text, encoding="utf-8")
 

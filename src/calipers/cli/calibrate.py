@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationConfig
 from rich.filesize import decimal
 
 from calipers._words import check_choice, first_line
@@ -32,44 +32,37 @@ from calipers.calibration.report import (
     summarize_modules,
 )
 from calipers.calibration.session import OnMissing
-from calipers.calibration.targets import resolve_modules
+from calipers.calibration.targets import resolve_modules, schemes_by_target
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
+from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
-from calipers.cli.judging import Change, change_json, change_text, compare_measured, measure
-from calipers.cli.models import load_model, load_tokenizer, model_bytes, peak_memory_bytes
-from calipers.cli.options import (
-    ActivationObserver,
-    DataFile,
-    DataSamples,
-    Device,
-    Dtype,
-    EvalFile,
-    EvalSamples,
-    GroupSize,
-    SequenceLength,
+from calipers.cli.judging import (
+    Change,
+    change_json,
+    common_objective,
+    compare_measured,
+    figure_text,
+    in_words,
+    measure,
 )
-from calipers.cli.plugins import Plugins, load_plugins
+from calipers.cli.models import load_model, load_tokenizer, peak_memory_bytes
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError, MissingDataError
-from calipers.evaluation import OutputError, Perplexity
+from calipers.evaluation import Difference, OutputError, Perplexity
 from calipers.text.for_model import fitting_length, model_inputs
-from calipers.verdict import output_verdict, verdict
 
-__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "parse_options"]
+__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "parse_options", "sized"]
 
 DEFAULT_SCHEME = "W4A16"
 
 
 def calibrate(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
-    ] = None,
+    model: options.ModelFolder = None,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +70,7 @@ def calibrate(
             "size that divides the columns of all modules."
         ),
     ] = None,
-    group_size: GroupSize = None,
+    group_size: options.GroupSize = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -89,22 +82,15 @@ def calibrate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
-    activation_observer: ActivationObserver = None,
-    plugin: Plugins = None,
-    data: DataFile = None,
+    activation_observer: options.ActivationObserver = None,
+    plugin: options.Plugins = None,
+    data: options.DataFile = None,
     no_data: Annotated[
         bool, typer.Option("--no-data", help="Calibrate without data: weights by themselves.")
     ] = False,
-    samples: DataSamples = 128,
-    sequence_length: SequenceLength = 512,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Module name, class name or re:REGEX to leave alone, with all it contains; "
-            "may be repeated. Output heads and routers are left alone in any case.",
-        ),
-    ] = None,
+    samples: options.DataSamples = 128,
+    sequence_length: options.SequenceLength = 512,
+    ignore: options.Ignore = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
@@ -144,17 +130,17 @@ def calibrate(
             help="Do not try first, on a small twin of the model, whether DIR would load back.",
         ),
     ] = False,
-    eval_file: EvalFile = None,
-    eval_samples: EvalSamples = 128,
+    eval_file: options.EvalFile = None,
+    eval_samples: options.EvalSamples = 128,
     no_eval: Annotated[
         bool, typer.Option("--no-eval", help="Do not judge the model before and after.")
     ] = False,
     worst: Annotated[
         int, typer.Option(min=0, help="How many modules of the largest weight errors to show.")
     ] = 5,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
 ) -> None:
     """Quantize a model, judge it, and write a checkpoint that transformers and vLLM load.
 
@@ -192,12 +178,11 @@ def calibrate(
             enough_tokens,
             all_experts,
         )
-        load_plugins(plugin)
-        options = parse_options(option or [])
+        options.load_plugins(plugin)
+        chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
-        scheme_options = {} if group_size is None else {"group_size": group_size}
-        resolve_config(scheme or DEFAULT_SCHEME, patterns, scheme_options)
-        choice = ObserverChoice(observer, activation_observer, options, texts is not None)
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size))
+        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
         put_experts_back = separate_experts(loaded)
@@ -208,32 +193,29 @@ def calibrate(
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns)
-            scheme_options = {} if group_size is None else {"group_size": group_size}
         plan = plan_observers(
             loaded,
             scheme or DEFAULT_SCHEME,
             choice,
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
-            scheme_options,
+            sized(group_size),
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
             unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
             plan = without_modules(plan, unloadable, "cannot be loaded back")
-        length = fitting_length(loaded, sequence_length)
-        read: TokenizedText | None = None
-        if texts is not None:
-            read = texts.read(tokenizer, sequence_length=length, samples=samples)
-        else:
+        if texts is None:
             try:
                 refuse_without_data(plan)
             except MissingDataError as error:
                 raise error if no_text is None else CalipersError(f"{path}: {no_text}") from None
-        judged = None
-        if judged_texts is not None:
-            judged = judged_texts.read(tokenizer, sequence_length=length, samples=eval_samples)
-        size_before = model_bytes(loaded)
+        length = fitting_length(loaded, sequence_length)
+        read = None if texts is None else texts.read(tokenizer, length, samples)
+        judged = (
+            None if judged_texts is None else judged_texts.read(tokenizer, length, eval_samples)
+        )
+        size_before = loaded.get_memory_footprint()
         before = None if judged is None else measure(loaded, judged.batches, progress)
         batches = None if read is None else model_inputs(read.batches, loaded)
         report = run_plan(
@@ -246,9 +228,7 @@ def calibrate(
         )
         put_experts_back()
         after = None if judged is None else measure(loaded, judged.batches, progress)
-        change = None
-        if before is not None and after is not None:
-            change = compare_measured(before, after)
+        change = None if before is None or after is None else compare_measured(before, after)
         if out is not None:
             save(loaded, out, force=force, load_check=False)
         used = read if report.batches else None
@@ -263,7 +243,7 @@ def calibrate(
             "perplexity_before": before.value if isinstance(before, Perplexity) else None,
             "perplexity_after": after.value if isinstance(after, Perplexity) else None,
             **change_json(change),
-            "verdict": None if change is None else in_words(plan.config, change, report),
+            "verdict": change and in_words(plan.config, change, common_objective(report)),
             "bytes_before": size_before,
             "bytes_after": compressed_size(loaded) if report.modules else size_before,
             "seconds": time.perf_counter() - started,
@@ -282,12 +262,9 @@ def _refuse_both(name: str, given: Path | None, other: str, refused: bool) -> No
 
 
 def find_tokenizer(path: Path, *texts: Text | None) -> tuple[Any, str | None]:
-    """The model's tokenizer where there is text to read, and why there is none.
+    """The model's tokenizer or None, and what is wrong with it or None.
 
     A model without a tokenizer is calibrated all the same where nobody named a text.
-
-    Returns:
-        The tokenizer or None; what is wrong with it or None.
     """
     wanted = [each for each in texts if each is not None]
     if not wanted:
@@ -295,20 +272,15 @@ def find_tokenizer(path: Path, *texts: Text | None) -> tuple[Any, str | None]:
     try:
         return load_tokenizer(path), None
     except Exception as error:  # whatever transformers and its plug-ins raise
-        if any(each.given for each in wanted):
-            raise CalipersError(
-                f"{path}: text needs a tokenizer, and its own does not load: {first_line(error)}"
-            ) from None
-        return None, f"its tokenizer does not load: {first_line(error)}"
+        told = f"its tokenizer does not load: {first_line(error)}"
+    if any(each.given for each in wanted):
+        raise CalipersError(f"{path}: text needs a tokenizer, and {told}")
+    return None, told
 
 
-def in_words(config: QuantizationConfig, change: Change, report: CalibrationReport) -> str:
-    """The verdict on a calibration."""
-    objectives = {each.objective for each in report.modules}
-    objective = objectives.pop() if len(objectives) == 1 else None
-    if isinstance(change, OutputError):
-        return output_verdict(config, change.value, change.standard_error, objective=objective)
-    return verdict(config, change.relative, change.relative_error, objective=objective)
+def sized(group_size: int | None) -> dict[str, Any]:
+    """`--group-size` as an option of a scheme."""
+    return {} if group_size is None else {"group_size": group_size}
 
 
 def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
@@ -332,12 +304,8 @@ def group_size_of(config: QuantizationConfig) -> int | None:
 
     That of a format which fixes it (NVFP4, MXFP4) is not told: nobody chooses it.
     """
-    weights = [
-        each.weights
-        for each in config.config_groups.values()
-        if isinstance(each, QuantizationScheme) and each.weights is not None
-    ]
-    sizes = {each.group_size for each in weights if has_free_group_size(each)}
+    weights = [each.weights for each in schemes_by_target(config).values()]
+    sizes = {args.group_size for args in weights if args and has_free_group_size(args)}
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -350,74 +318,53 @@ def print_result(
     judged: TokenizedText | None,
     change: Change | None,
 ) -> None:
-    """Print the tables of a calibration."""
+    """Print the tables of a calibration: kinds of modules, the worst of them, and figures."""
+    error = "relative weight error"
     print_table(
         f"{result['model']}, scheme {result['scheme']}",
-        ("modules", "count", "observer", "bits", "relative weight error", "activations", "tokens"),
-        module_rows(report),
-        right=("count", "bits", "tokens"),
-    )
-    print_worst(report, worst)
-    lines = []
-    if result["group_size"] is not None:
-        lines.append(("group size", size_note or str(result["group_size"])))
-    if data is not None:
-        lines.append(("calibrated with", str(data)))
-    if result["no_text"] is not None:
-        lines.append(("no text", result["no_text"]))
-    if judged is not None:
-        lines.append(("judged by", str(judged)))
-    if isinstance(change, OutputError):
-        lines.append(("output error", change_text(change)))
-    elif change is not None:
-        figures = f"{result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f}"
-        lines.append(("perplexity", f"{figures} ({change_text(change)})"))
-    if change is not None:
-        lines.append(("verdict", result["verdict"]))
-    before, after = result["bytes_before"], result["bytes_after"]
-    lines += [
-        ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),
-        ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
-        ("peak memory", decimal(result["peak_memory_bytes"])),
-    ]
-    lines.append(("quantized", f"{report.quantized_share:.1%} of the projection weights"))
-    lines += [("experts", text) for text in summarize_coverage(report.coverage)]
-    lines += [("left unquantized", text) for text in summarize_left_alone(report.left_alone)]
-    lines.append(("checkpoint", result["out"] or "not written (no --out)"))
-    print_lines(lines)
-
-
-def print_worst(report: CalibrationReport, count: int) -> None:
-    """Print the modules of the largest weight errors, where there are more than these."""
-    found = report.worst(count)
-    if found and len(report.modules) > 1:
-        print_table(
-            "The largest weight errors",
-            ("module", "relative weight error"),
-            [(row.name, f"{row.weight_error:.4f}") for row in found],
-            right=("relative weight error",),
-        )
-
-
-def module_rows(report: CalibrationReport) -> list[tuple[str, ...]]:
-    """One row for all modules whose names differ by numbers alone and that were treated alike."""
-    rows: list[tuple[str, ...]] = []
-    for kind in summarize_modules(report.modules):
-        spread = "-"
-        if kind.mean_error is not None:
-            spread = f"{kind.mean_error:.4f} (at most {kind.max_error:.4f})"
-        rows.append(
+        ("modules", "count", "observer", "bits", error, "activations", "tokens"),
+        [
             (
                 kind.name,
                 str(kind.count),
                 kind.observer or "-",
-                "-" if kind.bits is None else str(kind.bits),
-                spread,
+                str(kind.bits or "-"),
+                "-"
+                if kind.mean_error is None
+                else f"{kind.mean_error:.4f} (at most {kind.max_error:.4f})",
                 kind.activations or "-",
                 str(kind.tokens),
             )
-        )
-    return rows
+            for kind in summarize_modules(report.modules)
+        ],
+        right=("count", "bits", "tokens"),
+    )
+    rows = [(row.name, f"{row.weight_error:.4f}") for row in report.worst(worst)]
+    if rows and len(report.modules) > 1:
+        print_table("The largest weight errors", ("module", error), rows, right=(error,))
+    size = result["group_size"]
+    figures = None if change is None else figure_text(change)
+    kind = "output error" if isinstance(change, OutputError) else "perplexity"
+    if isinstance(change, Difference):
+        ends = f"{result['perplexity_before']:.3f} -> {result['perplexity_after']:.3f}"
+        figures = f"{ends} ({figures})"
+    before, after = result["bytes_before"], result["bytes_after"]
+    lines = [
+        ("group size", size and (size_note or str(size))),
+        ("calibrated with", data and str(data)),
+        ("no text", result["no_text"]),
+        ("judged by", judged and str(judged)),
+        (kind, figures),
+        ("verdict", change and result["verdict"]),
+        ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),
+        ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
+        ("peak memory", decimal(result["peak_memory_bytes"])),
+        ("quantized", f"{report.quantized_share:.1%} of the projection weights"),
+        *(("experts", text) for text in summarize_coverage(report.coverage)),
+        *(("left unquantized", text) for text in summarize_left_alone(report.left_alone)),
+        ("checkpoint", result["out"] or "not written (no --out)"),
+    ]
+    print_lines((name, text) for name, text in lines if text is not None)
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:
@@ -426,13 +373,13 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     Raises:
         CalipersError: One without a key or an equals sign, or of a value that is no scalar.
     """
-    options = {}
+    found = {}
     for item in given:
         key, equals, value = item.partition("=")
         if not key or not equals:
             raise CalipersError(f"--option: expected key=value, got {item!r}")
         try:
-            options[key.strip()] = yaml.safe_load(value)
+            found[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise CalipersError(f"--option: cannot read the value of {item!r}") from None
-    return options
+    return found

@@ -19,7 +19,7 @@ _WIDTH_OF_FRAMES = 80
 
 
 class _Plain:
-    """For both kinds of commands; comes before them among the bases."""
+    """What single commands and the group share; the first of their bases."""
 
     rich_markup_mode: Any
     help: str | None
@@ -31,7 +31,12 @@ class _Plain:
         except Exception as error:
             # click's NoSuchOption, or typer's own copy of it, which it does not export
             if type(error).__name__ == "NoSuchOption":
-                _name_the_nearest(error, self.get_params(ctx))  # type: ignore[attr-defined]
+                unknown: Any = error
+                params = self.get_params(ctx)  # type: ignore[attr-defined]
+                known = [name for each in params for name in each.opts if name.startswith("-")]
+                if near := did_you_mean(unknown.option_name, known):
+                    unknown.message = f"No such option: {unknown.option_name}.{near}"
+                unknown.possibilities = None
             raise
 
     def invoke(self, ctx: Any) -> Any:
@@ -55,14 +60,6 @@ class _Plain:
             super().format_help(ctx, formatter)  # type: ignore[misc]
         finally:
             self.rich_markup_mode, self.help = mode, text
-
-
-def _name_the_nearest(error: Any, params: list[Any]) -> None:
-    known = [option for param in params for option in param.opts if option.startswith("-")]
-    near = did_you_mean(error.option_name, known)
-    if near:
-        error.message = f"No such option: {error.option_name}.{near}"
-    error.possibilities = None
 
 
 class Command(_Plain, TyperCommand):

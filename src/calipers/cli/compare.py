@@ -7,55 +7,44 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from compressed_tensors.quantization import QuantizationScheme
 from rich.filesize import decimal
 from torch import Tensor
 
 from calipers.calibration import calibrate, resolve_config
+from calipers.calibration.batches import Progress
 from calipers.calibration.config import has_free_group_size
 from calipers.calibration.experts import separated_experts
 from calipers.calibration.plan import ObserverChoice, plan_observers
+from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
-from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options
-from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
+from calipers.cli import options
+from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options, sized
+from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Change,
     Measured,
     change_json,
-    change_text,
+    common_objective,
     compare_measured,
+    figure,
+    figure_json,
+    figure_text,
+    in_words,
     json_number,
     measure,
-    measured_json,
-    plus_minus,
 )
-from calipers.cli.models import load_model, load_tokenizer, model_bytes
-from calipers.cli.options import (
-    ActivationObserver,
-    DataFile,
-    DataSamples,
-    Device,
-    Dtype,
-    EvalFile,
-    EvalSamples,
-    GroupSize,
-    SequenceLength,
-)
-from calipers.cli.plugins import Plugins, load_plugins
-from calipers.cli.records import print_records
+from calipers.cli.models import load_model, load_tokenizer
 from calipers.cli.texts import TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError
-from calipers.evaluation import OutputError, Perplexity
+from calipers.evaluation import Perplexity
 from calipers.observers import Observer
 from calipers.text.for_model import fitting_length, model_inputs
-from calipers.verdict import output_verdict, verdict
 
 __all__ = [
     "Comparison",
@@ -71,19 +60,14 @@ __all__ = [
 
 _OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
 
-_Progress = Callable[[str, int, int | None], object]
-
 
 def compare(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
-    ] = None,
+    model: options.ModelFolder = None,
     scheme: Annotated[
         list[str] | None,
         typer.Option(help="A preset or a YAML file; may be repeated. Default: W4A16."),
     ] = None,
-    group_size: GroupSize = None,
+    group_size: options.GroupSize = None,
     observer: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,27 +82,21 @@ def compare(
             metavar="KEY=VALUE", help="An option of all observers that have it; may be repeated."
         ),
     ] = None,
-    activation_observer: ActivationObserver = None,
-    plugin: Plugins = None,
-    data: DataFile = None,
-    samples: DataSamples = 128,
-    sequence_length: SequenceLength = 512,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Module name, class name or re:REGEX to leave alone; may be repeated.",
-        ),
-    ] = None,
+    activation_observer: options.ActivationObserver = None,
+    plugin: options.Plugins = None,
+    data: options.DataFile = None,
+    samples: options.DataSamples = 128,
+    sequence_length: options.SequenceLength = 512,
+    ignore: options.Ignore = None,
     on_unfit: Annotated[
         str,
         typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
     ] = "error",
-    eval_file: EvalFile = None,
-    eval_samples: EvalSamples = 128,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    eval_file: options.EvalFile = None,
+    eval_samples: options.EvalSamples = 128,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
 ) -> None:
     """Quantize a model under each scheme with each observer, and compare the results.
 
@@ -129,7 +107,7 @@ def compare(
 
       calipers compare ./model --observer imatrix_mse --observer optimal --data text.jsonl
 
-      calipers compare ./model --observer optimal --observer optimal:objective=hessian,signed=true
+      calipers compare ./model --observer imatrix_mse --observer optimal:negative_scales=true
     """
     with plain_errors(), show_progress() as progress:
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
@@ -137,7 +115,7 @@ def compare(
         recover(path.expanduser().resolve())
         texts = calibration_text(data, demo=model is None)
         judged_texts = heldout_text(eval_file, demo=model is None)
-        load_plugins(plugin)
+        options.load_plugins(plugin)
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
         observers = observer or list(_OBSERVERS)
@@ -154,31 +132,24 @@ def compare(
                 _check(loaded, run, activation_observer, patterns, on_unfit)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
-        read = texts.read(tokenizer, sequence_length=length, samples=samples)
-        judged = judged_texts.read(tokenizer, sequence_length=length, samples=eval_samples)
-        before, size = measure(loaded, judged.batches, progress), model_bytes(loaded)
-        results: list[RunResult] = []
-        for done, run in enumerate(runs):
-            progress("runs", done, len(runs))
-            if loaded is None:
-                # Read again rather than copied: two models at once could be too much.
-                loaded = load_model(path, device=device, dtype=dtype)
-            results.append(
-                execute(
-                    loaded,
-                    run,
-                    read.batches,
-                    judged.batches,
-                    before,
-                    progress,
-                    ignore=patterns,
-                    on_unfit=on_unfit,
-                    activation_observer=activation_observer,
-                )
-            )
-            loaded = None
-            gc.collect()  # hooks and the modules that hold them are cycles
-        progress("runs", len(runs), len(runs))
+        read = texts.read(tokenizer, length, samples)
+        judged = judged_texts.read(tokenizer, length, eval_samples)
+        before, size = measure(loaded, judged.batches, progress), loaded.get_memory_footprint()
+        # Each run begins with an unquantized model, which is read again rather than copied: two
+        # models at once could be too much.
+        models = [loaded]
+        del loaded
+        results = execute(
+            lambda: models.pop() if models else load_model(path, device=device, dtype=dtype),
+            runs,
+            read.batches,
+            judged.batches,
+            before,
+            progress,
+            ignore=patterns,
+            on_unfit=on_unfit,
+            activation_observer=activation_observer,
+        )
         verdicts = judge_schemes(results, patterns)
     name = "demo" if model is None else str(model)
     comparison = Comparison(name, read, judged, before, size, results, verdicts, size_note)
@@ -186,6 +157,17 @@ def compare(
         print_json(comparison_json(comparison))
     else:
         print_comparison(f"{name}, quantized and judged", comparison)
+
+
+def _check(
+    model: Any, run: Run, activation_observer: str | None, ignore: Sequence[str], on_unfit: Any
+) -> None:
+    """Refuse what the model cannot take before anything is run."""
+    choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
+    try:
+        plan_observers(model, run.scheme, choice, ignore, on_unfit, run.scheme_options)
+    except CalipersError as error:
+        raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -251,37 +233,16 @@ class Comparison:
     size_note: str | None = None
 
 
-def _check(
-    model: Any, run: Run, activation_observer: str | None, ignore: Sequence[str], on_unfit: str
-) -> None:
-    """Refuse what the model cannot take before anything is run."""
-    choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
-    try:
-        plan_observers(
-            model,
-            run.scheme,
-            choice,
-            ignore,
-            on_unfit,  # type: ignore[arg-type]  # checked there
-            run.scheme_options,
-        )
-    except CalipersError as error:
-        raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
-
-
 def plan_runs(
     schemes: Sequence[str],
     observers: Sequence[str],
     common: list[str],
     group_size: int | None = None,
 ) -> list[Run]:
-    """Every scheme with every observer.
+    """Every scheme with every observer, whose options of its own stand behind a colon.
 
-    Args:
-        schemes: Presets or YAML files.
-        observers: Names, with options of their own behind a colon.
-        common: Options "key=value", of those observers that have them.
-        group_size: Columns of a group, for those schemes whose groups have no fixed size.
+    Options "key=value" in `common` go to those observers that have them, and `group_size` to those
+    schemes whose groups have no fixed size.
 
     Raises:
         CalipersError: An unknown observer, an option without a value, a common option that no
@@ -293,7 +254,7 @@ def plan_runs(
     for each in dict.fromkeys(observers):
         name, _, own = each.partition(":")
         name = name.strip().lower().replace("-", "_")
-        known = Observer.get_value_from_registry(name).Options.model_fields
+        known = Observer.get_value_from_registry(name).Options.names()
         options = {key: value for key, value in given.items() if key in known}
         used |= options.keys()
         options |= parse_options(own.split(",")) if own else {}
@@ -301,175 +262,143 @@ def plan_runs(
     if unused := given.keys() - used:
         names = ", ".join(name for name, _ in chosen)
         raise CalipersError(f"--option: none of {names} has an option {min(unused)!r}")
-    sized = {each: _scheme_options(each, group_size) for each in schemes}
-    if group_size is not None and not any(sized.values()):
+    by_scheme = {each: _scheme_options(each, group_size) for each in schemes}
+    if group_size is not None and not any(by_scheme.values()):
         resolve_config(schemes[0], (), {"group_size": group_size})  # says why not
-    return [Run(s, name, options, more) for s, more in sized.items() for name, options in chosen]
+    return [Run(s, name, having, more) for s, more in by_scheme.items() for name, having in chosen]
 
 
 def _scheme_options(scheme: str, group_size: int | None) -> dict[str, Any]:
     """The group size as an option of a scheme; none where the scheme has no such choice."""
-    if group_size is None:
-        return {}
-    groups = resolve_config(scheme).config_groups.values()
-    weights = [each.weights for each in groups if isinstance(each, QuantizationScheme)]
-    free = any(each is not None and has_free_group_size(each) for each in weights)
-    return {"group_size": group_size} if free else {}
+    schemes = schemes_by_target(resolve_config(scheme)).values()
+    return sized(group_size) if any(has_free_group_size(each.weights) for each in schemes) else {}
 
 
 def execute(
-    model: Any,
-    run: Run,
+    fresh_model: Callable[[], Any],
+    runs: Sequence[Run],
     texts: Sequence[Tensor],
     judged: Sequence[Tensor],
     before: Measured,
-    progress: _Progress | None = None,
+    progress: Progress,
     *,
-    ignore: Sequence[str] = (),
-    on_unfit: str = "error",
-    activation_observer: str | None = None,
     stored: torch.dtype | None = None,
-) -> RunResult:
-    """Quantize a model in place and judge it.
+    **others: Any,
+) -> list[RunResult]:
+    """Quantize a model as each run asks for, and measure what came of it.
 
     Args:
-        model: The unquantized model.
-        run: What to do.
-        texts: Token ids to calibrate with.
-        judged: Token ids to judge by.
+        fresh_model: Gives an unquantized model for each run, which is let go after it.
+        runs: Schemes and observers.
+        texts: Token ids to calibrate with, shape (batch, tokens) each.
+        judged: Token ids to measure with, likewise.
         before: What the unquantized model did with `judged`.
-        progress: As for `measure`; the calibration itself shows none.
-        ignore: Modules left alone, as for `calibrate`.
-        on_unfit: As for `calibrate`.
-        activation_observer: As for `calibrate`.
-        stored: Dtype that a checkpoint would have, which its size is told for; None for that of the
-            model.
+        progress: Called for each run, and for each batch that is measured.
+        stored: The dtype that the checkpoint's size is told for; None for that of the model.
+        others: Other arguments of `calibrate`.
     """
-    started = time.perf_counter()
-    report = calibrate(
-        model,
-        run.scheme,
-        run.observer,
-        model_inputs(texts, model),
-        ignore,
-        observer_options=run.options,
-        activation_observer=activation_observer,
-        on_unfit=on_unfit,  # type: ignore[arg-type]  # checked there
-        scheme_options=run.scheme_options,
-    )
-    seconds = time.perf_counter() - started
-    errors = [each.weight_error for each in report.modules if each.weight_error is not None]
-    objectives = {each.objective for each in report.modules}
-    after = measure(model, judged, progress)
-    if stored is not None:
-        model.to(stored)  # after all that is measured
-    return RunResult(
-        run,
-        sum(errors) / len(errors) if errors else None,
-        after if isinstance(after, Perplexity) else None,
-        compare_measured(before, after),
-        compressed_size(model) if report.modules else model_bytes(model),
-        seconds,
-        objectives.pop() if len(objectives) == 1 else None,
-    )
+    results = []
+    for done, run in enumerate(runs):
+        progress("runs", done, len(runs))
+        model = fresh_model()
+        started = time.perf_counter()
+        report = calibrate(
+            model,
+            run.scheme,
+            run.observer,
+            model_inputs(texts, model),
+            observer_options=run.options,
+            scheme_options=run.scheme_options,
+            **others,
+        )
+        seconds = time.perf_counter() - started
+        errors = [each.weight_error for each in report.modules if each.weight_error is not None]
+        after = measure(model, judged, progress)
+        if stored is not None:
+            model.to(stored)  # after all that is measured
+        results.append(
+            RunResult(
+                run,
+                sum(errors) / len(errors) if errors else None,
+                after if isinstance(after, Perplexity) else None,
+                compare_measured(before, after),
+                compressed_size(model) if report.modules else model.get_memory_footprint(),
+                seconds,
+                common_objective(report),
+            )
+        )
+        del model, report
+        gc.collect()  # hooks and the modules that hold them are cycles
+    progress("runs", len(runs), len(runs))
+    return results
 
 
 def judge_schemes(results: Sequence[RunResult], ignore: Sequence[str] = ()) -> dict[str, str]:
     """One verdict for each scheme, on the best of its runs."""
-    best: dict[str, RunResult] = {}
-    for each in results:
-        kept = best.get(each.run.scheme)
-        if kept is None or _figure(each) < _figure(kept):
-            best[each.run.scheme] = each
     found = {}
-    for name, each in best.items():
-        config = resolve_config(name, ignore)
+    for name in dict.fromkeys(each.run.scheme for each in results):
+        tried = [each for each in results if each.run.scheme == name]
+        best = min(tried, key=_rank)
         # What was tried and did no better is not advised.
-        tried = {other.objective for other in results if other.run.scheme == name}
-        objective = "hessian" if "hessian" in tried else each.objective
-        if isinstance(each.change, OutputError):
-            words = output_verdict(
-                config, each.change.value, each.change.standard_error, objective=objective
-            )
-        else:
-            words = verdict(
-                config,
-                each.change.relative,
-                each.change.relative_error,
-                objective=objective,
-            )
-        found[name] = f"{each.run.name}: {words}"
+        hessian = any(each.objective == "hessian" for each in tried)
+        objective = "hessian" if hessian else best.objective
+        words = in_words(resolve_config(name, ignore), best.change, objective)
+        found[name] = f"{best.run.name}: {words}"
     return found
 
 
-def _figure(result: RunResult) -> float:
-    """What a run is ranked by; a broken one comes last."""
-    change = result.change
-    figure = change.value if isinstance(change, OutputError) else change.relative
-    return math.inf if math.isnan(figure) else figure
+def _rank(result: RunResult) -> float:
+    """The change of the perplexity, or the output error; a broken run comes last."""
+    value, _ = figure(result.change)
+    return math.inf if math.isnan(value) else value
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
-    before = comparison.before
     return {
         "model": comparison.model,
         "data": comparison.data.to_dict(),
         "eval": comparison.judged.to_dict(),
-        "unquantized": {"bytes": comparison.size, "perplexity": _perplexity_json(before)},
-        "runs": [_run_json(each) for each in comparison.results],
+        "unquantized": {"bytes": comparison.size, "perplexity": figure_json(comparison.before)},
+        "runs": [
+            {
+                "scheme": each.run.scheme,
+                "observer": each.run.observer,
+                "options": each.run.options,
+                "group_size": each.run.scheme_options.get("group_size"),
+                "weight_error": json_number(each.weight_error),
+                "perplexity": figure_json(each.after),
+                **change_json(each.change),
+                "bytes": each.bytes,
+                "seconds": each.seconds,
+            }
+            for each in comparison.results
+        ],
         "verdicts": comparison.verdicts,
     }
 
 
-def _run_json(result: RunResult) -> dict[str, Any]:
-    change = result.change
-    return {
-        "scheme": result.run.scheme,
-        "observer": result.run.observer,
-        "options": result.run.options,
-        "group_size": result.run.scheme_options.get("group_size"),
-        "weight_error": json_number(result.weight_error),
-        "perplexity": None if result.after is None else _perplexity_json(result.after),
-        **change_json(change),
-        "bytes": result.bytes,
-        "seconds": result.seconds,
-    }
-
-
-def _perplexity_json(measured: Measured) -> dict[str, float | None] | None:
-    if isinstance(measured, Perplexity):
-        return measured_json(measured.value, measured.standard_error)
-    return None
-
-
 def print_comparison(title: str, comparison: Comparison) -> None:
     """Print the table of a comparison, and the verdicts under it."""
-    before, size, results = comparison.before, comparison.size, comparison.results
-    columns = ["scheme", "observer", "weight error", "perplexity", "change", "size", "seconds"]
-    float_row = ["unquantized", "-", "-", "-", "-", decimal(size), "-"]
+    before, results = comparison.before, comparison.results
+    kinds, figures = ["output error"], []
     if isinstance(before, Perplexity):
-        float_row[3] = plus_minus(before.value, before.standard_error, ".3f")
-    else:
-        columns[4] = "output error"
-    rows = [float_row]
-    for each in results:
-        after = each.after
-        rows.append(
-            [
-                each.run.scheme,
-                each.run.name,
-                "-" if each.weight_error is None else f"{each.weight_error:.4f}",
-                "-" if after is None else plus_minus(after.value, after.standard_error, ".3f"),
-                change_text(each.change),
-                decimal(each.bytes),
-                f"{each.seconds:.1f}",
-            ]
-        )
-    if not isinstance(before, Perplexity):
-        rows = [[cell for i, cell in enumerate(row) if i != 3] for row in rows]
-        del columns[3]
-    print_records(title, columns, rows, right=columns[2:])
+        kinds, figures = ["perplexity", "change"], [figure_text(before)]
+    columns = ["scheme", "observer", "weight error", *kinds, "size", "seconds"]
+    rows = [["unquantized", "-", "-", *figures, "-", decimal(comparison.size), "-"]]
+    rows += [
+        [
+            each.run.scheme,
+            each.run.name,
+            "-" if each.weight_error is None else f"{each.weight_error:.4f}",
+            *([] if each.after is None else [figure_text(each.after)]),
+            figure_text(each.change),
+            decimal(each.bytes),
+            f"{each.seconds:.1f}",
+        ]
+        for each in results
+    ]
+    print_table(title, columns, rows, right=columns[2:], fold=False)
     lines = [("calibrated with", str(comparison.data)), ("judged by", str(comparison.judged))]
     sizes = {each.run.scheme_options.get("group_size") for each in results} - {None}
     if sizes:

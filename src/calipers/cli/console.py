@@ -35,7 +35,6 @@ __all__ = [
     "print_lines",
     "print_table",
     "show_progress",
-    "terminal_width",
 ]
 
 #: Wide enough for any table where there is no terminal to fit.
@@ -50,24 +49,20 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, width=None if terminal else _PIPE_WIDTH)
 
 
-def terminal_width() -> int | None:
-    """Columns of the terminal that standard output goes to; None in a pipe or a file."""
-    console = _console()
-    return console.width if console.is_terminal else None
-
-
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+    fold: bool = True,
 ) -> None:
     """Print a table: framed in a terminal, plain columns elsewhere.
 
-    Where a terminal is too narrow for the words of a row, each row is a paragraph instead.
-
-    Args:
-        title: Line above the table.
-        columns: Headings.
-        rows: Cells, as many as headings.
-        right: Headings of the columns of numbers, which are aligned to the right.
+    Where a terminal is too narrow, each row is a paragraph instead: its first cell, and below it
+    the others that say something (no "-"), after their headings. With `fold` cells may be broken
+    between words first; figures with their standard errors could not be read so. The columns of
+    numbers, named in `right`, are aligned to the right.
     """
     console = _console()
     table = Table(
@@ -78,17 +73,10 @@ def print_table(
     rows = [list(row) for row in rows]
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    needed = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table).minimum
-    if console.is_terminal and needed > console.width:
-        _print_paragraphs(console, title, columns, rows)
-    else:
+    widths = Measurement.get(console, console.options.update_width(_ANY_WIDTH), table)
+    if not console.is_terminal or console.width >= (widths.minimum if fold else widths.maximum):
         console.print(table)
-
-
-def _print_paragraphs(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    """The first cell of each row, and below it the others that say something, after headings."""
+        return
     console.print(Text(title, style="italic"))
     for row in rows:
         console.print(Text(row[0], style="bold", overflow="fold"))
@@ -167,7 +155,7 @@ def _bars(console: Console) -> Iterator[ProgressFunction]:
 
 
 def _lines(console: Console) -> ProgressFunction:
-    """A log that is watched, or read afterwards, shall show that work goes on; not every step."""
+    """Print a line every half a minute: a log shows that work goes on, but not each step."""
     started = told = monotonic()
 
     def advance(stage: str, done: int, total: int | None) -> None:

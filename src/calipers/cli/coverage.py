@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from calipers.calibration import ExpertCoverage
+from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
 from calipers.errors import CalipersError
 
@@ -29,7 +30,7 @@ def coverage(
             allow_dash=True,
         ),
     ],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Show how many tokens each expert saw in a calibration, and which of them saw few or none.
 

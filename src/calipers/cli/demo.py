@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Annotated
-
-import typer
 
 from calipers.cli.compare import (
     Comparison,
@@ -17,7 +14,8 @@ from calipers.cli.compare import (
 )
 from calipers.cli.console import plain_errors, print_json, show_progress
 from calipers.cli.judging import measure
-from calipers.cli.models import load_model, load_tokenizer, model_bytes
+from calipers.cli.models import load_model, load_tokenizer
+from calipers.cli.options import Json
 from calipers.cli.texts import calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 
@@ -27,9 +25,7 @@ _SCHEMES = ("W4A16", "NVFP4", "FP8")
 _OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal:objective=hessian")
 
 
-def demo(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def demo(json: Json = False) -> None:
     """Calibrate the embedded model under three schemes with four observers each, and compare.
 
     Examples:
@@ -39,22 +35,21 @@ def demo(
     """
     with plain_errors(), show_progress() as progress:
         model = load_model(MODEL_PATH, device="cpu", dtype="auto")
-        stored, size = model.dtype, model_bytes(model)
+        stored, size = model.dtype, model.get_memory_footprint()
         model = model.float()  # most CPUs are several times slower in bfloat16
         tokenizer = load_tokenizer(MODEL_PATH)
-        data = calibration_text(None, demo=True).read(tokenizer, sequence_length=256, samples=64)
-        judged = heldout_text(None, demo=True).read(tokenizer, sequence_length=256, samples=None)
+        data = calibration_text(None, demo=True).read(tokenizer, 256, 64)
+        judged = heldout_text(None, demo=True).read(tokenizer, 256, None)
         before = measure(model, judged.batches, progress)
-        runs = plan_runs(_SCHEMES, _OBSERVERS, [])
-        results = []
-        for done, run in enumerate(runs):
-            progress("runs", done, len(runs))
-            quantized = copy.deepcopy(model)
-            results.append(
-                execute(
-                    quantized, run, data.batches, judged.batches, before, progress, stored=stored
-                )
-            )
+        results = execute(
+            lambda: copy.deepcopy(model),
+            plan_runs(_SCHEMES, _OBSERVERS, []),
+            data.batches,
+            judged.batches,
+            before,
+            progress,
+            stored=stored,
+        )
     comparison = Comparison("demo", data, judged, before, size, results, judge_schemes(results))
     if json:
         print_json(comparison_json(comparison))

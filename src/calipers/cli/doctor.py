@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
 
 import torch
-import typer
 
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
+from calipers.cli.options import Json
 from calipers.engines.dispatch import (
     ENVIRONMENT,
     WORTH_BUILDING,
@@ -24,9 +23,7 @@ __all__ = ["doctor"]
 _PACKAGES = ("calipers", "torch", "compressed-tensors", "transformers", "llmcompressor", "triton")
 
 
-def doctor(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-) -> None:
+def doctor(json: Json = False) -> None:
     """Say which search engines there are, which one is chosen, and why.
 
     The native library is compiled where it is not there yet, so that the answer is not a guess.

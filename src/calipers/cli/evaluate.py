@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.filesize import decimal
 from torch import Tensor
 
 from calipers._words import first_line
+from calipers.calibration.batches import Progress
 from calipers.checkpoint.replace import recover
-from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
+from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Measured,
     change_json,
-    change_text,
     compare_measured,
+    figure_json,
+    figure_text,
     measure,
-    measured_json,
-    plus_minus,
 )
 from calipers.cli.models import load_model, load_tokenizer
-from calipers.cli.options import Device, Dtype, EvalFile, EvalSamples, SequenceLength
-from calipers.cli.records import print_records
+from calipers.cli.options import Device, Dtype, EvalFile, EvalSamples, Json, SequenceLength
 from calipers.cli.texts import Text, TokenizedText, heldout_text
 from calipers.errors import CalipersError
 from calipers.evaluation import OutputError, Perplexity
@@ -47,7 +45,7 @@ def evaluate(
     sequence_length: SequenceLength = 512,
     device: Device = None,
     dtype: Dtype = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure the perplexity of checkpoints, and compare them with the first one.
 
@@ -75,8 +73,8 @@ def evaluate(
                 row |= {"loads": True, "bytes": bytes_on_disk(folder)}
                 read = _read(folder, text, model, first, sequence_length, samples)
                 row |= _judge(model, read, first, progress)
-            except _TextError as error:
-                raise CalipersError(str(error)) from None
+            except _TextError:
+                raise
             except Exception as error:  # whatever transformers and its plug-ins raise
                 row["problem"] = first_line(error)
             rows.append(row)
@@ -89,18 +87,17 @@ def evaluate(
         raise typer.Exit(1)
 
 
-class _TextError(Exception):
+class _TextError(CalipersError):
     """The text cannot be read: an error of the whole command, not of one model."""
 
 
+@dataclass
 class _First:
     """The first model that was judged: what the others are compared with."""
 
-    def __init__(self) -> None:
-        self.path: Path | None = None
-        self.tokenizer: Any = None
-        self.batches: list[Tensor] = []
-        self.measured: Measured | None = None
+    tokenizer: Any = None
+    batches: list[Tensor] = field(default_factory=list)
+    measured: Measured | None = None
 
 
 def _read(
@@ -117,17 +114,12 @@ def _read(
         first.tokenizer = tokenizer
     length = fitting_length(model, sequence_length)
     try:
-        return text.read(tokenizer, sequence_length=length, samples=samples)
+        return text.read(tokenizer, length, samples)
     except CalipersError as error:
         raise _TextError(str(error)) from None
 
 
-def _judge(
-    model: Any,
-    read: TokenizedText,
-    first: _First,
-    progress: Callable[[str, int, int | None], object],
-) -> dict[str, Any]:
+def _judge(model: Any, read: TokenizedText, first: _First, progress: Progress) -> dict[str, Any]:
     batches = read.batches
     measured = measure(model, batches, progress)
     found: dict[str, Any] = {"sequences": read.sequences, "tokens": read.tokens}
@@ -135,7 +127,7 @@ def _judge(
         found["perplexity"] = measured
     if first.measured is None:
         first.measured, first.batches = measured, batches
-    elif not _same_tokens(batches, first.batches):
+    elif [ids.tolist() for ids in batches] != [ids.tolist() for ids in first.batches]:
         found["note"] = "other tokens than the first one's: no difference"
     elif type(measured) is not type(first.measured):
         found["note"] = "one of the two has no language head: no difference"
@@ -144,58 +136,37 @@ def _judge(
     return found
 
 
-def _same_tokens(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(
-        torch.equal(a, b) for a, b in zip(one, other, strict=True)
-    )
-
-
 def _as_json(row: dict[str, Any]) -> dict[str, Any]:
-    perplexity: Perplexity | None = row.get("perplexity")
+    plain = ("path", "loads", "problem", "note", "bytes", "sequences", "tokens")
     return {
-        "path": row["path"],
-        "loads": row["loads"],
-        "problem": row["problem"],
-        "note": row.get("note"),
-        "bytes": row.get("bytes"),
-        "sequences": row.get("sequences"),
-        "tokens": row.get("tokens"),
-        "perplexity": None
-        if perplexity is None
-        else measured_json(perplexity.value, perplexity.standard_error),
+        **{name: row.get(name) for name in plain},
+        "perplexity": figure_json(row.get("perplexity")),
         **change_json(row.get("change")),
     }
 
 
 def print_evaluation(text: str, rows: list[dict[str, Any]]) -> None:
     """Print the table of an evaluation, and under it what went wrong."""
-    outputs = any(isinstance(row.get("change"), OutputError) for row in rows)
-    heading = "output error" if outputs else "change"
-    columns = ["model", "loads", "size", "perplexity", heading]
-    judged = [row for row in rows if "tokens" in row]
-    cells: list[tuple[str, ...]] = []
-    for row in rows:
-        perplexity: Perplexity | None = row.get("perplexity")
-        change = row.get("change")
-        figure = "-"
-        if perplexity is not None:
-            figure = plus_minus(perplexity.value, perplexity.standard_error, ".3f")
-        cells.append(
-            (
-                row["path"],
-                "yes" if row["loads"] else "no",
-                decimal(row["bytes"]) if row.get("bytes") else "-",
-                figure,
-                change_text(change) if change else "-",
-            )
-        )
-    if not any("change" in row for row in rows):
+    changes = [row["change"] for row in rows if "change" in row]
+    outputs = any(isinstance(each, OutputError) for each in changes)
+    columns = ["model", "loads", "size", "perplexity", "output error" if outputs else "change"]
+    cells = [
+        [
+            row["path"],
+            "yes" if row["loads"] else "no",
+            decimal(row["bytes"]) if row.get("bytes") else "-",
+            *(figure_text(row[key]) if key in row else "-" for key in ("perplexity", "change")),
+        ]
+        for row in rows
+    ]
+    if not changes:
         columns, cells = columns[:-1], [row[:-1] for row in cells]
-    print_records(f"Judged by {text}", columns, cells, right=columns[2:])
+    print_table(f"Judged by {text}", columns, cells, right=columns[2:], fold=False)
+    judged = [row for row in rows if "tokens" in row]
     lines = [("sequences", f"{row['sequences']}, {row['tokens']:,} tokens") for row in judged[:1]]
     lines += [("note", f"{row['path']}: {row['note']}") for row in rows if row.get("note")]
     lines += [
-        ("problem", f"{row['path']}: {row['problem'].removeprefix(str(row['path']) + ': ')}")
+        ("problem", f"{row['path']}: {row['problem'].removeprefix(row['path'] + ': ')}")
         for row in rows
         if row["problem"]
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
+from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 
+from calipers.calibration import CalibrationReport
+from calipers.calibration.batches import Progress
 from calipers.evaluation import (
     Difference,
     OutputError,
@@ -17,18 +20,20 @@ from calipers.evaluation import (
     output_error,
     paired_difference,
 )
+from calipers.verdict import output_verdict, verdict
 
 __all__ = [
     "Change",
     "Measured",
     "change_json",
-    "change_text",
+    "common_objective",
     "compare_measured",
+    "figure",
+    "figure_json",
+    "figure_text",
+    "in_words",
     "json_number",
     "measure",
-    "measured_json",
-    "plus_minus",
-    "writes_text",
 ]
 
 #: What a model did with the text: the losses of a language model, the outputs of another.
@@ -37,20 +42,12 @@ Measured: TypeAlias = Perplexity | list[Tensor]
 Change: TypeAlias = Difference | OutputError
 
 
-def writes_text(model: Any) -> bool:
-    """Whether the model has a language head, so that it has a perplexity."""
-    return model.get_output_embeddings() is not None
-
-
 def measure(
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    progress: Callable[[str, int, int | None], object] | None = None,
+    model: nn.Module, batches: Sequence[Tensor], progress: Progress | None = None
 ) -> Measured:
     """Losses of a language model; last hidden states of a model without a language head."""
-    if writes_text(model):
-        return evaluate_losses(model, batches, progress)
-    return collect_outputs(model, batches, progress)
+    has_head = model.get_output_embeddings() is not None  # type: ignore[operator]
+    return (evaluate_losses if has_head else collect_outputs)(model, batches, progress)
 
 
 def compare_measured(before: Measured, after: Measured) -> Change:
@@ -66,31 +63,48 @@ def compare_measured(before: Measured, after: Measured) -> Change:
     return output_error(before, after)
 
 
-def plus_minus(value: float, error: float | None, form: str) -> str:
+def common_objective(report: CalibrationReport) -> str | None:
+    """What the observers of all weights minimised; None where they differ or have no choice."""
+    objectives = {each.objective for each in report.modules}
+    return objectives.pop() if len(objectives) == 1 else None
+
+
+def in_words(config: QuantizationConfig, change: Change, objective: str | None) -> str:
+    """The verdict on a quantized model."""
+    judge = output_verdict if isinstance(change, OutputError) else verdict
+    return judge(config, *figure(change), objective=objective)
+
+
+def figure(found: Perplexity | Change) -> tuple[float, float | None]:
+    """A perplexity, its relative change or an output error; and the standard error of it."""
+    if isinstance(found, Difference):
+        return found.relative, found.relative_error
+    return found.value, found.standard_error
+
+
+def figure_text(found: Perplexity | Change) -> str:
     """A figure with its standard error, where there is one."""
+    forms = {Perplexity: ".3f", Difference: "+.2%", OutputError: ".4f"}
+    value, error = figure(found)
+    form = forms[type(found)]
     return format(value, form) + ("" if error is None else f" ± {format(error, form.lstrip('+'))}")
 
 
-def change_text(change: Change) -> str:
-    """The change of the perplexity, or the output error, with its standard error."""
-    if isinstance(change, OutputError):
-        return plus_minus(change.value, change.standard_error, ".4f")
-    return plus_minus(change.relative, change.relative_error, "+.2%")
+def figure_json(found: Measured | Change | None) -> dict[str, float | None] | None:
+    """A figure with its standard error for JSON; None for outputs, which are no figure."""
+    if found is None or isinstance(found, list):
+        return None
+    value, error = map(json_number, figure(found))
+    return {"value": value, "standard_error": error}
 
 
 def change_json(change: Change | None) -> dict[str, dict[str, float | None] | None]:
     """The change of the perplexity and the output error for JSON, of which there is one at most."""
-    relative = outputs = None
-    if isinstance(change, OutputError):
-        outputs = measured_json(change.value, change.standard_error)
-    elif change is not None:
-        relative = measured_json(change.relative, change.relative_error)
-    return {"change": relative, "output_error": outputs}
-
-
-def measured_json(value: float, error: float | None) -> dict[str, float | None]:
-    """A figure with its standard error for JSON."""
-    return {"value": json_number(value), "standard_error": json_number(error)}
+    outputs = isinstance(change, OutputError)
+    return {
+        "change": None if outputs else figure_json(change),
+        "output_error": figure_json(change) if outputs else None,
+    }
 
 
 def json_number(value: float | None) -> float | None:

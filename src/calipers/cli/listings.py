@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES, preset_name_to_scheme
 from loguru import logger
 
 from calipers.cli.console import plain_errors, print_json, print_table
-from calipers.cli.plugins import Plugins, load_plugins
+from calipers.cli.options import Json, Plugins, load_plugins
 from calipers.observers import Observer
 from calipers.observers.plugins import load_entry_points
 
 __all__ = ["observers", "schemes"]
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def observers(plugin: Plugins = None, json: Json = False) -> None:

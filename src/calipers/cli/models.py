@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.loading import loading_experts
 from calipers.errors import CalipersError
 
-__all__ = ["load_model", "load_tokenizer", "model_bytes", "peak_memory_bytes"]
+__all__ = ["load_model", "load_tokenizer", "peak_memory_bytes"]
 
 #: An organisation and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -39,7 +38,11 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
 
     if dtype not in _DTYPES:
         raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
-    place = _device(device)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise CalipersError(f"device {device!r} cannot be used: {error}") from None
     if not path.exists() and _HUB_ID.fullmatch(str(path)):
         raise CalipersError(
             f"{path}: no such directory. If it is a model of the Hugging Face Hub, download it "
@@ -89,15 +92,6 @@ def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
         )
 
 
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CalipersError(f"device {name!r} cannot be used: {error}") from None
-    return device
-
-
 def load_tokenizer(path: Path) -> Any:
     """Load the tokenizer of a local directory; nothing is fetched.
 
@@ -110,12 +104,6 @@ def load_tokenizer(path: Path) -> Any:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise CalipersError(f"{path}: no files of a tokenizer")
     return tokenizer
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model, shared ones counted once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def peak_memory_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Options that several commands have, spelled out once."""
+"""Arguments and options that several commands have."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
+
+from calipers.observers.plugins import load_plugin
 
 __all__ = [
     "ActivationObserver",
@@ -16,7 +18,12 @@ __all__ = [
     "EvalFile",
     "EvalSamples",
     "GroupSize",
+    "Ignore",
+    "Json",
+    "ModelFolder",
+    "Plugins",
     "SequenceLength",
+    "load_plugins",
 ]
 
 ActivationObserver: TypeAlias = Annotated[
@@ -54,3 +61,30 @@ Device: TypeAlias = Annotated[
     str | None, typer.Option(help="Where to run. Default: a GPU if there is one.")
 ]
 Dtype: TypeAlias = Annotated[str, typer.Option(help="As float32; auto: as stored.")]
+Ignore: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Module name, class name or re:REGEX to leave alone, with all it contains; "
+        "may be repeated. Output heads and routers are left alone in any case.",
+    ),
+]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ModelFolder: TypeAlias = Annotated[
+    Path | None,
+    typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
+]
+Plugins: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE_OR_FILE.py",
+        help="Import this first: it registers observers of your own; may be repeated.",
+    ),
+]
+
+
+def load_plugins(plugins: list[str] | None) -> None:
+    """Import all that was given with `--plugin`; one that cannot be imported is a CalipersError."""
+    for plugin in plugins or ():
+        load_plugin(plugin)

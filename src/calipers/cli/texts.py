@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,21 @@ class Text:
 
     Attributes:
         name: What it is called in output.
-        file: Where it is; None for an embedded text.
-        part: The embedded text, "calibration" or "heldout", where there is no file.
+        source: Its file; or, for an embedded text, the function that reads its documents.
         given: Whether the user named it.
     """
 
     name: str
-    file: Path | None
-    part: str
+    source: Path | Callable[[], list[str]]
     given: bool
 
-    def read(self, tokenizer: Any, *, sequence_length: int, samples: int | None) -> TokenizedText:
+    def read(self, tokenizer: Any, sequence_length: int, samples: int | None) -> TokenizedText:
         """Read it in a model's tokens.
 
         Raises:
             CalipersError: As `read_batches`.
         """
-        data: Path | list[str]
-        if self.file is not None:
-            data = self.file
-        else:
-            data = calibration_texts() if self.part == "calibration" else heldout_texts()
+        data = self.source if isinstance(self.source, Path) else self.source()
         batches = read_batches(data, tokenizer, sequence_length=sequence_length, samples=samples)
         return TokenizedText(self.name, batches)
 
@@ -83,23 +78,17 @@ def calibration_text(given: Path | None, *, demo: bool = False) -> Text:
     Raises:
         CalipersError: There is no such file.
     """
-    return _text(given, "calibration", CALIBRATION_TEXT if demo else None)
+    return _text(given, "calibration text", CALIBRATION_TEXT if demo else calibration_texts)
 
 
 def heldout_text(given: Path | None, *, demo: bool = False) -> Text:
-    """Text to judge by, of other sources than `calibration_text`.
-
-    Raises:
-        CalipersError: There is no such file.
-    """
-    return _text(given, "heldout", HELDOUT_TEXT if demo else None)
+    """Text to judge by, of other sources than `calibration_text`; otherwise as that."""
+    return _text(given, "held-out text", HELDOUT_TEXT if demo else heldout_texts)
 
 
-def _text(given: Path | None, part: str, of_demo: Path | None) -> Text:
+def _text(given: Path | None, words: str, source: Path | Callable[[], list[str]]) -> Text:
     if given is not None:
         require(given)
-        return Text(str(given), given, part, given=True)
-    words = {"calibration": "calibration text", "heldout": "held-out text"}[part]
-    if of_demo is not None:
-        return Text(f"the demo model's {words}", of_demo, part, given=False)
-    return Text(f"embedded {words}", None, part, given=False)
+        return Text(str(given), given, given=True)
+    whose = "the demo model's" if isinstance(source, Path) else "embedded"
+    return Text(f"{whose} {words}", source, given=False)

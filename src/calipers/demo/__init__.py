@@ -1,7 +1,5 @@
 """The embedded demo: a small trained language model, its tokenizer, and text."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 __all__ = ["CALIBRATION_TEXT", "HELDOUT_TEXT", "MODEL_PATH"]

@@ -124,11 +124,11 @@ def run(
     problem: Problem,
     engine: str | None = None,
 ) -> Found:
-    """What a search finds by an engine's code, or by the reference: the one place that chooses.
+    """Search by an engine's code or by the reference: the one place that chooses.
 
     Args:
         kernel: What the search needs.
-        reference: The same by plain torch operations.
+        reference: What does the kernel's work by plain torch operations.
         search: Called with the code of the engine or with the reference, or with both one after
             the other where the engine fails.
         problem: What is searched.
@@ -150,7 +150,7 @@ def run(
 
 
 def attempt(engine: Engine, search: Callable[[], Found], reference: Callable[[], Found]) -> Found:
-    """What a search by an engine finds; what the reference finds where the engine fails.
+    """Search by an engine, and by the reference where the engine fails.
 
     An engine that failed is given up, but not for what is no fault of its own: values that it
     cannot read where they lie, and what the reference fails at as well.

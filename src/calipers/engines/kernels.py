@@ -1,4 +1,4 @@
-"""What engines know how to do, and what they are handed for it."""
+"""The kernels that engines have, and the problems that they are handed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.formats import Format
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = [
     "CANDIDATE_SUMS",
@@ -37,12 +37,12 @@ MOST_EXPONENT = 120
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides whether an engine is chosen, and whether it knows how to do a piece of work.
+    """A problem as far as the choice of an engine depends on it.
 
     Args:
         device: Where the values are.
         work: Number of values, each counted as often as a search works on it.
-        dtypes: Of the values, and of their weights.
+        dtypes: Of the values, and of their importance.
         args: Quantization arguments; None where nothing is quantized.
         norm: Exponent of the errors.
     """
@@ -56,7 +56,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel(Generic[Code]):
-    """A piece of work for which engines have code of their own.
+    """Work for which engines have code of their own.
 
     Args:
         name: Name of that code in each of the modules, which also have a function
@@ -70,15 +70,15 @@ class Kernel(Generic[Code]):
 
 @dataclass(frozen=True)
 class ShrinkGrid:
-    """The candidates of a shrink grid: step i is the range times `expand * (1 - i / grid)`.
+    """The candidates of a shrink grid: candidate i is the range times `expand * (1 - i / grid)`.
 
     Args:
         maxshrink: Largest part of the range to give up, 0 to 1.
-        grid: Number of steps that the whole range would have.
-        patience: Steps in a row without a better group after which the search ends; 0: never.
+        grid: Number of candidates that the whole range would have.
+        patience: Candidates in a row without a better group after which the search ends; 0: never.
         norm: Exponent of the absolute error.
         expand: Factor on the range before it shrinks, at least 1.
-        include_end: Whether step `max(1, int(maxshrink * grid))` itself is a candidate.
+        include_end: Whether candidate `max(1, int(maxshrink * grid))` itself is a candidate.
     """
 
     maxshrink: float
@@ -89,32 +89,32 @@ class ShrinkGrid:
     include_end: bool = False
 
     @property
-    def num_steps(self) -> int:
+    def num_candidates(self) -> int:
         """Number of candidates, at least one."""
-        steps = int(self.maxshrink * self.grid)
-        return max(1, steps) + 1 if self.include_end else max(1, steps)
+        candidates = int(self.maxshrink * self.grid)
+        return max(1, candidates) + 1 if self.include_end else max(1, candidates)
 
-    def shrink(self, step: int) -> float:
-        """Factor on the expanded range at `step`."""
-        return 1 - step / self.grid
+    def factor(self, candidate: int) -> float:
+        """Factor on the expanded range at `candidate`."""
+        return 1 - candidate / self.grid
 
-    def factors(self, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
-        """Factors on the expanded range of the first steps, float32, shape (num_steps,)."""
-        shrinks = [self.shrink(step) for step in range(num_steps)]
-        return torch.tensor(shrinks, dtype=torch.float32, device=device)
+    def factors(self, num_candidates: int, device: torch.device | str = "cpu") -> Tensor:
+        """Factors of the first candidates on the expanded range, float32, one-dimensional."""
+        factors = [self.factor(candidate) for candidate in range(num_candidates)]
+        return torch.tensor(factors, dtype=torch.float32, device=device)
 
-    def last_step(self, gains: Iterable[bool]) -> int:
-        """The step at which the patience ends; a search that makes gains lazily ends there too.
+    def last_candidate(self, gains: Iterable[bool]) -> int:
+        """Where the patience ends: there a search that makes gains lazily ends, too.
 
         Args:
-            gains: Of each step, whether it made any group better.
+            gains: Of each candidate, whether it made any group better.
         """
         without_gain = 0
-        for step, gain in enumerate(gains):
+        for candidate, gain in enumerate(gains):
             without_gain = 0 if gain else without_gain + 1
             if self.patience and without_gain >= self.patience:
-                return step
-        return self.num_steps - 1
+                return candidate
+        return self.num_candidates - 1
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,18 @@ class GridProblem:
     Args:
         view: The values.
         low: Minimum of each group, float32, expanded, of the view's `qparam_shape`.
-        high: Maximum of each group, likewise.
-        importance: The weights of the values, >= 0, of the same shape; None weighs all alike.
+        high: Maximum of each group, like `low`.
+        importance: That of each value, >= 0, of the same shape; None weighs all alike.
         args: Quantization arguments, without the scale's dtype where it is not to be rounded. The
             strategy does not count.
         grid: The candidates.
         global_scale: TENSOR_GROUP only, shape (1,).
     """
 
-    view: GroupedView
+    view: Groups
     low: Tensor
     high: Tensor
-    importance: GroupedView | None
+    importance: Groups | None
     args: QuantizationArgs
     grid: ShrinkGrid
     global_scale: Tensor | None
@@ -162,8 +162,8 @@ class GridReference:
 
     Args:
         search: Finds the ranges of all views.
-        ties: Searches the groups of a view that are marked, among the first steps, and corrects
-            the ranges that were found for them.
+        ties: Searches the groups of a view that are marked, among the first candidates,
+            and corrects the ranges that were found for them.
     """
 
     search: Callable[[Sequence[GridProblem]], list[Range]]
@@ -182,19 +182,19 @@ class EngineGroups(Protocol):
         """Shape of that part of the qparams."""
 
     @property
-    def in_one_run(self) -> bool:
+    def whole(self) -> bool:
         """Whether no group is cut: then there are `project` and `search_scale_codes`."""
 
-    def sum(self, inverse_base: Tensor, ratio: Tensor, zero_point: Tensor | None) -> Tensor:
+    def sum(self, inverse_base: Tensor, factor: Tensor, zero_point: Tensor | None) -> Tensor:
         """All sums for candidates, shape (3 * candidates + 1, groups), float64."""
 
     def project(
         self,
         inverse_base: Tensor,
         zero_point: Tensor | None,
-        ratios: Tensor,
-        offsets: Tensor,
         factors: Tensor,
+        offsets: Tensor,
+        fine_factors: Tensor,
         rounds: int,
         residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -209,14 +209,14 @@ class CandidateSums:
     """How an engine makes sums for candidate scales: in one of two ways, the reference in none.
 
     Args:
-        read_groups: Reads the groups of a view, with the weights of its values, in the number
-            format of arguments.
+        read_groups: Reads the groups of a view, with the importance of its values, in the
+            number format of arguments.
         sum_rows: Sums rows in memory, shape (rows, n), float32: all sums, shape
             (3 * candidates + 1, rows).
     """
 
     read_groups: (
-        Callable[[GroupedView, GroupedView | None, QuantizationArgs], Iterator[EngineGroups]] | None
+        Callable[[Groups, Groups | None, QuantizationArgs], Iterator[EngineGroups]] | None
     ) = None
     sum_rows: (
         Callable[[Format, Tensor, Tensor | None, Tensor, Tensor, Tensor | None], Tensor] | None
@@ -226,9 +226,7 @@ class CandidateSums:
 _NATIVE, _TRITON = "calipers.engines.native", "calipers.engines.triton"
 
 #: Smallest and largest value of each group of a view.
-MIN_MAX: Kernel[Callable[[GroupedView], Range]] = Kernel(
-    "min_max", {"native": f"{_NATIVE}.min_max"}
-)
+MIN_MAX: Kernel[Callable[[Groups], Range]] = Kernel("min_max", {"native": f"{_NATIVE}.min_max"})
 #: The best range of a shrink grid for each group of some views.
 SHRINK_GRID: Kernel[Callable[[Sequence[GridProblem], GridReference], list[Range]]] = Kernel(
     "search", {"native": f"{_NATIVE}.grid", "triton": f"{_TRITON}.grid"}

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["MOST_DIMS", "Dim", "Strides"]
 
@@ -18,38 +18,38 @@ MOST_DIMS = 3
 
 @dataclass(frozen=True)
 class Dim:
-    """A dimension: its size and the strides of values and weights along it."""
+    """A dimension: its size and the strides of values and their importance along it."""
 
     size: int
     value: int
-    weight: int
+    importance: int
 
 
 @dataclass(frozen=True)
 class Strides:
-    """Values and weights by dimension: those that tell groups apart, and the others.
+    """Where values and their importance lie, by dimension: kept and reduced ones.
 
     Args:
         values: The values, of any strides.
-        weights: Their weights, or None.
+        importance: That of the values, or None.
         columns: As of the view, contiguous: its first dimension is the innermost kept one.
         kept: Dimensions that tell groups apart, outermost first, `MOST_DIMS` at most.
         reduced: Dimensions of a group; one where columns are gathered.
     """
 
     values: Tensor
-    weights: Tensor | None
+    importance: Tensor | None
     columns: Tensor | None
     kept: list[Dim]
     reduced: list[Dim]
 
     @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
-        """Where the values of a view and their weights lie."""
-        weights = None if importance is None else importance.values
+    def of(cls, view: Groups, importance: Groups | None) -> Strides:
+        """Where the values of a view and their importance lie."""
+        others = None if importance is None else importance.values
         behind = view.values.dim() - 1
         dims = [
-            Dim(size, view.values.stride(d), 0 if weights is None else weights.stride(d))
+            Dim(size, view.values.stride(d), 0 if others is None else others.stride(d))
             for d, size in enumerate(view.values.shape)
         ]
         if view.columns is not None:
@@ -61,12 +61,12 @@ class Strides:
             reduced = _merge([dims[d] for d in view.reduce_dims])
         if max(len(kept), len(reduced)) <= MOST_DIMS:
             columns = None if view.columns is None else view.columns.long().contiguous()
-            return cls(view.values, weights, columns, kept, reduced)
+            return cls(view.values, others, columns, kept, reduced)
         # A layout of none of the strategies: brought into order by a copy.
         return cls._copied(view, importance)
 
     @classmethod
-    def _copied(cls, view: GroupedView, importance: GroupedView | None) -> Strides:
+    def _copied(cls, view: Groups, importance: Groups | None) -> Strides:
         groups = prod(view.qparam_shape)
         length = view.group_size
         order = (*view.kept_dims, *view.reduce_dims)
@@ -80,7 +80,7 @@ class Strides:
 
 
 def _merge(dims: Sequence[Dim]) -> list[Dim]:
-    """The same places with as few dimensions as the strides allow, at least one."""
+    """Dimensions merged to as few as the strides allow, at least one."""
     merged: list[Dim] = []
     for dim in dims:
         if dim.size == 1:
@@ -89,9 +89,9 @@ def _merge(dims: Sequence[Dim]) -> list[Dim]:
         if (
             last is not None
             and last.value == dim.value * dim.size
-            and last.weight == dim.weight * dim.size
+            and last.importance == dim.importance * dim.size
         ):
-            merged[-1] = Dim(last.size * dim.size, dim.value, dim.weight)
+            merged[-1] = Dim(last.size * dim.size, dim.value, dim.importance)
         else:
             merged.append(dim)
     return merged or [Dim(1, 0, 0)]

@@ -1,94 +1,37 @@
-"""The base of all observers: construction, dispatch by strategy, statistics, qparams."""
+"""`Observer`, the base of all: it observes values and derives qparams, by what subclasses measure.
+
+What it holds is in `value_statistics.py`, and for NVFP4's global scale in `global_scale.py`.
+"""
 
 from __future__ import annotations
 
-import copy
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-from compressed_tensors import InternalModule
-from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
-from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_DATA
-from compressed_tensors.registry import RegistryMixin
+from compressed_tensors.quantization import QuantizationStrategy
 from loguru import logger
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from calipers._words import did_you_mean
-from calipers.errors import UnknownObserverError
+from calipers.grouping import Grouping
+from calipers.observers.global_scale import GlobalScaleStatistics
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
-from calipers.observers.masks import blank_tokens, select_tokens
-from calipers.observers.options import ObserverOptions, build_options
-from calipers.observers.plugins import load_entry_points
-from calipers.observers.state_checks import (
-    Problem,
-    check_dtype,
-    check_range,
-    check_scales,
-)
-from calipers.observers.statistics import (
-    COUNT,
-    LAST,
-    TOKENS,
-    HoldsStatistics,
-    Statistic,
-    read_values,
-    whole_update,
-)
-from calipers.ranges import (
-    Arrangement,
-    GroupedView,
-    arrange,
-    arrange_whole,
-    min_max,
-    range_of_qparams,
-)
-from calipers.ranges.layout import ATTENTION_NAMES
-from calipers.ranges.qparams import (
-    cast_range,
-    checked_global_scale,
-    global_scale_of_range,
-    qparams_of_range,
-    scale_dtype_problem,
-)
+from calipers.observers.plugins import ObserverRegistry
+from calipers.observers.state_checks import Problem, check_scales
+from calipers.observers.statistics import LAST, whole_update
+from calipers.observers.value_statistics import Observation, Range
+from calipers.ranges import range_of_qparams
+from calipers.ranges.qparams import cast_range, qparams_of_range
 
-__all__ = ["Observation", "Observer"]
+__all__ = ["Observation", "Observer", "Range"]
 
-Range = tuple[Tensor, Tensor]
 QParams = tuple[Tensor | None, Tensor | None]
 
 _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
-_TOKEN = QuantizationStrategy.TOKEN
-#: Largest value times its global scale: the largest local scale in float8 times the largest code.
-_GLOBAL_TOP = FP8_E4M3_DATA.max * FP4_E2M1_DATA.max
-#: In the first form of construction no base name is given: these strategies tell by themselves
-#: that the value is no weight.
-_LAYOUT_OF_STRATEGY = {_TOKEN: "input", QuantizationStrategy.ATTN_HEAD: "q"}
 
 
-@dataclass(frozen=True)
-class Observation:
-    """A value that an observer looks at, arranged by the scales it will get.
-
-    Args:
-        value: The values, floating, detached.
-        views: Views that together hold every value once.
-        extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`; Inf
-            and -Inf for a group of nothing but NaN and Inf.
-        view_alike: Arranges another tensor of the value's shape (importance weights) the same way.
-    """
-
-    value: Tensor
-    views: tuple[GroupedView, ...]
-    extremes: list[Range]
-    view_alike: Callable[[Tensor], tuple[GroupedView, ...]]
-
-
-class Observer(HoldsStatistics, InternalModule, RegistryMixin):
+class Observer(GlobalScaleStatistics, ObserverRegistry):
     """Watches values and answers with a scale and a zero point for `QuantizationArgs`.
 
     Both forms of construction work: `Observer(quantization_args)` (the base name is then "weight")
@@ -121,149 +64,18 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         ValueError: Arguments missing or of the wrong type; an option that is unknown or invalid.
     """
 
-    #: The options of this observer.
-    Options: ClassVar[type[ObserverOptions]] = ObserverOptions
-    #: Options of peers that have no meaning here: taken and ignored.
-    ignored_options: ClassVar[frozenset[str]] = frozenset()
     #: Whether a weight observer wants to see the inputs of its module first.
     needs_data: ClassVar[bool] = False
-    #: What is remembered, by attribute name; a subclass names what it adds or changes.
-    statistics: ClassVar[dict[str, Statistic]] = {
-        "min_vals": LAST,
-        "max_vals": LAST,
-        "global_min_vals": LAST,
-        "global_max_vals": LAST,
-        "num_batches": COUNT,
-        "num_global_batches": COUNT,
-        "_num_observed_tokens": TOKENS,
-        "_observed_dtype": LAST,
-    }
-    #: Statistics that hold the local and the global range.
-    range_names: ClassVar[tuple[str, str]] = ("min_vals", "max_vals")
-    global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
-
+    #: Whether the first-form hook `calculate_qparams` is overridden, whose scales are remembered.
     _first_form: ClassVar[bool] = False
-    _changing = (*HoldsStatistics._changing, "_scale", "_zero_point", "_stale")
-    _scale: Tensor | None
-    _zero_point: Tensor | None
-    #: Whether statistics have changed since the qparams were derived.
-    _stale: bool
-    _num_observed_tokens: int | None
-    num_batches: int
-    num_global_batches: int
-    #: An empty tensor of the dtype of the values, so that it is saved like any statistic.
-    _observed_dtype: Tensor | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """As `HoldsStatistics`; in the first form scales are remembered, too."""
         super().__init_subclass__(**kwargs)
         cls._first_form = cls.calculate_qparams is not Observer.calculate_qparams
         if cls._first_form:
-            cls.statistics.update(_scale=LAST, _zero_point=LAST)
-
-    def __init__(
-        self,
-        base_name: str | QuantizationArgs | None = None,
-        args: QuantizationArgs | None = None,
-        module: torch.nn.Module | None = None,
-        *,
-        quantization_args: QuantizationArgs | None = None,
-        **observer_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self._begin()
-        if isinstance(base_name, QuantizationArgs):
-            base_name, quantization_args = None, base_name
-        if (args is None) == (quantization_args is None):
-            raise ValueError(
-                f"{type(self).__name__}: expected QuantizationArgs once, as args or "
-                f"quantization_args, got {'none' if args is None else 'both'}"
-            )
-        args = quantization_args if args is None else args
-        if not isinstance(args, QuantizationArgs):
-            raise ValueError(
-                f"{type(self).__name__}: args must be QuantizationArgs, got {type(args).__name__}"
-            )
-        self._layout_name: str | None = base_name
-        self.base_name: str = base_name or "weight"
-        self.args: QuantizationArgs = args.model_copy(
-            update={"observer_kwargs": {**(args.observer_kwargs or {}), **observer_kwargs}}
-        )
-        self.options = self._build_options()
-        self._module_ref = None if module is None else weakref.ref(module)
-        self._given_global_scale: Tensor | None = None
-        kind = "value" if module is None else type(module).__name__
-        #: What warnings and errors call the observed value.
-        self.name: str = f"{kind}.{self.base_name}"
-        #: Whether it was said that tokens of values of another rank than 2 are not counted.
-        self._told_rank = False
-        self.reset()
-
-    def _build_options(self) -> ObserverOptions:
-        options = dict(self.args.observer_kwargs)
-        for name in self.ignored_options & options.keys():
-            logger.debug("{}: option {!r} has no effect here", type(self).__name__, name)
-            del options[name]
-        return build_options(type(self).__name__, self.Options, options)
-
-    # -- construction and identity -------------------------------------------------------------
-
-    @classmethod
-    def get_value_from_registry(cls, name: str) -> type[Observer]:
-        """The observer class registered under `name`.
-
-        Where none is, packages that offer observers (entry points of the group
-        "calipers.observers") are imported first.
-
-        Raises:
-            UnknownObserverError: A ValueError that lists the registered names, and packages whose
-                observers could not be imported.
-        """
-        try:
-            found: type[Observer] = super().get_value_from_registry(name)
-        except KeyError:
-            failures = load_entry_points()
-            try:
-                return super().get_value_from_registry(name)  # type: ignore[no-any-return]
-            except KeyError:
-                pass
-            names = (*cls.registered_names(), *cls.registered_aliases())
-            known = sorted(n.replace("-", "_") for n in names)
-            near = did_you_mean(str(name).lower().replace("-", "_"), known)
-            raise UnknownObserverError(
-                " ".join(
-                    [
-                        f"unknown observer {name!r}.{near} Registered: {', '.join(known)}.",
-                        *(f"{each}." for each in failures),
-                    ]
-                )
-            ) from None
-        return found
-
-    @classmethod
-    def load_from_registry(cls, name: str, *args: Any, **kwargs: Any) -> Observer:
-        """Build the observer registered under `name`, in either form of construction.
-
-        Raises:
-            UnknownObserverError: A ValueError that lists the registered names.
-        """
-        return cls.get_value_from_registry(name)(*args, **kwargs)
-
-    @property
-    def quantization_args(self) -> QuantizationArgs:
-        """The same object as `args`."""
-        return self.args
-
-    @property
-    def module(self) -> torch.nn.Module | None:
-        """The observed module, while it lives."""
-        return None if self._module_ref is None else self._module_ref()
-
-    @property
-    def global_scale(self) -> Tensor | None:
-        """The global scale that the module holds for this value, shape (1,), float32."""
-        scale: Tensor | None = getattr(self.module, f"{self.base_name}_global_scale", None)
-        return scale
+            cls.range_names = ("_scale", "_zero_point")
+            cls.statistics.update(dict.fromkeys(cls.range_names, LAST))
 
     def attach(self, module: torch.nn.Module) -> None:
         """Collect the inputs of `module` by a hook, where they are needed (`needs_data`).
@@ -281,26 +93,6 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
 
     def _see_input(self, seen: Seen) -> None:
         self.observe_input(seen.value)
-
-    def extra_repr(self) -> str:
-        """Base name, strategy and format, for `print(module)`."""
-        return f"{self.base_name}, {self.args.strategy}, {self.args.type}{self.args.num_bits}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickle: all but the reference to the module."""
-        return {**super().__getstate__(), "_module_ref": None}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Observer:
-        """A copy that refers to the copy of the module, where that is copied too."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        module = self.module
-        if module is not None:
-            copied.__dict__["_module_ref"] = weakref.ref(memo.get(id(module), module))
-        return copied
-
-    # -- observing ---------------------------------------------------------------------------
 
     @whole_update
     def forward(
@@ -347,23 +139,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         if self._first_form:
             self._observe_first_form(value, g_idx)
             return
-        arrangement = self._arrange(value, g_idx)
-        observation = self._look_at(
-            value, arrangement.views, lambda other: self._arrange(other, g_idx).views
-        )
-        self._take_in(observation, arrangement)
-
-    @whole_update
-    def observe_global(self, observed: Tensor, mask: Tensor | None = None) -> None:
-        """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
-        value = self._masked(self._as_value(observed), mask)
-        if value.numel() == 0:
-            return
-        layout = self._name_of_layout()
-        views = arrange_whole(value, layout).views
-        observation = self._look_at(value, views, lambda other: arrange_whole(other, layout).views)
-        low, high = self.measure_global(observation)
-        self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
+        self._take_in(self._look_at(value, self._group(value, g_idx)))
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch of the inputs of the module whose weight is observed.
@@ -412,12 +188,6 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         """
         return [self.get_min_max(view.canonical()) for view in observation.views]
 
-    def measure_global(self, observation: Observation) -> Range:
-        """Minimum and maximum of all values, one element each, for the global scale."""
-        if type(self).get_global_min_max is not Observer.get_global_min_max:
-            return self.get_global_min_max(observation.views[0].canonical())
-        return observation.extremes[0]
-
     @whole_update
     def get_min_max(self, observed: Tensor) -> Range:
         """Minimum and maximum of values in the canonical layout.
@@ -433,18 +203,8 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
                 f"{type(self).__name__} must override calculate_qparams, get_min_max or measure"
             )
         observation = self._look_at_canonical(observed)
-        views = observation.views
-        self._take_in(observation, Arrangement(views[0].qparam_shape, views))
+        self._take_in(observation)
         return self._range(self.range_names)
-
-    @whole_update
-    def get_global_min_max(self, observed: Tensor) -> Range:
-        """Minimum and maximum of a whole value, `(num_observations, 1, group_size)`, shape (1,)."""
-        observation = self._look_at_canonical(observed)
-        self._remember(self.global_range_names, self.measure_global(observation), observed.dtype)
-        return self._range(self.global_range_names)
-
-    # -- deriving ----------------------------------------------------------------------------
 
     @whole_update
     def get_qparams(
@@ -496,6 +256,8 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
                 self._need_global_scale(torch.device("cpu"))
             self.observe(observed, g_idx, mask)
         if self._stale:
+            if self._uncounted is not None:
+                self._settle_counts()
             if not self._first_form:
                 self._derive()
             self._stale = False
@@ -521,10 +283,6 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         Raises:
             NotImplementedError: The subclass overrides no hook at all.
         """
-        if type(self).measure is Observer.measure and (
-            type(self).get_min_max is Observer.get_min_max
-        ):
-            raise NotImplementedError(f"{type(self).__name__} must override calculate_qparams")
         value = self._as_value(observed)
         dims: tuple[int, ...] = (1,)
         if reduce_dims is None:
@@ -534,9 +292,7 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         shape = tuple(1 if d in dims else s for d, s in enumerate(value.shape))
         if len(dims) == value.dim():
             value, dims = value.unsqueeze(0), tuple(d + 1 for d in dims)
-        observation = self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
+        observation = self._look_at(value, Grouping.over(value.shape, dims))
         low, high = self.measure(observation)[0]
         scale, zero_point = self._to_qparams(low, high, value.dtype)
         if reduce_dims is None:
@@ -561,42 +317,6 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         """Hook, called once after each recalculation of the qparams."""
 
     @whole_update
-    def get_global_scale(
-        self, observed: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor | None:
-        """Global scale for NVFP4, float32, shape (1,).
-
-        Args:
-            observed: A value to observe first; None derives from what was observed so far.
-            mask: Which tokens of `observed` count.
-
-        Returns:
-            The factor that brings the largest local scale to the top of float8 (448 * 6 / amax);
-            local scales are stored multiplied by it. None while nothing was observed.
-        """
-        if observed is not None:
-            self.observe_global(observed, mask)
-        if not self.has_global_statistics:
-            return None
-        assert self._observed_dtype is not None
-        low, high = self._range(self.global_range_names)
-        dtype = self._observed_dtype.dtype
-        return global_scale_of_range(cast_range(low, dtype), cast_range(high, dtype))
-
-    def global_scale_errors(self, observed: Tensor, scales: Sequence[Tensor]) -> Tensor | None:
-        """How well a value would be quantized with other global scales (NVFP4).
-
-        Args:
-            observed: Rows of a weight, shape (rows, cols).
-            scales: Global scales, shape (1,) each.
-
-        Returns:
-            An error for each, shape (len(scales),), float64, that can be added to those of layers
-            with the same inputs; None of an observer that has no opinion.
-        """
-        return None
-
-    @whole_update
     def get_range(self) -> Range | None:
         """The minimum and maximum that the qparams follow from, of their shape.
 
@@ -615,217 +335,20 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         low, high = self._range(self.range_names)
         return cast_range(low, self.observed_dtype), cast_range(high, self.observed_dtype)
 
-    # -- statistics --------------------------------------------------------------------------
-
-    @property
-    def observed_dtype(self) -> torch.dtype | None:
-        """The dtype in which values were read last, that of the scales; None before any."""
-        return None if self._observed_dtype is None else self._observed_dtype.dtype
-
-    @property
-    def has_statistics(self) -> bool:
-        """Whether there is something to derive qparams from."""
-        first = "_scale" if self._first_form else self.range_names[0]
-        return getattr(self, first) is not None
-
-    @property
-    def has_global_statistics(self) -> bool:
-        """Whether there is something to derive a global scale from."""
-        return getattr(self, self.global_range_names[0]) is not None
-
-    @property
-    def has_global_values(self) -> bool:
-        """Whether the global scale says something about values: not where all of them are zero.
-
-        It is a stand-in then, as for values so small that no float32 brings them up to float8.
-        """
-        if not self.has_global_statistics:
-            return False
-        low, high = self._range(self.global_range_names)
-        largest = torch.maximum(-low.float(), high.float()).amax()
-        return bool((largest > 0) & (_GLOBAL_TOP / largest).isfinite())
-
     @property
     def has_data(self) -> bool:
         """Whether an observer that wants to see inputs (`needs_data`) has seen any; else True."""
         return True
 
-    @whole_update
-    def reset(self) -> None:
-        """Forget the qparams and every statistic."""
-        self._scale = None
-        self._zero_point = None
-        super().reset()
-
-    def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
-        """What is wrong with a state, entry by entry; `load_state` asks before it takes it over.
-
-        A subclass with statistics of its own adds what it expects of them.
-
-        Args:
-            state: Its entries are known tensors of the right kind, without NaN; no count is
-                missing or negative.
-
-        Yields:
-            Name of an entry, and what is wrong with it.
-        """
-        yield from check_dtype(state)
-        yield from self._check_local(state)
-        yield from check_range(self, state, self.global_range_names, "num_global_batches")
-
     def _check_local(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
         if self._first_form:
-            yield from check_scales(self, state, ("_scale", "_zero_point"))
-        else:
-            yield from check_range(self, state, self.range_names, "num_batches")
+            return check_scales(self, state, self.range_names)
+        return super()._check_local(state)
 
-    def merge(self, other: Observer) -> None:
-        """Take in what another observer of the same kind has seen, as if it had come afterwards.
-
-        Exact for extremes, sums and counts: two halves merged equal one observer of all the data.
-        Moving averages are weighed by the number of batches behind them, which is approximate,
-        since the order of batches matters to them.
-
-        Raises:
-            ValueError: Another class, other quantization arguments, or statistics of another shape;
-                nothing is changed then.
-        """
-        if type(other) is not type(self) or other.args != self.args:
-            raise ValueError(
-                f"{self.name}: cannot merge {type(other).__name__}({other.extra_repr()}) into "
-                f"{type(self).__name__}({self.extra_repr()}): class and args must be the same"
-            )
-        self.merge_statistics(other)
-
-    def _changed(self) -> None:
-        self._stale = self.has_statistics
-
-    def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
+    def _take_in(self, observation: Observation) -> None:
         """Update the local statistics by a value: its range, unless a subclass keeps more."""
-        low, high = arrangement.assemble(self.measure(observation))
+        low, high = observation.grouping.join(self.measure(observation))
         self._remember(self.range_names, (low, high), observation.value.dtype)
-
-    def _remember(self, names: tuple[str, str], current: Range, dtype: torch.dtype) -> None:
-        grown = {}
-        for name, value in zip(names, current, strict=True):
-            statistic, past = self.statistics[name], getattr(self, name)
-            if statistic.float32 and value.dtype != torch.float64:
-                value = value.float()
-            if past is not None and not self._is_replaced(name):
-                if past.shape != value.shape:
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(past.shape)}, the observed value "
-                        f"gives {tuple(value.shape)}; call reset() before observing another shape"
-                    )
-                constant = getattr(self.options, "averaging_constant", 1.0)
-                value = statistic.grow(past.to(value.device), value, constant)
-            grown[name] = value
-        count = "num_batches" if names == self.range_names else "num_global_batches"
-        # All at once, past the checks of nn.Module for parameters, which these are not.
-        self.__dict__.update(
-            grown,
-            **{count: getattr(self, count) + 1},
-            _observed_dtype=torch.empty(0, dtype=dtype, device="cpu"),
-            _stale=self._stale or names == self.range_names,
-        )
-
-    def _is_replaced(self, name: str) -> bool:
-        """Whether a new value takes the place of the old one, whatever its shape.
-
-        The range of a token belongs to that token alone: there is nothing to carry over.
-        """
-        by_token = self.args.strategy == _TOKEN and name in self.range_names
-        return by_token or self.statistics[name] is LAST
-
-    def _range(self, names: tuple[str, str]) -> Range:
-        return getattr(self, names[0]), getattr(self, names[1])
-
-    # -- details -----------------------------------------------------------------------------
-
-    def _name_of_layout(self) -> str:
-        if self._layout_name is not None:
-            return self._layout_name
-        return _LAYOUT_OF_STRATEGY.get(QuantizationStrategy(self.args.strategy), "weight")
-
-    def _arrange(self, value: Tensor, g_idx: Tensor | None) -> Arrangement:
-        try:
-            return arrange(value, self._name_of_layout(), self.args, g_idx)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-
-    def _as_value(self, observed: Tensor) -> Tensor:
-        """A plain floating tensor that shares memory with `observed` where it can."""
-        value = read_values(observed, self.name)
-        problem = scale_dtype_problem(self.args, value.dtype)
-        if problem is not None:
-            raise ValueError(f"{self.name}: {problem}: leave scale_dtype out, or observe it in it")
-        return value
-
-    def _masked(self, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The tokens of an activation that count; under strategy "token" zeros for the others."""
-        if mask is None:
-            return value
-        layout = self._name_of_layout()
-        tensor = self.args.strategy == QuantizationStrategy.TENSOR
-        try:
-            if layout == "weight" and not (tensor and self._layout_name is None):
-                raise ValueError("mask: tells which tokens count, and a weight has none")
-            if self.args.strategy == _TOKEN:
-                return blank_tokens(value, mask)
-            return select_tokens(value, mask, heads=layout in ATTENTION_NAMES)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from None
-
-    def _look_at(
-        self,
-        value: Tensor,
-        views: tuple[GroupedView, ...],
-        view_alike: Callable[[Tensor], tuple[GroupedView, ...]],
-    ) -> Observation:
-        """Take the extremes of a value; leave out and count what is not finite."""
-        extremes = [min_max(view) for view in views]
-        # A range that is too wide for its dtype is looked at as well, and nothing comes of it.
-        if not all(
-            isfinite(float((high - low).sum(dtype=torch.float32))) for low, high in extremes
-        ):
-            self._count_nonfinite(value)
-            views = tuple(view.finite() for view in views)
-            extremes = [min_max(view) for view in views]
-        return Observation(value, views, extremes, view_alike)
-
-    def _look_at_canonical(self, observed: Tensor) -> Observation:
-        dims = (0, observed.dim() - 1)
-        value = self._as_value(observed)
-        return self._look_at(
-            value, (GroupedView(value, dims),), lambda other: (GroupedView(other, dims),)
-        )
-
-    def _global_scale_on(self, device: torch.device) -> Tensor | None:
-        """The given or the module's global scale, shape (1,), float32, where the strategy has one.
-
-        Raises:
-            ValueError: It is not one positive finite number.
-        """
-        if self.args.strategy != _TENSOR_GROUP:
-            return None
-        scale = self._given_global_scale
-        scale = self.global_scale if scale is None else scale
-        if scale is None:
-            return None
-        try:
-            return checked_global_scale(scale, device)
-        except ValueError as error:
-            raise ValueError(f"{self.name}_{error}") from error
-
-    def _need_global_scale(self, device: torch.device) -> Tensor:
-        scale = self._global_scale_on(device)
-        if scale is None:
-            raise ValueError(
-                f"{self.name}: strategy 'tensor_group' needs {self.base_name}_global_scale on the "
-                "module: compute it first with get_global_scale and set it there, or pass it as "
-                "get_qparams(..., global_scale=)"
-            )
-        return scale
 
     def _derive(self) -> None:
         assert self._observed_dtype is not None
@@ -842,29 +365,19 @@ class Observer(HoldsStatistics, InternalModule, RegistryMixin):
         )
 
     def _observe_first_form(self, value: Tensor, g_idx: Tensor | None) -> None:
-        """Scale and zero point by the subclass' `calculate_qparams`, view by view."""
-        low, high = torch.aminmax(value)
-        if not (low.isfinite() and high.isfinite()):
-            self._count_nonfinite(value)
-            value = torch.where(value.isfinite(), value, 0)
-        arrangement = self._arrange(value, g_idx)
+        """Scale and zero point by the subclass' `calculate_qparams`: one call for each view."""
+        value = self._without_nonfinite(value)
+        grouping = self._group(value, g_idx)
         strategy = QuantizationStrategy(self.args.strategy)
-        dim = value.dim()
         if strategy == QuantizationStrategy.TENSOR:
             parts = [self.calculate_qparams(value, reduce_dims=None)]
         elif strategy == QuantizationStrategy.CHANNEL:
-            rows = value if dim > 1 else value.unsqueeze(-1)
+            rows = value if value.dim() > 1 else value.unsqueeze(-1)
             parts = [self.get_qparams_along_dim(rows, range(rows.dim() - 1))]
-        elif strategy == _TOKEN:
-            parts = [self.get_qparams_along_dim(value, range(dim - 1))]
-        elif strategy == QuantizationStrategy.ATTN_HEAD:
-            parts = [self.get_qparams_along_dim(value, -3)]
         else:
             parts = [
                 self.calculate_qparams(view.gathered(), reduce_dims=view.reduce_dims, tensor_id=i)
-                for i, view in enumerate(arrangement.views)
+                for i, view in enumerate(grouping.split(value))
             ]
-        self._scale, self._zero_point = arrangement.assemble(list(parts))
-        self._observed_dtype = torch.empty(0, dtype=value.dtype, device="cpu")
-        self.num_batches += 1
-        self._stale = True
+        scale, zero_point = grouping.join(parts)
+        self._remember(self.range_names, (scale, zero_point), value.dtype)

@@ -1,4 +1,4 @@
-"""Helpers around observers: the canonical layout, and token counts of a model."""
+"""Helpers around observers: values in the canonical order, and token counts of a model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
+from calipers.grouping import Grouping
 from calipers.observers.base import Observer
-from calipers.ranges import arrange
 
 __all__ = ["flatten_for_calibration", "get_observer_token_count"]
 
@@ -15,7 +15,7 @@ __all__ = ["flatten_for_calibration", "get_observer_token_count"]
 def flatten_for_calibration(
     value: Tensor, base_name: str, args: QuantizationArgs, g_idx: Tensor | None = None
 ) -> Tensor:
-    """Arrange a value as `(num_observations, *qparam_shape, group_size)`.
+    """A value as `(num_observations, *qparam_shape, group_size)`.
 
     Minimum and maximum over the first and last dimension give one range for each scale.
 
@@ -42,18 +42,28 @@ def flatten_for_calibration(
         A view of `value` where its layout allows, else a copy. Groups and blocks shorter than
         others are filled up with zeros, which changes neither their scale nor their error.
 
+    Example:
+        Blocks of 2 x 2, one row of values for each:
+
+        >>> import torch
+        >>> args = QuantizationArgs(num_bits=8, strategy="block", block_structure=[2, 2])
+        >>> flatten_for_calibration(torch.arange(8.0).view(2, 4), "weight", args)
+        tensor([[[[0., 1., 4., 5.],
+                  [2., 3., 6., 7.]]]])
+
     Raises:
         ValueError: A strategy that means nothing for this base name, a shape that it cannot take,
             or a `g_idx` that does not fit.
     """
-    arrangement = arrange(value, base_name, args, g_idx)
-    if len(arrangement.views) == 1:
-        return arrangement.views[0].canonical()
-    parts = [view.canonical() for view in arrangement.views]
-    size = max(part.shape[-1] for part in parts)
-    whole = value.new_zeros(parts[0].shape[0], *arrangement.qparam_shape, size)
-    for view, part in zip(arrangement.views, parts, strict=True):
-        where = (slice(None), *view.where, slice(None))
+    grouping = Grouping.of(value.shape, base_name, args, g_idx)
+    sizes = grouping.split(value)
+    parts = [groups.canonical() for groups in sizes]
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.shape[-1] for part in parts)
+    whole = value.new_zeros(parts[0].shape[0], *grouping.qparam_shape, longest)
+    for groups, part in zip(sizes, parts, strict=True):
+        where = (slice(None), *groups.where, slice(None))
         whole[..., : part.shape[-1]][where] = part
     return whole
 

@@ -16,7 +16,6 @@ from calipers.observers.options import ObserverOptions
 from calipers.observers.state_checks import Problem, check_sum, count_in
 from calipers.observers.statistics import MAX, MIN, SUM, Statistic
 from calipers.ranges import (
-    Arrangement,
     Histogram,
     count_patterns,
     percentile_range,
@@ -117,17 +116,17 @@ class HistogramObserver(Observer):
         if seen and not with_offsets and "offsets" in state:
             yield "offsets", "belongs to float32 values alone"
 
-    def _take_in(self, observation: Observation, arrangement: Arrangement) -> None:
-        dtype = observation.value.dtype
+    def _take_in(self, observation: Observation) -> None:
+        dtype, grouping = observation.value.dtype, observation.grouping
         self._need_same_patterns(dtype)
-        self._need_few_scales(prod(arrangement.qparam_shape))
-        low, high = arrangement.assemble(observation.extremes)
-        histograms = [count_patterns(view) for view in arrangement.views]
+        self._need_few_scales(prod(grouping.qparam_shape))
+        low, high = grouping.join(observation.extremes)
+        histograms = [count_patterns(view) for view in observation.views]
         self._remember(self.range_names, (low, high), dtype)
         for name in ("counts", "offsets"):
-            parts = [getattr(histogram, name) for histogram in histograms]
-            if parts[0] is not None:
-                current = _assemble(arrangement, parts)
+            parts = [(getattr(histogram, name),) for histogram in histograms]
+            if parts[0][0] is not None:
+                (current,) = grouping.join(parts, (NUM_PATTERNS,))
                 past = getattr(self, name)
                 if past is not None and not self._is_replaced(name):
                     current += past.to(current.device)
@@ -180,16 +179,3 @@ class HistogramObserver(Observer):
                 f"{self.name}: values were {past} so far and are {dtype} now, whose bit patterns "
                 "cannot be counted together; call reset() before observing another dtype"
             )
-
-
-def _assemble(arrangement: Arrangement, parts: list[Tensor]) -> Tensor:
-    """Patterns of all views in one tensor of (*qparam_shape, patterns)."""
-    shape = (*arrangement.qparam_shape, parts[0].shape[-1])
-    if len(parts) == 1:
-        return parts[0].reshape(shape)
-    whole = parts[0].new_empty(shape)
-    for view, part in zip(arrangement.views, parts, strict=True):
-        # Results of views lie along an index that may hold tensors, behind an Ellipsis.
-        where = (*view.where, slice(None))
-        whole[where] = part.reshape(*view.qparam_shape, -1)
-    return whole

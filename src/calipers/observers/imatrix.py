@@ -7,6 +7,7 @@ from typing import cast
 from loguru import logger
 from pydantic import Field
 
+from calipers.grouping import Groups
 from calipers.observers.base import Observation, Observer
 from calipers.observers.input_moments import InputObserver
 from calipers.observers.mse import (
@@ -14,7 +15,6 @@ from calipers.observers.mse import (
     GridSearchObserver,
     NVFP4ExpandedMSEOptions,
 )
-from calipers.ranges import GroupedView
 
 __all__ = ["IMatrixMSEObserver", "NVFP4ExpandedIMatrixObserver"]
 
@@ -43,13 +43,13 @@ class IMatrixMSEObserver(InputObserver, GridSearchObserver):
     Options = IMatrixOptions
     include_end = True
 
-    def importance(self, observation: Observation) -> list[GroupedView] | None:
+    def importance(self, observation: Observation) -> list[Groups] | None:
         """E[x^2] / mean(E[x^2]) of each value's column."""
         problem = self._input_problem(observation.value.shape)
         if problem is None and not bool(self.input_square_sum.any()):
             problem = "has seen nothing but zeros as input"
         if problem is None:
-            return list(observation.view_alike(self.moments.mean_squares(observation.value)))
+            return list(observation.grouping.split(self.moments.mean_squares(observation.value)))
         message = f"{self.name}: {type(self).__name__} {problem}"
         if cast(IMatrixOptions, self.options).strict:
             raise ValueError(message)

@@ -6,10 +6,11 @@ from typing import ClassVar, cast
 
 from pydantic import Field
 
+from calipers.grouping import Groups
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.moving_base import MovingAverageObserverBase, MovingAverageOptions
 from calipers.observers.options import ObserverOptions
-from calipers.ranges import GroupedView, ShrinkGrid, search_grid_ranges
+from calipers.ranges import ShrinkGrid, search_grid_ranges
 from calipers.ranges.qparams import widened
 
 __all__ = [
@@ -74,7 +75,7 @@ class GridSearchObserver(Observer):
         """Extremes of the whole value times `expand`, so that expanded local scales still fit."""
         return widened(observation.extremes[0], self.grid.expand)
 
-    def importance(self, observation: Observation) -> list[GroupedView] | None:
+    def importance(self, observation: Observation) -> list[Groups] | None:
         """Weight of each value's error, arranged as the values; None weighs all alike."""
         return None
 

@@ -13,17 +13,18 @@ from pydantic import Field
 from torch import Tensor
 
 from calipers.errors import CalipersError, MissingDataError
+from calipers.grouping import Groups
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.input_moments import InputObserver
 from calipers.observers.options import ObserverOptions
 from calipers.observers.state_checks import Problem, check_scales, check_sum, count_in
 from calipers.observers.statistics import LAST, Statistic, whole_update
-from calipers.ranges import GroupedView, range_of_qparams, search_optimal_scales
+from calipers.ranges import range_of_qparams, search_optimal_scales
 from calipers.ranges.hessian import refine_by_hessian
+from calipers.ranges.in_float32 import search_in_float32, times
 from calipers.ranges.input_gram import ColumnGroups, column_groups, factor_of_sketch, rank_for
 from calipers.ranges.least_squares import ScaleSpec
 from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range, widened
-from calipers.ranges.units import search_in_float32, times
 
 __all__ = ["OptimalObserver"]
 
@@ -38,7 +39,9 @@ Objective = Literal["imatrix", "hessian", "mse"]
 class OptimalOptions(ObserverOptions):
     """Options of the optimal scale."""
 
-    signed: bool = Field(
+    former_names: ClassVar[Mapping[str, str]] = {"signed": "negative_scales"}
+
+    negative_scales: bool = Field(
         False, description="allow negative scales: symmetric integers, kernels that take them"
     )
     objective: Objective = Field(
@@ -67,9 +70,9 @@ class OptimalObserver(InputObserver):
     NVFP4 and MX: all scale codes, short of those that two bounds exclude. In no group is the error
     (of "hessian" d'Hd) greater than that of minimum and maximum.
 
-    With `signed` a scale of symmetric integers may be negative, which gives the extra code of the
-    range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as do
-    kernels that multiply by the scale in floating point (Marlin and other weight-only kernels of
+    With `negative_scales` a scale of symmetric integers may be negative, which gives the extra code
+    of the range (-8 of -8..7) to the positive side. compressed-tensors and transformers run it, as
+    do kernels that multiply by the scale in floating point (Marlin and other weight-only kernels of
     vLLM). Kernels that fold scales into integers (W4A8) or store them unsigned cannot.
 
     NVFP4's global scale is 448 * 6 / amax / 2, half of what the largest value needs: local scales
@@ -98,9 +101,9 @@ class OptimalObserver(InputObserver):
     ) -> None:
         super().__init__(base_name, args, module, **kwargs)
         self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
-        if self.signed and not (self.args.symmetric and self.args.type == "int"):
+        if self.negative_scales and not (self.args.symmetric and self.args.type == "int"):
             raise CalipersError(
-                f"{self.name}: signed=True needs symmetric integers, got "
+                f"{self.name}: negative_scales=True needs symmetric integers, got "
                 f"{self.args.type}{self.args.num_bits}, symmetric={self.args.symmetric}"
             )
 
@@ -110,9 +113,9 @@ class OptimalObserver(InputObserver):
         return cast(OptimalOptions, self.options).objective
 
     @property
-    def signed(self) -> bool:
-        """The option `signed`."""
-        return cast(OptimalOptions, self.options).signed
+    def negative_scales(self) -> bool:
+        """The option `negative_scales`."""
+        return cast(OptimalOptions, self.options).negative_scales
 
     @property
     def has_data(self) -> bool:
@@ -132,7 +135,7 @@ class OptimalObserver(InputObserver):
             self.args,
             importance=self.importance(observation),
             global_scale=self._global_scale_for(observation),
-            signed=self.signed,
+            negative_scales=self.negative_scales,
         )
         return self._refine(observation, found) if self.objective == "hessian" else found
 
@@ -146,10 +149,7 @@ class OptimalObserver(InputObserver):
         rows = self._as_value(observed)
         if self._module_g_idx() is not None:
             return None
-        arrangement = self._arrange(rows, None)
-        observation = self._look_at(
-            rows, arrangement.views, lambda other: self._arrange(other, None).views
-        )
+        observation = self._look_at(rows, self._group(rows, None))
         importance = self.importance(observation)
         weights = 1 if importance is None else self.moments.mean_squares(rows)
         try:
@@ -165,13 +165,13 @@ class OptimalObserver(InputObserver):
                 importance=importance,
                 global_scale=scale,
             )
-            local, zero_point = arrangement.assemble(found)
+            local, zero_point = observation.grouping.join(found)
             rounded = fake_quantize(rows.float(), local * scale, zero_point, self.args, scale)
             square = (rounded - rows.float()).square() * weights
             errors.append(square.sum(dtype=torch.float64))
         return torch.stack(errors)
 
-    def importance(self, observation: Observation) -> list[GroupedView] | None:
+    def importance(self, observation: Observation) -> list[Groups] | None:
         """E[x^2] of each value's column; None for the objective "mse".
 
         Raises:
@@ -186,7 +186,7 @@ class OptimalObserver(InputObserver):
                 "through it, or choose objective='mse' or the observer memoryless_minmax, which "
                 "need none"
             )
-        return list(observation.view_alike(self.moments.mean_squares(observation.value)))
+        return list(observation.grouping.split(self.moments.mean_squares(observation.value)))
 
     def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""
@@ -203,8 +203,11 @@ class OptimalObserver(InputObserver):
             moments.input_sketch, moments.num_input_tokens, moments.input_square_sum
         )
         factors = columns.by_block(factors.T / size.sqrt()).transpose(-1, -2).float().to(device)
-        scheme = ScaleSpec(
-            self.args, observation.value.dtype, self.signed, self._global_scale_for(observation)
+        spec = ScaleSpec(
+            self.args,
+            observation.value.dtype,
+            self.negative_scales,
+            self._global_scale_for(observation),
         )
         found = []
         for view, extremes, pair in zip(
@@ -219,20 +222,20 @@ class OptimalObserver(InputObserver):
                 )
 
             def refine(
-                views: Sequence[GroupedView],
+                views: Sequence[Groups],
                 extremes: Sequence[Range],
                 factor: float,
                 pair: Range = pair,
                 which: slice | Tensor = which,
             ) -> list[Range]:
-                its_scheme, start = scheme, pair[0]
+                its_spec, start = spec, pair[0]
                 views, extremes, more = _of_ordinary_size(views, extremes, factor)
                 factor *= more
                 if factor != 1:
-                    global_scale = scheme.global_scale
+                    global_scale = spec.global_scale
                     if global_scale is not None:
                         global_scale = times(global_scale, factor)
-                    its_scheme = replace(scheme, global_scale=global_scale, unit=factor)
+                    its_spec = replace(spec, global_scale=global_scale, unit=factor)
                     start = start.double() / factor
                 limits = torch.finfo(torch.float32)
                 start = start.clamp(-limits.max, limits.max).float()
@@ -242,7 +245,7 @@ class OptimalObserver(InputObserver):
                     extremes[0],
                     products[which],
                     factors[which],
-                    its_scheme,
+                    its_spec,
                 )
                 if factor == 1:
                     return [(scale.to(pair[0].dtype), zero)]
@@ -278,14 +281,14 @@ class OptimalObserver(InputObserver):
             yield from check_sum(state, name, shape, needed=True, negative=True)
 
     def _check_local(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
-        yield from check_scales(self, state, self.range_names, signed=self.signed)
+        yield from check_scales(self, state, self.range_names, negative=self.negative_scales)
 
     @whole_update
     def get_min_max(self, observed: Tensor) -> Range:
         """The range that gives the optimal scale back, each of `qparam_shape`; float32.
 
         Raises:
-            CalipersError: With `signed`: no range gives a negative scale.
+            CalipersError: With `negative_scales`: no range gives a negative scale.
         """
         observation = self._look_at_canonical(observed)
         self._remember(self.range_names, self.measure(observation)[0], observed.dtype)
@@ -297,12 +300,12 @@ class OptimalObserver(InputObserver):
         """The range that gives the qparams back, float64; None while nothing was observed.
 
         Raises:
-            CalipersError: With `signed`: no range gives a negative scale.
+            CalipersError: With `negative_scales`: no range gives a negative scale.
         """
         return self._as_range() if self.has_statistics else None
 
     def _as_range(self) -> Range:
-        if self.signed:
+        if self.negative_scales:
             raise CalipersError(f"{self.name}: a negative scale cannot be stated as a range")
         return range_of_qparams(*self._range(self.range_names), self.args)
 
@@ -334,8 +337,8 @@ class OptimalObserver(InputObserver):
 
 
 def _of_ordinary_size(
-    views: Sequence[GroupedView], extremes: Sequence[Range], factor: float
-) -> tuple[Sequence[GroupedView], Sequence[Range], float]:
+    views: Sequence[Groups], extremes: Sequence[Range], factor: float
+) -> tuple[Sequence[Groups], Sequence[Range], float]:
     """Views, extremes and the power of two they are divided by, 1.0 where none is needed.
 
     It is where all groups are so large, or so small, that squares leave float32. `factor` is what

@@ -9,11 +9,17 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from calipers.errors import CalipersError
+from compressed_tensors.registry import RegistryMixin
 
-__all__ = ["GROUP", "load_entry_points", "load_plugin"]
+from calipers._words import did_you_mean
+from calipers.errors import CalipersError, UnknownObserverError
+
+if TYPE_CHECKING:
+    from calipers.observers.base import Observer
+
+__all__ = ["GROUP", "ObserverRegistry", "load_entry_points", "load_plugin"]
 
 #: Entry points of this group name modules that register observers, or observer classes.
 GROUP = "calipers.observers"
@@ -110,3 +116,48 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(here)
+
+
+class ObserverRegistry(RegistryMixin):
+    """The registry of `Observer`, which knows the observers of installed packages too."""
+
+    @classmethod
+    def get_value_from_registry(cls, name: str) -> type[Observer]:
+        """The observer class registered under `name`.
+
+        Where none is, packages that offer observers (entry points of the group
+        "calipers.observers") are imported first.
+
+        Raises:
+            UnknownObserverError: A ValueError that lists the registered names, and packages whose
+                observers could not be imported.
+        """
+        try:
+            found: type[Observer] = super().get_value_from_registry(name)
+        except KeyError:
+            failures = load_entry_points()
+            try:
+                return super().get_value_from_registry(name)  # type: ignore[no-any-return]
+            except KeyError:
+                pass
+            names = (*cls.registered_names(), *cls.registered_aliases())
+            known = sorted(n.replace("-", "_") for n in names)
+            near = did_you_mean(str(name).lower().replace("-", "_"), known)
+            raise UnknownObserverError(
+                " ".join(
+                    [
+                        f"unknown observer {name!r}.{near} Registered: {', '.join(known)}.",
+                        *(f"{each}." for each in failures),
+                    ]
+                )
+            ) from None
+        return found
+
+    @classmethod
+    def load_from_registry(cls, name: str, *args: Any, **kwargs: Any) -> Observer:
+        """Build the observer registered under `name`, in either form of construction.
+
+        Raises:
+            UnknownObserverError: A ValueError that lists the registered names.
+        """
+        return cls.get_value_from_registry(name)(*args, **kwargs)

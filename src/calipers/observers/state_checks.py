@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from compressed_tensors.offload import disable_onloading
 from compressed_tensors.quantization import QuantizationStrategy
 from torch import Tensor
 
-from calipers.ranges import arrange
+from calipers.grouping import Grouping
 
 if TYPE_CHECKING:
     from calipers.observers.base import Observer
@@ -100,7 +99,7 @@ def check_range(
 
 
 def check_scales(
-    observer: Observer, state: State, names: tuple[str, str], *, signed: bool = False
+    observer: Observer, state: State, names: tuple[str, str], *, negative: bool = False
 ) -> Iterator[Problem]:
     """The scale and zero point under two names, which must be there once something was seen."""
     scale, zero_point = yield from _find_pair(state, names, "num_batches")
@@ -112,8 +111,8 @@ def check_scales(
         yield entry, f"must be floating, got {scale.dtype}"
     elif not bool(scale.isfinite().all()):
         yield entry, "must be finite"
-    elif not bool(((scale != 0) if signed else (scale > 0)).all()):
-        yield entry, "must not be zero" if signed else "must be positive"
+    elif not bool(((scale != 0) if negative else (scale > 0)).all()):
+        yield entry, "must not be zero" if negative else "must be positive"
 
 
 def check_sum(
@@ -182,8 +181,7 @@ def _of_module(observer: Observer) -> tuple[int, ...] | None:
     if not isinstance(weight, Tensor):
         return None
     try:
-        value = torch.empty(weight.shape, dtype=torch.float32, device="meta")
-        return tuple(arrange(value, "weight", observer.args, g_idx).qparam_shape)
+        return Grouping.of(weight.shape, "weight", observer.args, g_idx).qparam_shape
     except (ValueError, NotImplementedError):
         return None
 

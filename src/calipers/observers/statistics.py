@@ -181,7 +181,7 @@ class HoldsStatistics:
     #: What is remembered, by attribute name; a subclass names what it adds or changes.
     statistics: ClassVar[dict[str, Statistic]] = {"_num_nonfinite": COUNT}
     #: What else an update changes, by attribute name.
-    _changing: ClassVar[tuple[str, ...]] = ("_warned", "_left_out")
+    _changing: ClassVar[tuple[str, ...]] = ("_warned", "_left_out", "_uncounted")
 
     #: What warnings and errors call the values.
     name: str
@@ -200,6 +200,8 @@ class HoldsStatistics:
         self._warned = False
         #: Values left out that no warning has told of yet: how many, of how many, and why.
         self._left_out: tuple[int, int, str] | None = None
+        #: NaN and Inf that are a number on a device still, and among how many values.
+        self._uncounted: tuple[Tensor, int] | None = None
         self._before_batch: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -217,11 +219,14 @@ class HoldsStatistics:
     @property
     def num_nonfinite(self) -> int:
         """How many values were left out, being NaN or Inf, or freaks among inputs."""
+        for part in self._parts():
+            part._settle()
         return sum(part._num_nonfinite for part in self._parts())
 
     @whole_update
     def reset(self) -> None:
         """Forget every statistic."""
+        self._uncounted = None
         for name, statistic in self.statistics.items():
             setattr(self, name, statistic.initial)
         self._changed()
@@ -233,6 +238,7 @@ class HoldsStatistics:
         """All statistics as a flat dict of tensors, ready for safetensors; none of the qparams."""
         state: dict[str, Tensor] = {}
         for part in self._parts():
+            part._settle()
             for name, statistic in part.statistics.items():
                 value, entry = getattr(part, name), name.lstrip("_")
                 if statistic.integer and value is not None:
@@ -293,10 +299,13 @@ class HoldsStatistics:
         found = []
         for part in other._parts():
             with part._update.lock:
+                part._settle()
                 found.append({name: getattr(part, name) for name in part.statistics})
         with ExitStack() as locks:
             for part in self._parts():
                 locks.enter_context(part._update.lock)
+            for part in self._parts():
+                part._settle()
             merged = [
                 dict(part._merged_with(theirs))
                 for part, theirs in zip(self._parts(), found, strict=True)
@@ -358,16 +367,33 @@ class HoldsStatistics:
         own = self.__dict__
         return {name: own[name] for name in (*self.statistics, *self._changing) if name in own}
 
-    def _count_nonfinite(self, value: Tensor) -> None:
+    def _count_nonfinite(self, value: Tensor, *, later: bool = False) -> None:
         """Count NaN and Inf in a value.
 
+        Args:
+            value: The value.
+            later: Leave the count on its device until `_settle` is called.
+
         Raises:
-            ValueError: It holds nothing else.
+            ValueError: It holds nothing else, unless that shows later.
         """
-        count = value.numel() - int(value.isfinite().sum())
-        if count == value.numel() and count:
-            raise ValueError(f"{self.name}: all {count} observed values are NaN or Inf")
-        self._leave_out(count, value.numel(), "NaN or Inf")
+        count, total = value.numel() - value.isfinite().sum(), value.numel()
+        if later:
+            past = self._uncounted
+            if past is not None:
+                count, total = count + past[0].to(count.device), total + past[1]
+            self._uncounted = (count, total)
+            return
+        if int(count) == total and total:
+            raise ValueError(f"{self.name}: all {total} observed values are NaN or Inf")
+        self._leave_out(int(count), total, "NaN or Inf")
+
+    @whole_update
+    def _settle(self) -> None:
+        """Read the counts that are on a device still."""
+        if self._uncounted is not None:
+            (count, total), self._uncounted = self._uncounted, None
+            self._leave_out(int(count), total, "NaN or Inf")
 
     def _leave_out(self, count: int, total: int, why: str) -> None:
         if count:

@@ -1,8 +1,7 @@
-"""Sums over groups for many candidate scales at once: what every scale search is made of.
+"""Sums over groups for a tile of candidate scales: what every scale search is made of.
 
-`GroupBatch` brings a view's values together as (groups, n) float32, some groups at a time, and
-evaluates sums of a candidate tile over them, eagerly or by a kernel of an engine. The groups of a
-`ReadBatch` are read by an engine where they lie.
+A `MemoryChunk` holds the values of some groups as (groups, n) float32 and sums over them, eagerly
+or by a kernel of an engine. The groups of an `EngineChunk` are read by an engine where they lie.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Protocol
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -19,78 +17,76 @@ from torch import Tensor
 
 from calipers.engines.kernels import CandidateSums, EngineGroups
 from calipers.formats import Format
-from calipers.ranges.views import GroupedView, piece_size
+from calipers.grouping import Groups, chunk_size
 
-__all__ = ["Batch", "Candidates", "GroupBatch", "Sums", "batches_of"]
+__all__ = ["Candidates", "Chunk", "MemoryChunk", "Sums", "chunks_of"]
 
-#: Longest run of values summed in float32 by one loop; longer groups are summed run by run.
-LONGEST_RUN = 4096
+#: Most values that one loop sums in float32; longer groups are summed split by split.
+LONGEST_SPLIT = 4096
 
 
 @dataclass(frozen=True)
-class GroupPiece:
-    """Values of some groups, or a part of the values of each.
+class Rows:
+    """Values of some groups, or a split of each, one group a row.
 
     Args:
-        where: Index of the groups in the view's `qparam_shape`.
+        where: Index of the groups among the qparams.
         values: Shape (groups, n), float32.
-        weight: Importance, of the same shape; None weighs all alike.
+        importance: That of each value, of the same shape; None weighs all alike.
     """
 
     where: tuple[slice, ...]
     values: Tensor
-    weight: Tensor | None
+    importance: Tensor | None
 
 
-def group_pieces(
-    view: GroupedView, importance: GroupedView | None, limit: int
-) -> Iterator[GroupPiece]:
+def rows_of(view: Groups, importance: Groups | None, limit: int) -> Iterator[Rows]:
     """Walk through a view; what is not finite becomes zero where the view leaves it out.
 
     Args:
         view: The values, of any floating dtype.
-        importance: Their weights, of the same shape; None weighs all alike.
-        limit: Most values of a piece, one row at least.
+        importance: That of the values, of the same shape; None weighs all alike.
+        limit: Most values of a chunk, one row at least.
     """
-    weights = None if importance is None else importance.pieces(limit)
-    # Pieces with parts of groups may differ in what they hold of the same groups.
-    shared = _SharedWeights() if view.group_size <= limit else None
-    for where, piece in view.pieces(limit):
-        # In float32 a piece stays in the cache; sixteen-bit loads beside integer arithmetic would
+    others = None if importance is None else importance.chunks(limit)
+    # Chunks with splits of groups may differ in what they hold of the same groups.
+    shared = _SharedImportance() if view.group_size <= limit else None
+    for where, chunk in view.chunks(limit):
+        # In float32 a chunk stays in the cache; sixteen-bit loads beside integer arithmetic would
         # not be vectorized.
-        values = piece.float()
+        values = chunk.float()
         if view.finite_only:
             values = torch.where(values.isfinite(), values, 0)
-        values = values.reshape(prod(piece.shape[: len(where)]), -1)
-        weight = None
-        if weights is not None:
-            part = next(weights)[1]
-            flat = part.reshape(-1) if shared is None else shared.flat(part, where)
-            weight = flat.view(values.shape)
-        yield GroupPiece(where, values, weight)
+        values = values.reshape(prod(chunk.shape[: len(where)]), -1)
+        its_importance = None
+        if others is not None:
+            other = next(others)[1]
+            flat = other.reshape(-1) if shared is None else shared.flat(other, where)
+            its_importance = flat.view(values.shape)
+        yield Rows(where, values, its_importance)
 
 
-class _SharedWeights:
-    """The weights of a piece one after the other; of pieces with the same ones, one copy."""
+class _SharedImportance:
+    """The importance of a chunk as one row; chunks of rows that share it share a copy."""
 
     def __init__(self) -> None:
         self._last: tuple[tuple[object, ...], Tensor] | None = None
 
-    def flat(self, weight: Tensor, where: tuple[slice, ...]) -> Tensor:
-        """The weights, contiguous."""
-        if weight.stride(0) != 0:
-            return weight.reshape(-1)
-        same = (weight.shape, *((part.start, part.stop) for part in where[1:]))
+    def flat(self, importance: Tensor, where: tuple[slice, ...]) -> Tensor:
+        """The importance, one-dimensional and contiguous."""
+        if importance.stride(0) != 0:
+            return importance.reshape(-1)
+        same = (importance.shape, *((span.start, span.stop) for span in where[1:]))
         if self._last is None or self._last[0] != same:
-            self._last = same, weight.reshape(-1)
+            self._last = same, importance.reshape(-1)
         return self._last[1]
 
 
-def number_of_runs(length: int) -> int:
-    """Number of equal runs, none longer than LONGEST_RUN, that a group is summed in."""
-    for runs in range(-(-length // LONGEST_RUN), length // 64 + 1):
-        if length % runs == 0:
-            return runs
+def number_of_splits(length: int) -> int:
+    """Number of equal splits of a group, none longer than LONGEST_SPLIT."""
+    for splits in range(-(-length // LONGEST_SPLIT), length // 64 + 1):
+        if length % splits == 0:
+            return splits
     return 1
 
 
@@ -114,18 +110,18 @@ class Sums:
     def __call__(
         self,
         values: Tensor,
-        weight: Tensor | None,
+        importance: Tensor | None,
         inverse_base: Tensor,
-        ratio: Tensor,
+        factor: Tensor,
         zero_point: Tensor | None,
     ) -> Tensor:
         """Sums of each row for each candidate.
 
         Args:
             values: Shape (rows, n), float32.
-            weight: Of the same shape, >= 0; None weighs all alike.
+            importance: Of the same shape, >= 0; None weighs all alike.
             inverse_base: Shape (rows,): x = value * inverse_base.
-            ratio: Candidate scales in units of the base, shape (tile, rows).
+            factor: Candidate scales in units of the base, shape (tile, rows).
             zero_point: Of the same shape; None for zero.
 
         Returns:
@@ -134,17 +130,17 @@ class Sums:
         x = values * inverse_base.unsqueeze(-1)
         if not self.format.integer:
             x = x.abs()  # codes are symmetric: sizes do
-        wx = x if weight is None else x * weight
+        wx = x if importance is None else x * importance
         per_candidate = [
             self._of_candidate(
-                x, wx, weight, ratio[i], None if zero_point is None else zero_point[i]
+                x, wx, importance, factor[i], None if zero_point is None else zero_point[i]
             )
             for i in range(self.tile)
         ]
         rows = [sums[k] for k in range(len(per_candidate[0])) for sums in per_candidate]
         if self.kind == "bounded residual":
-            over = (x - self.format.high * ratio[self.tile - 1].unsqueeze(-1)).clamp(min=0)
-            rows.append(_weighted(over, weight, over).sum(-1))
+            over = (x - self.format.high * factor[self.tile - 1].unsqueeze(-1)).clamp(min=0)
+            rows.append(_weighted(over, importance, over).sum(-1))
         return torch.stack(rows)
 
     def of_all(self, found: Tensor) -> Tensor:
@@ -158,97 +154,74 @@ class Sums:
         self,
         x: Tensor,
         wx: Tensor,
-        weight: Tensor | None,
-        ratio: Tensor,
+        importance: Tensor | None,
+        factor: Tensor,
         zero_point: Tensor | None,
     ) -> tuple[Tensor, ...]:
         zero = None if zero_point is None else zero_point.unsqueeze(-1)
-        codes = self.format.round(x * (1 / ratio).unsqueeze(-1), zero)
+        codes = self.format.round(x * (1 / factor).unsqueeze(-1), zero)
         if self.kind == "bounded residual":
-            rest = x - codes * ratio.unsqueeze(-1)
-            return (_weighted(rest, weight, rest).sum(-1),)
+            rest = x - codes * factor.unsqueeze(-1)
+            return (_weighted(rest, importance, rest).sum(-1),)
         # Sums of the last fit: in float64 they are the same in any order.
         dtype = torch.float64 if self.kind == "polish" else torch.float32
         a = (wx * codes).sum(-1, dtype=dtype)
-        b = _weighted(codes, weight, codes).sum(-1, dtype=dtype)
+        b = _weighted(codes, importance, codes).sum(-1, dtype=dtype)
         if self.kind == "least squares":
             return a, b
-        rest = x - codes * ratio.unsqueeze(-1)
-        return a, b, _weighted(rest, weight, rest).sum(-1).to(dtype)
+        rest = x - codes * factor.unsqueeze(-1)
+        return a, b, _weighted(rest, importance, rest).sum(-1).to(dtype)
 
 
-def _weighted(a: Tensor, weight: Tensor | None, b: Tensor) -> Tensor:
-    return a * b if weight is None else a * weight * b
+def _weighted(a: Tensor, importance: Tensor | None, b: Tensor) -> Tensor:
+    return a * b if importance is None else a * importance * b
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidate scales of the groups of a batch.
+    """Candidate scales of each group of a chunk.
 
     Args:
         inverse_base: Inverse of each group's unit of scale, shape (groups,), float32.
-        ratio: Scales in units of the base, shape (candidates, groups), float32.
+        factor: Of each candidate on the base, shape (candidates, groups), float32.
         zero_point: Of the same shape; None for zero.
     """
 
     inverse_base: Tensor
-    ratio: Tensor
+    factor: Tensor
     zero_point: Tensor | None = None
 
     def of(self, where: tuple[slice, ...], shape: tuple[int, ...]) -> Candidates:
-        """Those of some groups, by index into groups of this shape."""
+        """The candidates of some groups, by index into groups of this shape."""
 
-        def part(values: Tensor | None) -> Tensor | None:
+        def pick(values: Tensor | None) -> Tensor | None:
             if values is None:
                 return None
             lead = values.dim() - 1
             whole = values.view(*values.shape[:lead], *shape)
             return whole[(slice(None),) * lead + where].reshape(*values.shape[:lead], -1)
 
-        return Candidates(part(self.inverse_base), part(self.ratio), part(self.zero_point))  # type: ignore[arg-type]
-
-
-class Batch(Protocol):
-    """Some groups of a view, of which sums can be had."""
-
-    @property
-    def where(self) -> tuple[slice, ...]:
-        """Index of the groups in the view's `qparam_shape`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of that part of the qparams."""
-
-    @property
-    def whole(self) -> EngineGroups | None:
-        """The groups where an engine can search them by itself."""
-
-    @property
-    def selectable(self) -> bool:
-        """Whether some of the groups make a batch of their own."""
-
-    def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
-        """The sums of every group, shape (number of sums, groups)."""
+        return Candidates(pick(self.inverse_base), pick(self.factor), pick(self.zero_point))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class GroupBatch:
-    """Some whole groups of a view: small ones in memory, large ones walked through in pieces.
+class MemoryChunk:
+    """Some whole groups: short ones in memory, long ones walked through in splits.
 
     Args:
-        where: Index of the groups in the view's `qparam_shape`.
-        shape: Shape of that part of the qparams.
-        values: Shape (groups, n), float32; None for groups that do not fit into a piece.
-        weight: Importance, of the same shape.
-        walk: For large groups: yields their pieces.
+        where: Index of the groups among the qparams.
+        shape: Shape of these qparams.
+        values: Shape (groups, n), float32; None for groups longer than a chunk.
+        importance: That of each value, of the same shape.
+        walk: For long groups: yields splits of them.
         code: What evaluates the sums.
     """
 
     where: tuple[slice, ...]
     shape: tuple[int, ...]
     values: Tensor | None
-    weight: Tensor | None
-    walk: Callable[[], Iterator[GroupPiece]] | None
+    importance: Tensor | None
+    walk: Callable[[], Iterator[Rows]] | None
     code: CandidateSums
 
     @property
@@ -256,128 +229,120 @@ class GroupBatch:
         """No engine searches groups in memory by itself."""
         return None
 
-    @property
-    def selectable(self) -> bool:
-        """Whether the groups are in memory."""
-        return self.values is not None
-
-    def select(self, groups: Tensor) -> GroupBatch:
-        """Some of the groups, by index, as a batch of their own; of groups in memory only."""
+    def select(self, groups: Tensor) -> MemoryChunk:
+        """Some of the groups, by index, as a chunk of their own: of groups in memory alone."""
         assert self.values is not None
-        weight = None if self.weight is None else self.weight[groups]
+        importance = None if self.importance is None else self.importance[groups]
         return replace(
-            self, shape=(groups.numel(),), values=self.values[groups], weight=weight, where=()
+            self,
+            shape=(groups.numel(),),
+            values=self.values[groups],
+            importance=importance,
+            where=(),
         )
 
     def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
         """The sums of every group, shape (number of sums, groups)."""
         if self.values is not None:
-            return self._sum(sums, self.values, self.weight, candidates)
+            return self._sum(sums, self.values, self.importance, candidates)
         assert self.walk is not None
         total: Tensor | None = None
-        for piece in self.walk():
-            its_candidates = candidates.of(piece.where, self.shape)
-            part = self._sum(sums, piece.values, piece.weight, its_candidates).double()
+        for rows in self.walk():
+            its_candidates = candidates.of(rows.where, self.shape)
+            found = self._sum(sums, rows.values, rows.importance, its_candidates).double()
             if total is None:
-                total = part.new_zeros(part.shape[0], *self.shape)
-            index = (slice(None), *piece.where)
+                total = found.new_zeros(found.shape[0], *self.shape)
+            index = (slice(None), *rows.where)
             target = total[index]
-            target += part.view(target.shape)
+            target += found.view(target.shape)
         assert total is not None
         return total.view(total.shape[0], -1)
 
     def _sum(
-        self, sums: Sums, values: Tensor, weight: Tensor | None, candidates: Candidates
+        self, sums: Sums, values: Tensor, importance: Tensor | None, candidates: Candidates
     ) -> Tensor:
         groups, inverse = values.shape[0], candidates.inverse_base
-        ratio, zero_point = candidates.ratio, candidates.zero_point
-        runs = number_of_runs(values.shape[1])
-        if runs > 1:
-            values = values.view(groups * runs, -1)
-            weight = None if weight is None else weight.view(values.shape)
-            inverse = inverse.repeat_interleave(runs)
-            ratio = ratio.repeat_interleave(runs, dim=1)
+        factor, zero_point = candidates.factor, candidates.zero_point
+        splits = number_of_splits(values.shape[1])
+        if splits > 1:
+            values = values.view(groups * splits, -1)
+            importance = None if importance is None else importance.view(values.shape)
+            inverse = inverse.repeat_interleave(splits)
+            factor = factor.repeat_interleave(splits, dim=1)
             if zero_point is not None:
-                zero_point = zero_point.repeat_interleave(runs, dim=1)
+                zero_point = zero_point.repeat_interleave(splits, dim=1)
         sum_rows = self.code.sum_rows
         if sum_rows is not None and sums.kind != "polish":  # which wants float64, once
-            found = sums.of_all(sum_rows(sums.format, values, weight, inverse, ratio, zero_point))
+            found = sums.of_all(
+                sum_rows(sums.format, values, importance, inverse, factor, zero_point)
+            )
         else:
-            found = sums(values, weight, inverse, ratio, zero_point)
-        return found.view(-1, groups, runs).sum(-1) if runs > 1 else found
+            found = sums(values, importance, inverse, factor, zero_point)
+        return found.view(-1, groups, splits).sum(-1) if splits > 1 else found
 
 
 @dataclass(frozen=True)
-class ReadBatch:
-    """Some whole groups of a view, which an engine reads where they lie."""
+class EngineChunk:
+    """Some whole groups, which an engine reads where they lie; see `MemoryChunk`.
 
+    Args:
+        whole: The groups, unless they are so long that the engine splits them.
+    """
+
+    where: tuple[slice, ...]
+    shape: tuple[int, ...]
     groups: EngineGroups
-
-    @property
-    def where(self) -> tuple[slice, ...]:
-        """Index of the groups in the view's `qparam_shape`."""
-        return self.groups.where
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of that part of the qparams."""
-        return self.groups.shape
-
-    @property
-    def whole(self) -> EngineGroups | None:
-        """The groups, unless they are so long that they are read in runs."""
-        return self.groups if self.groups.in_one_run else None
-
-    @property
-    def selectable(self) -> bool:
-        """Groups cannot be told apart: a call costs little for those that are done."""
-        return False
+    whole: EngineGroups | None
 
     def sum(self, sums: Sums, candidates: Candidates) -> Tensor:
-        """The sums of every group, as `GroupBatch.sum`, float64."""
-        found = self.groups.sum(candidates.inverse_base, candidates.ratio, candidates.zero_point)
+        """The sums of every group, as `MemoryChunk.sum`, float64."""
+        found = self.groups.sum(candidates.inverse_base, candidates.factor, candidates.zero_point)
         return sums.of_all(found)
 
 
-def batches_of(
-    view: GroupedView,
-    importance: GroupedView | None,
+Chunk = MemoryChunk | EngineChunk
+
+
+def chunks_of(
+    view: Groups,
+    importance: Groups | None,
     args: QuantizationArgs,
     code: CandidateSums,
-) -> Iterator[GroupBatch | ReadBatch]:
+) -> Iterator[Chunk]:
     """All groups of a view, some at a time, in the way that suits an engine.
 
     Args:
         view: The values, of any floating dtype.
-        importance: The weights of the values, of the same shape; None weighs all alike.
+        importance: That of the values, of the same shape; None weighs all alike.
         args: Quantization arguments.
         code: What evaluates the sums.
     """
     if code.read_groups is None:
-        yield from group_batches(view, importance, code)
+        yield from memory_chunks(view, importance, code)
     else:
         for groups in code.read_groups(view, importance, args):
-            yield ReadBatch(groups)
+            whole = groups if groups.whole else None
+            yield EngineChunk(groups.where, groups.shape, groups, whole)
 
 
-def group_batches(
-    view: GroupedView, importance: GroupedView | None, code: CandidateSums
-) -> Iterator[GroupBatch]:
+def memory_chunks(
+    view: Groups, importance: Groups | None, code: CandidateSums
+) -> Iterator[MemoryChunk]:
     """All groups of a view, some at a time, in bounded scratch memory.
 
     Args:
         view: The values, of any floating dtype; what is not finite becomes zero where the view
             leaves it out.
-        importance: The weights of the values, of the same shape; None weighs all alike.
+        importance: That of the values, of the same shape; None weighs all alike.
         code: What evaluates the sums.
     """
-    limit = piece_size(view.values)
+    limit = chunk_size(view.values)
     shape = view.qparam_shape
     if view.group_size > limit:
         everything = tuple(slice(None) for _ in shape)
-        walk = functools.partial(group_pieces, view, importance, limit)
-        yield GroupBatch(everything, shape, None, None, walk, code)
+        walk = functools.partial(rows_of, view, importance, limit)
+        yield MemoryChunk(everything, shape, None, None, walk, code)
         return
-    for piece in group_pieces(view, importance, limit):
-        found = tuple(len(range(*s.indices(n))) for s, n in zip(piece.where, shape, strict=True))
-        yield GroupBatch(piece.where, found, piece.values, piece.weight, None, code)
+    for rows in rows_of(view, importance, limit):
+        found = tuple(len(range(*s.indices(n))) for s, n in zip(rows.where, shape, strict=True))
+        yield MemoryChunk(rows.where, found, rows.values, rows.importance, None, code)

@@ -23,9 +23,9 @@ from torch import Tensor
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import COUPLED_SUMS, Problem
 from calipers.formats import has_scale_codes
+from calipers.grouping import Groups
 from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
 from calipers.ranges.scale_codes import all_scales
-from calipers.ranges.views import GroupedView
 
 __all__ = ["refine_by_hessian", "sum_coupled"]
 
@@ -43,7 +43,7 @@ class _Sweep(NamedTuple):
 
 SWEEPS = (_Sweep(0.2, 32, 3), _Sweep(0.1, 16, 2))
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
-PIECE = 2**20
+CHUNK = 2**20
 
 #: As `sum_coupled`.
 SumCoupled = Callable[..., Tensor]
@@ -52,7 +52,7 @@ _Values = list[tuple[slice, Tensor]]
 
 
 def refine_by_hessian(
-    view: GroupedView,
+    view: Groups,
     start: tuple[Tensor, Tensor],
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
@@ -72,7 +72,7 @@ def refine_by_hessian(
             where all groups span all columns.
         factors: L such that LL' stands for X'X outside of these blocks, shape
             (column groups, blocks, size, rank).
-        spec: What is searched for.
+        spec: Which scales can be chosen.
         engine: "eager" or "native"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
@@ -89,7 +89,7 @@ def refine_by_hessian(
 
 
 def _refine_view(
-    view: GroupedView,
+    view: Groups,
     start: tuple[Tensor, Tensor],
     extremes: tuple[Tensor, Tensor],
     hessian: Tensor,
@@ -102,12 +102,12 @@ def _refine_view(
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
     whole_rows = view.values.numel() // max(1, math.prod(view.qparam_shape[:-1]))
-    for where, piece in view.pieces(max(count * PIECE // 4, PIECE, whole_rows)):
+    for where, chunk in view.chunks(max(count * CHUNK // 4, CHUNK, whole_rows)):
         first, last, _ = where[-1].indices(count)
         kept = len(where)
         columns = [
             _Columns(
-                piece.select(kept - 1, number - first),
+                chunk.select(kept - 1, number - first),
                 kept - 1,
                 view.finite_only,
                 hessian[number if len(hessian) > 1 else 0],
@@ -163,7 +163,7 @@ class _Columns:
         finite_only: Leave NaN and Inf out.
         hessian: X'X of the columns, shape (blocks, size, size).
         factors: What couples blocks and groups, shape (blocks, size, rank).
-        spec: What is searched for.
+        spec: Which scales can be chosen.
         summing: `sum_coupled`, or that of an engine.
     """
 
@@ -211,12 +211,12 @@ class _Columns:
         Args:
             start: Scales as they are.
             own: d'Hd of each group with them.
-            limit: The same with the scales of minimum and maximum, which it must not exceed.
+            limit: d'Hd of each group with the scales of minimum and maximum: never exceeded.
             total: Sum of L'd over all column groups, (groups * rows, rank).
             sweep: Which candidates are tried.
         """
         candidates = self._candidates(start, sweep)
-        values = list(self._values()) if self.raw.numel() <= PIECE else None
+        values = list(self._values()) if self.raw.numel() <= CHUNK else None
         own_of_each, coupled, share = self._score(candidates, start, total, values)
         allowed = own_of_each <= limit.unsqueeze(1)
         error = torch.where(allowed, own_of_each + 2 * coupled, torch.inf)
@@ -272,7 +272,7 @@ class _Columns:
         factors = 1 + reach * torch.linspace(
             -1, 1, count, dtype=torch.float32, device=start.scale.device
         )
-        if self.spec.signed:
+        if self.spec.negative_scales:
             factors = torch.cat([factors, -factors.flip(0)])
         scale = self.spec.store(start.scale.unsqueeze(1) * factors)
         scale = torch.where(scale == 0, start.scale.unsqueeze(1), scale)  # too small to be stored
@@ -287,7 +287,7 @@ class _Columns:
         """Rows, and their values, shape (blocks, rows, size), float32."""
         raw = self.raw.reshape(-1, self.raw.shape[-1])
         blocks, size, _ = self.factors.shape
-        step = max(1, PIECE // (blocks * size))
+        step = max(1, CHUNK // (blocks * size))
         step = max(1, step // self.rows) * self.rows if self.groups > 1 else step
         for first in range(0, len(raw), step):
             values = raw[first : first + step].float()
@@ -299,7 +299,7 @@ class _Columns:
             yield slice(first, first + step), values
 
     def _of_rows(self, scales: Scales, rows: slice) -> Scales:
-        """Those of the groups that some rows belong to: of whole groups, or of the only one."""
+        """The scales of the groups of some rows: rows of whole groups, or of the only group."""
         if self.groups > 1:
             rows = slice(rows.start // self.rows, rows.stop // self.rows)
         else:
@@ -323,7 +323,7 @@ def sum_coupled(
     zero_point: Tensor | None,
     args: QuantizationArgs,
 ) -> Tensor:
-    """What the errors of candidates are made of: the reference.
+    """The sums that the errors of candidates are made of: the reference.
 
     With codes q of a row at a scale, relative to the zero point, and M the matrix of all blocks:
     q'Mq, q'Mx, and q times the slopes.

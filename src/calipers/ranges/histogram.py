@@ -13,13 +13,13 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.formats import has_mx_scales
+from calipers.grouping import ACCELERATOR_CHUNK, CPU_CHUNK, Groups
 from calipers.ranges.qparams import (
     cast_range,
     checked_global_scale,
     fake_quantized,
     qparams_of_range,
 )
-from calipers.ranges.views import ACCELERATOR_PIECE, CPU_PIECE, GroupedView
 
 __all__ = [
     "Histogram",
@@ -73,7 +73,7 @@ class Histogram:
 
         Args:
             low: Smallest value of each qparam, shape (qparams,): no value of a bin is smaller.
-            high: Largest value, likewise; None where they are not known.
+            high: Largest value of each qparam; None where they are not known.
 
         Returns:
             Values, float32, shape (1 or qparams, n); and weights, float64, shape (qparams, n). No
@@ -109,7 +109,7 @@ class Histogram:
         return values.float(), torch.cat([weights, weights], -1) / 2
 
 
-def count_patterns(view: GroupedView) -> Histogram:
+def count_patterns(view: Groups) -> Histogram:
     """Histogram of a view's values, in one pass over them.
 
     Args:
@@ -123,10 +123,10 @@ def count_patterns(view: GroupedView) -> Histogram:
     shape = (*view.qparam_shape, NUM_PATTERNS)
     counts = torch.zeros(shape, dtype=torch.int64, device=view.values.device)
     offsets = torch.zeros_like(counts) if dtype == torch.float32 else None
-    for where, piece in view.pieces():
+    for where, chunk in view.chunks():
         target = counts[where]
         groups = target.shape[:-1].numel()
-        rows = _in_dtype(piece, dtype).reshape(groups, -1)
+        rows = _in_dtype(chunk, dtype).reshape(groups, -1)
         bits = rows.view(torch.int16 if offsets is None else torch.int32).to(torch.int32)
         index = (bits if offsets is None else bits >> 16) & (NUM_PATTERNS - 1)
         if groups > 1:
@@ -171,7 +171,7 @@ def percentile_range(
     Args:
         histogram: The values.
         low: Smallest value of each qparam, of `qparam_shape`.
-        high: Largest value, likewise.
+        high: Largest value of each qparam.
         percentile: Percent of the values, by size |x|, that the range must hold; above 0.
 
     Returns:
@@ -224,7 +224,7 @@ def search_histogram_range(
     Args:
         histogram: The values.
         low: Smallest value of each qparam, of `qparam_shape`.
-        high: Largest value, likewise.
+        high: Largest value of each qparam.
         args: Quantization arguments; the strategy does not count.
         dtype: Dtype of the observed values, in which scales are computed.
         global_scale: TENSOR_GROUP only, shape (1,). Without it local scales are left unrounded.
@@ -247,12 +247,12 @@ def search_histogram_range(
         ends = low[some], high[some]
         values, weights = Histogram(counts[some], lower, histogram.dtype).points(*ends)
         factor = _factor(*ends, args) if global_scale is None else 1.0
-        part_low, part_high = (end / factor for end in ends)
+        its_low, its_high = (end / factor for end in ends)
         objective = _Objective(
             values / factor,
             weights,
-            part_low,
-            part_high,
+            its_low,
+            its_high,
             args,
             dtype,
             global_scale,
@@ -316,39 +316,39 @@ class _Objective:
             worth = errors[:, 1:] < errors[:, :1] * (1 - _WORTH_IT)
             best = torch.where(worth.unsqueeze(-1), pair[:, 1:], best)
         low, high = self._ranges(best)
-        found = self.energy > 0
+        found = self.square_sum > 0
         return (
             torch.where(found, low[:, 0], self.low),
             torch.where(found, high[:, 0], self.high),
         )
 
     @property
-    def energy(self) -> Tensor:
+    def square_sum(self) -> Tensor:
         """Sum of count * x**2 of each qparam, shape (qparams,), float64."""
         return (self.values.double().square() * self.weights).sum(-1)
 
     def _best(self, exponents: Tensor, keep: int) -> Tensor:
         """The best few of (qparams, candidates, 2), all of different errors where there are."""
-        # As a part of the energy and in float32 errors that differ by rounding alone are equal.
-        part = (self._errors(exponents) / self.energy.clamp(min=1e-300).unsqueeze(-1)).float()
-        part, order = part.sort(stable=True, dim=-1)
+        # In float32, as shares of the sum of squares, errors that differ by rounding are equal.
+        share = (self._errors(exponents) / self.square_sum.clamp(min=1e-300).unsqueeze(-1)).float()
+        share, order = share.sort(stable=True, dim=-1)
         # Many candidates give one scale once it is rounded: the first of equals stands for them.
-        repeated = torch.zeros_like(part, dtype=torch.bool)
-        repeated[:, 1:] = part[:, 1:] == part[:, :-1]
+        repeated = torch.zeros_like(share, dtype=torch.bool)
+        repeated[:, 1:] = share[:, 1:] == share[:, :-1]
         order = order.gather(-1, repeated.to(torch.int8).sort(stable=True, dim=-1).indices)
         return exponents.gather(1, order[:, :keep].unsqueeze(-1).expand(-1, -1, 2))
 
     def _projected(self, exponents: Tensor) -> Tensor:
-        """The same codes at the scale that suits them best (least squares).
+        """The exponents at which the codes of these have the least squared error.
 
         Where a few huge values make up the error, all depends on how exactly they are met.
         """
         scale, zero_point = self._qparams(exponents)
         rounded = self._fake_quantize(self.values.unsqueeze(1), scale, zero_point).double()
         weights, values = self.weights.unsqueeze(1), self.values.double().unsqueeze(1)
-        part = (weights * values * rounded).sum(-1) / (weights * rounded.square()).sum(-1)
-        usable = part.isfinite() & (part > 0)
-        return exponents + torch.where(usable, part, 1).log2().unsqueeze(-1)
+        factor = (weights * values * rounded).sum(-1) / (weights * rounded.square()).sum(-1)
+        usable = factor.isfinite() & (factor > 0)
+        return exponents + torch.where(usable, factor, 1).log2().unsqueeze(-1)
 
     def _qparams(self, exponents: Tensor) -> tuple[Tensor, Tensor]:
         low, high = (cast_range(t, self.dtype) for t in self._ranges(exponents))
@@ -372,7 +372,7 @@ class _Objective:
         """Sum of count * error**2 for exponents (qparams, candidates, 2), float64."""
         scale, zero_point = self._qparams(exponents)
         errors = torch.empty(scale.shape, dtype=torch.float64, device=scale.device)
-        for rows, columns in self._pieces(scale.shape):
+        for rows, columns in self._chunks(scale.shape):
             values = self.values if self.values.shape[0] == 1 else self.values[rows]
             values = values.unsqueeze(1)
             rounded = self._fake_quantize(values, scale[rows, columns], zero_point[rows, columns])
@@ -380,10 +380,10 @@ class _Objective:
             errors[rows, columns] = (square @ self.weights[rows].unsqueeze(-1)).squeeze(-1)
         return errors
 
-    def _pieces(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
+    def _chunks(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
         """Qparams and candidates of a step whose scratch memory stays in the cache."""
         on_cpu = self.values.device.type == "cpu"
-        room = max(1, (CPU_PIECE if on_cpu else ACCELERATOR_PIECE) // self.values.shape[-1])
+        room = max(1, (CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK) // self.values.shape[-1])
         columns = min(shape[1], room)
         rows = max(1, room // columns)
         for row in range(0, shape[0], rows):
@@ -392,7 +392,7 @@ class _Objective:
 
 
 def _ladder(top: float = 1.0, bottom: float = -20.0, steps: int = 43) -> Tensor:
-    """The same exponent for both ends, shape (steps, 2)."""
+    """Falling exponents, alike for both ends, shape (steps, 2)."""
     ladder = torch.linspace(top, bottom, steps, dtype=torch.float64, device="cpu")
     return ladder.unsqueeze(-1).expand(-1, 2)
 

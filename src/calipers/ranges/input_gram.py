@@ -18,8 +18,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationStrate
 from torch import Tensor
 
 from calipers.errors import CalipersError
-from calipers.ranges.layout import arrange
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups, group_values
 
 __all__ = [
     "ColumnGroups",
@@ -72,7 +71,7 @@ class ColumnGroups:
         whole[..., row, column] = whole[..., column, row] = triangles
         return whole
 
-    def fit(self, view: GroupedView, which: slice | Tensor) -> bool:
+    def fit(self, view: Groups, which: slice | Tensor) -> bool:
         """Whether the groups of a view are made of these columns."""
         index = self.index[which.cpu() if isinstance(which, Tensor) else which]
         if view.columns is None:
@@ -107,7 +106,7 @@ def column_groups(args: QuantizationArgs, cols: int, g_idx: Tensor | None) -> Co
     grouped = args.strategy in (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
     if grouped and g_idx is not None:
         row = torch.empty(1, cols, dtype=torch.float32, device=g_idx.device)
-        for view in arrange(row, "weight", args, g_idx).views:
+        for view in group_values(row, "weight", args, g_idx):
             if view.columns is None:
                 break
             if view.columns.shape[1] > width:

@@ -19,7 +19,7 @@ from compressed_tensors.quantization.quant_args import round_to_quantized_type_d
 from torch import Tensor
 
 from calipers.formats import Format
-from calipers.ranges.candidate_sums import Batch, Candidates, Sums
+from calipers.ranges.candidate_sums import Candidates, Chunk, Sums
 from calipers.ranges.qparams import qparams_of_range
 
 __all__ = ["ScaleSpec", "Scales", "min_max_scales", "search_least_squares"]
@@ -37,19 +37,19 @@ CANCELS = 5
 
 @dataclass(frozen=True)
 class ScaleSpec:
-    """What is searched for.
+    """Which scales can be chosen, and how they are stored.
 
     Args:
         args: Quantization arguments; the strategy does not count.
         dtype: In which scales will be stored, unless `args.scale_dtype` says otherwise.
-        signed: Whether negative scales are candidates too (symmetric integers).
+        negative_scales: Whether negative scales are candidates too (symmetric integers).
         global_scale: TENSOR_GROUP only, shape (1,): scales are stored multiplied by it.
         unit: The power of two that values were divided by: scales are stored multiplied by it.
     """
 
     args: QuantizationArgs
     dtype: torch.dtype
-    signed: bool = False
+    negative_scales: bool = False
     global_scale: Tensor | None = None
     unit: float = 1.0
 
@@ -82,7 +82,7 @@ class Scales:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """Both."""
+        """Scale and zero point."""
         return self.scale, self.zero_point
 
     def at(self, index: Tensor) -> Scales:
@@ -91,19 +91,19 @@ class Scales:
         return self.each(lambda tensor: tensor.gather(0, row)[0])
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Scales:
-        """What a function makes of both."""
+        """Scale and zero point after a change of each."""
         zero = None if self.zero_point is None else change(self.zero_point)
         return Scales(change(self.scale), zero)
 
     def where(self, condition: Tensor, other: Scales) -> Scales:
-        """These where the condition holds, else the others."""
+        """These scales where the condition holds, the other ones elsewhere."""
         zero = None
         if self.zero_point is not None and other.zero_point is not None:
             zero = torch.where(condition, self.zero_point, other.zero_point)
         return Scales(torch.where(condition, self.scale, other.scale), zero)
 
     def stacked_on(self, other: Scales) -> Scales:
-        """Both, one above the other in dimension 0."""
+        """These scales above the other ones, along a new dimension 0."""
         zero = None
         if self.zero_point is not None and other.zero_point is not None:
             zero = torch.stack([self.zero_point, other.zero_point])
@@ -111,12 +111,12 @@ class Scales:
 
 
 def min_max_scales(low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
-    """What compressed-tensors makes of a range, the global scale divided out, float32.
+    """The scales that compressed-tensors makes of ranges, the global scale divided out, float32.
 
     Args:
         low: Minimum of each group, in the dtype of the values; Inf for a group of nothing.
         high: Maximum of each group; -Inf for a group of nothing.
-        spec: What is searched for.
+        spec: Which scales can be chosen.
     """
     denormal = spec.unit < 1 and spec.global_scale is None and spec.dtype != torch.float64
     if denormal:
@@ -131,39 +131,39 @@ def min_max_scales(low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     return Scales(scale, None if spec.args.symmetric else zero_point.float())
 
 
-def search_least_squares(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
+def search_least_squares(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     """Scale and zero point of each group with the smallest sum of w (x - dequantized x)^2.
 
     Args:
-        batch: The groups.
+        chunk: Some groups.
         low: Minimum of each group, in the dtype of the values, shape (groups,).
         high: Maximum of each group.
-        spec: What is searched for.
+        spec: Which scales can be chosen.
 
     Returns:
         Scales as they will be stored, the global scale divided out, shape (groups,). A group that
         min/max serves as well or better keeps the scale of min/max.
     """
     plain, codes = min_max_scales(low, high, spec), spec.format
-    base, zero, ratios, offsets = _whole_range(low.float(), high.float(), spec)
-    inverse, factors, rounds = 1 / base, _fine_factors(codes), 1 if zero is None else ZERO_ROUNDS
-    if batch.whole is not None:
-        best = batch.whole.project(inverse, zero, ratios, offsets, factors, rounds, _cancels(codes))
-        return _choose_stored(batch, base, Scales(*best), plain, spec)
-    candidates = Scales(ratios.unsqueeze(1).expand(-1, base.numel()))
+    base, zero, factors, offsets = _whole_range(low.float(), high.float(), spec)
+    inverse, fine = 1 / base, _fine_factors(codes)
+    rounds = 1 if zero is None else ZERO_ROUNDS
+    if chunk.whole is not None:
+        cancels = _cancels(codes)
+        best = chunk.whole.project(inverse, zero, factors, offsets, fine, rounds, cancels)
+        return _choose_stored(chunk, base, Scales(*best), plain, spec)
+    candidates = Scales(factors.unsqueeze(1).expand(-1, base.numel()))
     if zero is not None:
         zeros = (zero + offsets.unsqueeze(1)).clamp(codes.low, codes.high)
         candidates = Scales(candidates.scale, zeros)
-    scored = _score(batch, inverse, candidates, codes)
+    scored = _score(chunk, inverse, candidates, codes)
     for _ in range(rounds):
-        scored = scored.best_and(
-            _score(batch, inverse, scored.about_the_best(factors, codes), codes)
-        )
-    return _choose_stored(batch, base, scored.best(), plain, spec)
+        scored = scored.best_and(_score(chunk, inverse, scored.about_the_best(fine, codes), codes))
+    return _choose_stored(chunk, base, scored.best(), plain, spec)
 
 
 def _choose_stored(
-    batch: Batch, base: Tensor, winner: Scales, plain: Scales, spec: ScaleSpec
+    chunk: Chunk, base: Tensor, winner: Scales, plain: Scales, spec: ScaleSpec
 ) -> Scales:
     """The winner fitted to its codes once more and rounded as stored, unless min/max is as good.
 
@@ -172,7 +172,7 @@ def _choose_stored(
     """
     inverse = 1 / base
     both = winner.stacked_on(Scales(plain.scale * inverse, plain.zero_point))
-    sums = batch.sum(Sums(spec.format, "polish", 2), Candidates(inverse, *both.tensors))
+    sums = chunk.sum(Sums(spec.format, "polish", 2), Candidates(inverse, *both.tensors))
     (a, _), (b, _), (error, plain_error) = sums.double().chunk(3)
     best = torch.where(b > 0, a / b, winner.scale.double())
     stored = spec.store((best * base).float())
@@ -196,7 +196,7 @@ def _bases(low: Tensor, high: Tensor, number_format: Format, symmetric: bool) ->
 def _whole_range(
     low: Tensor, high: Tensor, spec: ScaleSpec
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """What candidates are made of.
+    """Base, zero point and candidates of each group, about its whole range.
 
     Returns:
         The unit of scale of each group; its zero point (None where there is none); the candidates
@@ -204,44 +204,44 @@ def _whole_range(
     """
     number_format, symmetric = spec.format, bool(spec.args.symmetric)
     base = _bases(low, high, number_format, symmetric)
-    ratio, offset = _candidates(number_format, symmetric, spec.signed)
+    factor, offset = _candidates(number_format, symmetric, spec.negative_scales)
     zero = None if symmetric else (number_format.low - low.clamp(max=0) / base).round()
-    return base, zero, ratio.to(base.device), offset.to(base.device)
+    return base, zero, factor.to(base.device), offset.to(base.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _candidates(number_format: Format, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+def _candidates(number_format: Format, symmetric: bool, negative: bool) -> tuple[Tensor, Tensor]:
     """Candidate scales, and the offsets of their zero points, a multiple of TILE of them.
 
     Asymmetric formats: each scale with the zero point of the range and some to each side, as far
     as keeping one end of the range where the scale leaves out much of it.
     """
-    ratios = _candidate_ratios(number_format, signed)
+    factors = _candidate_factors(number_format, negative)
     if symmetric:
-        return ratios, torch.zeros_like(ratios)
+        return factors, torch.zeros_like(factors)
     most = SIDES if number_format.num_bits <= 4 else SIDES_OF_MANY_BITS
     pairs = []
-    for ratio in ratios.tolist():
-        left_out = max(0.0, (1 / ratio - 1) * number_format.width / 2)
+    for factor in factors.tolist():
+        left_out = max(0.0, (1 / factor - 1) * number_format.width / 2)
         step = max(1, round(left_out / max(2, most)))
         sides = min(most, math.ceil((left_out + 1) / step))
-        pairs += [(ratio, float(side * step)) for side in range(-sides, sides + 1)]
+        pairs += [(factor, float(side * step)) for side in range(-sides, sides + 1)]
     pairs += [pairs[-1]] * (-len(pairs) % TILE)
     found, offsets = torch.tensor(pairs, dtype=torch.float32, device="cpu").unbind(1)
     return found.contiguous(), offsets.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
-def _candidate_ratios(number_format: Format, signed: bool = False) -> Tensor:
+def _candidate_factors(number_format: Format, negative: bool) -> Tensor:
     """Candidate scales in units of the scale of the range, a multiple of TILE of them.
 
-    Signed: those and their negatives.
+    Negative: those and their negatives.
     """
     start, end, count = number_format.window
-    ratios = torch.logspace(
+    factors = torch.logspace(
         math.log10(start), math.log10(end), count, dtype=torch.float32, device="cpu"
     )
-    return torch.cat([ratios, -ratios]) if signed else ratios
+    return torch.cat([factors, -factors]) if negative else factors
 
 
 def _fine_factors(number_format: Format) -> Tensor:
@@ -272,13 +272,13 @@ class _Scored:
         scale = torch.cat([self.scales.scale.gather(0, row), theirs.scale])
         return _Scored(Scales(scale, zero), torch.cat([self.gain.gather(0, row), others.gain]))
 
-    def about_the_best(self, factors: Tensor, number_format: Format) -> Scales:
+    def about_the_best(self, fine_factors: Tensor, number_format: Format) -> Scales:
         """A tile of scales about the best candidate, by factors on it.
 
         Where there are zero points, one tile for the best one and each of its neighbours.
         """
         best = self.best()
-        scales = best.scale * factors.to(self.gain.device).unsqueeze(1)
+        scales = best.scale * fine_factors.to(self.gain.device).unsqueeze(1)
         if best.zero_point is None:
             return Scales(scales)
         zeros = torch.stack([best.zero_point - 1, best.zero_point, best.zero_point + 1])
@@ -298,23 +298,23 @@ def _cancels(number_format: Format) -> bool:
     return not number_format.integer or number_format.num_bits >= CANCELS
 
 
-def _score(batch: Batch, inverse: Tensor, candidates: Scales, number_format: Format) -> _Scored:
+def _score(chunk: Chunk, inverse: Tensor, candidates: Scales, number_format: Format) -> _Scored:
     """Gain of each candidate over quantizing all to zero, or minus its error: larger is better."""
     cancels = _cancels(number_format)
     sums = Sums(number_format, "all" if cancels else "least squares", TILE)
-    gains, ratios = [], []
+    gains, factors = [], []
     for first in range(0, candidates.scale.shape[0], TILE):
         part = slice(first, first + TILE)
-        ratio = candidates.scale[part].contiguous()
+        factor = candidates.scale[part].contiguous()
         zero = None if candidates.zero_point is None else candidates.zero_point[part]
-        a, b, *error = batch.sum(sums, Candidates(inverse, ratio, zero)).chunk(3 if cancels else 2)
+        a, b, *error = chunk.sum(sums, Candidates(inverse, factor, zero)).chunk(3 if cancels else 2)
         best = a / b
         if error:
-            gap = a - ratio * b
+            gap = a - factor * b
             gain = gap * gap / b - error[0]
         else:
             gain = a * best
         some = b > 0
         gains.append(torch.where(some, gain, -torch.inf))
-        ratios.append(torch.where(some, best, ratio))
-    return _Scored(Scales(torch.cat(ratios).float(), candidates.zero_point), torch.cat(gains))
+        factors.append(torch.where(some, best, factor))
+    return _Scored(Scales(torch.cat(factors).float(), candidates.zero_point), torch.cat(gains))

@@ -12,12 +12,12 @@ from torch import Tensor
 from calipers.engines.dispatch import run
 from calipers.engines.kernels import CANDIDATE_SUMS, CandidateSums, Problem
 from calipers.formats import has_scale_codes
-from calipers.ranges.candidate_sums import batches_of
+from calipers.grouping import Groups
+from calipers.ranges.candidate_sums import chunks_of
+from calipers.ranges.in_float32 import has_free_scales, search_in_float32, times
 from calipers.ranges.least_squares import ScaleSpec, search_least_squares
 from calipers.ranges.qparams import cast_range, checked_global_scale
 from calipers.ranges.scale_codes import search_scale_codes
-from calipers.ranges.units import has_free_scales, search_in_float32, times
-from calipers.ranges.views import GroupedView
 
 __all__ = ["search_optimal_scales"]
 
@@ -25,13 +25,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 def search_optimal_scales(
-    views: Sequence[GroupedView],
+    views: Sequence[Groups],
     extremes: Sequence[Pair],
     args: QuantizationArgs,
     *,
-    importance: Sequence[GroupedView] | None = None,
+    importance: Sequence[Groups] | None = None,
     global_scale: Tensor | None = None,
-    signed: bool = False,
+    negative_scales: bool = False,
     engine: str | None = None,
 ) -> list[Pair]:
     """Scale and zero point with the smallest sum of w (x - fake_quantize(x))^2 in each group.
@@ -41,11 +41,11 @@ def search_optimal_scales(
         extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`, in
             the dtype of the values, in which scales will be stored.
         args: Quantization arguments; the strategy does not count.
-        importance: For each view the weights w of its values, >= 0, broadcast to the same shape;
-            None weighs all alike.
+        importance: For each view that of its values, w >= 0, broadcast to the same shape; None
+            weighs all alike.
         global_scale: TENSOR_GROUP only, shape (1,).
-        signed: Whether scales may be negative (symmetric integers): the extra code of the lopsided
-            range then serves the positive side.
+        negative_scales: Whether scales may be negative (symmetric integers): the extra code of the
+            lopsided range then serves the positive side.
         engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
@@ -56,24 +56,24 @@ def search_optimal_scales(
     dtype = extremes[0][0].dtype
     if global_scale is not None:
         global_scale = checked_global_scale(global_scale, views[0].values.device)
-    weights = [None] * len(views) if importance is None else importance
+    by_view = [None] * len(views) if importance is None else importance
     values = sum(view.values.numel() for view in views)
     weighted = [] if importance is None else importance
     dtypes = tuple(each.values.dtype for each in (*views, *weighted))
     problem = Problem(views[0].values.device, values, dtypes, args)
 
-    def search_part(
+    def search_scaled(
         code: CandidateSums,
-        views: Sequence[GroupedView],
+        views: Sequence[Groups],
         extremes: Sequence[Pair],
         factor: float,
     ) -> list[Pair]:
         scale = None if global_scale is None else times(global_scale, factor)
-        spec = ScaleSpec(args, dtype, signed, scale, factor)
+        spec = ScaleSpec(args, dtype, negative_scales, scale, factor)
 
         found = [
-            _search_view(view, low, high, weight, spec, code)
-            for view, (low, high), weight in zip(views, extremes, weights, strict=True)
+            _search_view(view, low, high, its_importance, spec, code)
+            for view, (low, high), its_importance in zip(views, extremes, by_view, strict=True)
         ]
         if factor == 1:
             return found
@@ -83,26 +83,26 @@ def search_optimal_scales(
     free = has_free_scales(args, dtype, global_scale)
 
     def search_whole(code: CandidateSums) -> list[Pair]:
-        return search_in_float32(views, extremes, functools.partial(search_part, code), free)
+        return search_in_float32(views, extremes, functools.partial(search_scaled, code), free)
 
     return run(CANDIDATE_SUMS, CandidateSums(), search_whole, problem, engine)
 
 
 def _search_view(
-    view: GroupedView,
+    view: Groups,
     low: Tensor,
     high: Tensor,
-    importance: GroupedView | None,
+    importance: Groups | None,
     spec: ScaleSpec,
     code: CandidateSums,
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
     search = search_scale_codes if has_scale_codes(spec.args) else search_least_squares
-    for batch in batches_of(view, importance, spec.args, code):
-        part = low[batch.where].reshape(-1), high[batch.where].reshape(-1)
-        found = search(batch, *part, spec)
-        scale[batch.where] = found.scale.view(batch.shape)
+    for chunk in chunks_of(view, importance, spec.args, code):
+        ends = low[chunk.where].reshape(-1), high[chunk.where].reshape(-1)
+        found = search(chunk, *ends, spec)
+        scale[chunk.where] = found.scale.view(chunk.shape)
         if found.zero_point is not None:
-            zero_point[batch.where] = found.zero_point.view(batch.shape)
+            zero_point[chunk.where] = found.zero_point.view(chunk.shape)
     return scale, zero_point

@@ -138,7 +138,7 @@ def scale_dtype_problem(args: QuantizationArgs, dtype: torch.dtype) -> str | Non
 
 
 def _overflowed(low: Tensor, high: Tensor, scale: Tensor, args: QuantizationArgs) -> Tensor | None:
-    """Which ranges are too wide for their dtype; None where none can be."""
+    """Marks the ranges that are too wide for their dtype; None where none can be."""
     limit = torch.finfo(low.dtype).max
     if args.type == QuantizationType.INT and 2.0**args.num_bits - 1 > limit:
         return torch.ones_like(low, dtype=torch.bool)
@@ -167,7 +167,7 @@ def _in_float64(
 def _calculated(
     low: Tensor, high: Tensor, args: QuantizationArgs, global_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As `calculate_qparams`, also of formats that the installed version does not know."""
+    """Scale and zero point, of formats that the installed compressed-tensors lacks, too."""
     if is_known_to_library(args):
         scale, zero_point = calculate_qparams(low, high, args, global_scale=global_scale)
         return scale, zero_point
@@ -213,16 +213,16 @@ def cast_range(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def expand_range(values: Tensor, factor: float) -> Tensor:
-    """Float32 values times a factor; what float32 cannot hold is taken to its limits.
+def expand_range(values: Tensor, factor: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Values in a dtype times a factor; what the dtype cannot hold is taken to its limits.
 
     Args:
         values: Ends of ranges, of any floating dtype. Inf, the end of a range of nothing, stays.
         factor: At least 1.
+        dtype: Of the result, float32 or float64.
     """
-    limits = torch.finfo(torch.float32)
-    grown = (values.float() * factor).clamp(limits.min, limits.max)
-    return torch.where(values.isinf(), values.float(), grown)
+    limits, own = torch.finfo(dtype), values.to(dtype)
+    return torch.where(values.isinf(), own, (own * factor).clamp(limits.min, limits.max))
 
 
 def widened(ends: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]:
@@ -232,12 +232,8 @@ def widened(ends: tuple[Tensor, Tensor], factor: float) -> tuple[Tensor, Tensor]
         ends: Of any floating dtype; Inf and -Inf of a range of nothing stay.
         factor: At least 1.
     """
-    if ends[0].dtype != torch.float64:
-        low, high = (expand_range(end, factor) for end in ends)
-        return low, high
-    limit = torch.finfo(torch.float64).max
-    grown = ((end * factor).clamp(-limit, limit) for end in ends)
-    low, high = (torch.where(old.isinf(), old, new) for old, new in zip(ends, grown, strict=True))
+    dtype = torch.float64 if ends[0].dtype == torch.float64 else torch.float32
+    low, high = (expand_range(end, factor, dtype) for end in ends)
     return low, high
 
 
@@ -278,6 +274,14 @@ def range_of_qparams(
     Raises:
         ValueError: A scale that is not positive: `calculate_qparams` never makes one, so that no
             range gives it back. A global scale that is not one positive finite number.
+
+    Example:
+        >>> args = QuantizationArgs(num_bits=4)
+        >>> low, high = range_of_qparams(torch.tensor([0.5]), None, args)
+        >>> low, high
+        (tensor([-3.7500], dtype=torch.float64), tensor([3.7500], dtype=torch.float64))
+        >>> qparams_of_range(low, high, args)[0]
+        tensor([0.5000], dtype=torch.float64)
 
     Source: `calculate_qparams` of compressed-tensors, solved for its arguments.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from calipers.formats import E4M3, has_mx_scales
-from calipers.ranges.candidate_sums import Batch, Candidates, GroupBatch, Sums
+from calipers.ranges.candidate_sums import Candidates, Chunk, MemoryChunk, Sums
 from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
 
 __all__ = ["all_scales", "search_scale_codes"]
@@ -24,14 +24,14 @@ __all__ = ["all_scales", "search_scale_codes"]
 FLOAT8_TILE, MX_TILE = 16, 4
 
 
-def search_scale_codes(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
+def search_scale_codes(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     """The scale code of each group with the smallest sum of w (x - dequantized x)^2 of all codes.
 
     Args:
-        batch: The groups.
+        chunk: Some groups.
         low: Minimum of each group, in the dtype of the values, shape (groups,).
         high: Maximum of each group.
-        spec: What is searched for.
+        spec: Which scales can be chosen.
 
     Returns:
         Scales, the global scale divided out, float32, shape (groups,). A group of zeros gets the
@@ -42,10 +42,10 @@ def search_scale_codes(batch: Batch, low: Tensor, high: Tensor, spec: ScaleSpec)
     # The smallest scale that covers each group.
     covering = torch.searchsorted(table, amax / spec.format.high).clamp(max=table.numel() - 1)
     tile, above = (MX_TILE, 0) if has_mx_scales(spec.args) else (FLOAT8_TILE, FLOAT8_TILE // 2 - 1)
-    if batch.whole is not None:
-        found = batch.whole.search_scale_codes(table, covering, above, tile - 1)
+    if chunk.whole is not None:
+        found = chunk.whole.search_scale_codes(table, covering, above, tile - 1)
     else:
-        found = _search_down(batch, covering, table, tile, above, spec)
+        found = _search_down(chunk, covering, table, tile, above, spec)
     plain = min_max_scales(low, high, spec)
     return Scales(torch.where((low < 0) | (high > 0), table[found], plain.scale))
 
@@ -58,7 +58,7 @@ def all_scales(spec: ScaleSpec, device: torch.device) -> Tensor:
 
 
 def _search_down(
-    batch: Batch, covering: Tensor, table: Tensor, tile: int, above: int, spec: ScaleSpec
+    chunk: Chunk, covering: Tensor, table: Tensor, tile: int, above: int, spec: ScaleSpec
 ) -> Tensor:
     """Index of the best code of each group: tile after tile downwards, until the bound says stop.
 
@@ -73,7 +73,7 @@ def _search_down(
     active = torch.arange(covering.numel(), dtype=torch.int64, device=table.device)
     while True:
         codes = (lowest + steps).clamp(max=table.numel() - 1)
-        found = batch.sum(sums, Candidates(inverse, table[codes] * inverse))
+        found = chunk.sum(sums, Candidates(inverse, table[codes] * inverse))
         error, picked = found[:tile].float().min(0)
         better = error < best_error[active]
         best[active] = torch.where(better, codes.gather(0, picked.unsqueeze(0))[0], best[active])
@@ -81,10 +81,10 @@ def _search_down(
         going = (lowest > 0) & (found[tile] < best_error[active])
         if not going.any():
             return best
-        if batch.selectable:
-            assert isinstance(batch, GroupBatch)
+        if isinstance(chunk, MemoryChunk) and chunk.values is not None:
+            # Of other groups a call costs little for those that are done.
             left = going.nonzero().squeeze(1)
-            batch, active = batch.select(left), active[left]
+            chunk, active = chunk.select(left), active[left]
             inverse, lowest = inverse[left], lowest[left]
         lowest = (lowest - tile).clamp(min=0)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from calipers.engines.kernels import GridProblem
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["decide_ties"]
 
@@ -27,7 +27,7 @@ def decide_ties(
     problem: GridProblem,
     found: Range,
     ties: Tensor,
-    num_steps: int,
+    num_candidates: int,
 ) -> None:
     """Search the groups that are marked by the reference, and write what it finds.
 
@@ -36,32 +36,33 @@ def decide_ties(
         problem: The values of the view.
         found: Minimum and maximum found for each group, to be corrected in place.
         ties: Which groups, of the view's `qparam_shape`.
-        num_steps: Steps that the search came to.
+        num_candidates: Candidates that the search came to.
     """
     view, importance = problem.view, problem.importance
-    weights = None if importance is None else importance.pieces(LOOKED_THROUGH)
+    others = None if importance is None else importance.chunks(LOOKED_THROUGH)
     group_size = view.values.numel() // max(1, ties.numel())
     gathered: list[_Ties] = []
 
     def decide() -> None:
         if gathered:
-            _decide(search_few, problem, found, gathered, num_steps)
+            _decide(search_few, problem, found, gathered, num_candidates)
             gathered.clear()
 
-    for where, piece in view.pieces(LOOKED_THROUGH):
-        weight = None if weights is None else next(weights)[1]
+    for where, chunk in view.chunks(LOOKED_THROUGH):
+        its_importance = None if others is None else next(others)[1]
         marked = ties[where]
-        if piece.numel() < group_size * marked.numel() or not bool(marked.any()):
-            continue  # parts of groups: sums of so many values leave little doubt
+        if chunk.numel() < group_size * marked.numel() or not bool(marked.any()):
+            continue  # splits of groups: sums of so many values leave little doubt
         index = marked.nonzero(as_tuple=True)
-        its_weight = None if weight is None else weight[index].flatten(1)
-        gathered.append((where, index, piece[index].flatten(1), its_weight))
+        if its_importance is not None:
+            its_importance = its_importance[index].flatten(1)
+        gathered.append((where, index, chunk[index].flatten(1), its_importance))
         if sum(values.numel() for _, _, values, _ in gathered) >= GATHERED:
             decide()
     decide()
 
 
-#: Where some groups lie (of which part of the qparams which ones), their values and weights.
+#: Where some groups lie (in which slices of the qparams which ones), their values and importance.
 _Ties = tuple[tuple[slice, ...], tuple[Tensor, ...], Tensor, Tensor | None]
 
 
@@ -70,21 +71,21 @@ def _decide(
     problem: GridProblem,
     found: Range,
     gathered: list[_Ties],
-    num_steps: int,
+    num_candidates: int,
 ) -> None:
     """One call of the reference for all groups gathered."""
     places = [(where, index) for where, index, _, _ in gathered]
     values = [its_values for _, _, its_values, _ in gathered]
-    weights = [weight for _, _, _, weight in gathered if weight is not None]
+    importance = [importance for _, _, _, importance in gathered if importance is not None]
     ranges = search_few(
         replace(
             problem,
-            view=GroupedView(torch.cat(values), (1,), finite_only=problem.view.finite_only),
+            view=Groups(torch.cat(values), (1,), finite_only=problem.view.finite_only),
             low=torch.cat([problem.low[where][index] for where, index in places]),
             high=torch.cat([problem.high[where][index] for where, index in places]),
-            importance=GroupedView(torch.cat(weights), (1,)) if weights else None,
+            importance=Groups(torch.cat(importance), (1,)) if importance else None,
         ),
-        num_steps,
+        num_candidates,
     )
     sizes = [len(its_values) for its_values in values]
     for target, ends in zip(found, ranges, strict=True):

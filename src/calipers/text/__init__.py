@@ -1,7 +1,5 @@
 """Token batches from text: files, datasets and Python values, for calibration and evaluation."""
 
-from __future__ import annotations
-
 from calipers.text.batches import read_batches
 
 __all__ = ["read_batches"]

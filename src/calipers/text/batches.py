@@ -63,16 +63,16 @@ def read_batches(
         >>> from transformers import AutoTokenizer
         >>> from calipers.demo import MODEL_PATH
         >>> tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-        >>> batches = read_batches(["Once upon a time", "A cat sat"], tokenizer, sequence_length=3)
-        >>> [tuple(ids.shape) for ids in batches]
-        [(1, 3), (1, 3)]
+        >>> samples = ["Once upon a time", {"prompt": "Who sat?", "response": "A cat."}]
+        >>> read_batches(samples, tokenizer, sequence_length=3)
+        [tensor([[ 0, 49, 80]]), tensor([[ 0, 57, 539]])]
     """
     if isinstance(path, str):
         path = Path(path)
     _check(path, tokenizer, sequence_length, samples)
     if isinstance(path, Path) and path.suffix.lower() == ".txt" and path.is_file():
-        ids = _read_stream(path, tokenizer)
-        batches = _cut_stream(ids, sequence_length, samples, batch_size)
+        text = decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+        batches = _cut_stream(encode_text(text, tokenizer), sequence_length, samples, batch_size)
         name = str(path)
     else:
         name, found = _open(path)
@@ -126,11 +126,6 @@ def _encode(
             left_out + len(batches),
         )
     return batches
-
-
-def _read_stream(path: Path, tokenizer: Any) -> Tensor:
-    text = decode(path.read_bytes(), path)
-    return encode_text(text.replace("\r\n", "\n").replace("\r", "\n"), tokenizer)
 
 
 def _cut_stream(ids: Tensor, length: int, samples: int | None, batch_size: int) -> list[Tensor]:

@@ -16,7 +16,6 @@ __all__ = ["dataset_columns", "is_dataset", "iterate_dataset", "open_saved", "sa
 _CLASSES = ("Dataset", "IterableDataset", "DatasetDict", "IterableDatasetDict")
 #: One of them lies in every folder that `save_to_disk` writes.
 _MARKS = ("dataset_dict.json", "state.json")
-_SPLIT = "train"
 
 
 def is_dataset(value: object) -> bool:
@@ -61,16 +60,13 @@ def open_saved(folder: Path, split: str | None) -> Iterator[Sample]:
 def iterate_dataset(dataset: Any, name: str, split: str | None = None) -> Iterator[Sample]:
     """Iterate over the rows of a dataset, as plain Python values.
 
-    Args:
-        dataset: Of the package's classes.
-        name: What errors call it.
-        split: Which of several; None takes "train", or the only one.
+    Of several splits None takes "train", or the only one. `name` is what errors call the dataset.
 
     Raises:
         CalipersError: There is no such split (lists them), or no column holds samples.
     """
     if isinstance(dataset, Mapping):
-        wanted = split or (_SPLIT if len(dataset) != 1 else next(iter(dataset)))
+        wanted = split or ("train" if len(dataset) != 1 else next(iter(dataset)))
         if wanted not in dataset:
             raise CalipersError(
                 f"{name}: no split {wanted!r}; it has {', '.join(map(str, dataset)) or 'none'}"

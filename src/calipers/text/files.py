@@ -39,10 +39,7 @@ def open_samples(path: Path) -> Iterator[Sample]:
 
 
 def require(path: Path) -> None:
-    """Refuse a path that is no text, before anything is done that would be in vain.
-
-    Args:
-        path: As for `open_samples`, or .txt.
+    """Refuse a path that is neither .txt nor of a kind that `open_samples` reads.
 
     Raises:
         CalipersError: No such file, or of another kind.
@@ -59,15 +56,10 @@ def require(path: Path) -> None:
 
 
 def decode(data: bytes, path: Path, position: int = 0) -> str:
-    """UTF-8 to text, without the mark that some editors put first.
-
-    Args:
-        data: The bytes.
-        path: Their file, for the error.
-        position: Place of the first of them in it.
+    """UTF-8 to text, without the mark that some editors put at the beginning of a file.
 
     Raises:
-        CalipersError: Names the file and the byte.
+        CalipersError: Names the file and the byte; `position` is that of the data in the file.
     """
     try:
         text = data.decode("utf-8")

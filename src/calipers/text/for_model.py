@@ -26,17 +26,9 @@ def batches_for_model(
     samples: int = 128,
     sequence_length: int = 512,
 ) -> Iterable[Any]:
-    """Turn text into batches for a model; batches come back as they are.
+    """Arguments of a model for text, as `read_batches` takes it; other data comes back as it is.
 
-    Args:
-        data: Text, as `read_batches` takes it; or anything else.
-        model: The model; sequences get no longer than the positions that its config names.
-        tokenizer: Its tokenizer; may be None where `data` is no text.
-        samples: Most sequences of text.
-        sequence_length: Most tokens of a sequence of text.
-
-    Returns:
-        Mappings of the model's arguments, or `data`.
+    Sequences get no longer than the positions that the model's config names.
 
     Raises:
         CalipersError: As `read_batches`; text without a tokenizer.
@@ -50,12 +42,7 @@ def batches_for_model(
 
 
 def model_inputs(batches: Iterable[Tensor], model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Token ids as arguments of a model, without the cache that nobody would read.
-
-    Args:
-        batches: Token ids, shape (batch, tokens) each.
-        model: The model that is to be called with them.
-    """
+    """Token ids, shape (batch, tokens) each, as arguments of a model that shall fill no cache."""
     caches = "use_cache" in inspect.signature(model.forward).parameters
     options = {"use_cache": False} if caches else {}
     return [{"input_ids": ids, **options} for ids in batches]

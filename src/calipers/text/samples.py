@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calipers.errors import CalipersError
 
-__all__ = ["EXPECTED", "Sample", "encode_sample", "encode_text", "is_sample", "text_columns"]
+__all__ = ["Sample", "encode_sample", "encode_text", "is_sample", "text_columns"]
 
 #: Question and answer under the names that common datasets give them.
 _PAIRS = (
@@ -26,7 +26,8 @@ _PAIRS = (
 _KINDS: tuple[tuple[str, ...], ...] = (("text",), ("messages",), *_PAIRS)
 #: What an instruction is about; it may be missing.
 _CONTEXTS = ("input", "context")
-EXPECTED = "'text' or 'messages', or 'prompt' and 'response'"
+#: The fields of a sample, as errors name them.
+_FIELDS = "'text' or 'messages', or 'prompt' and 'response'"
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def text_columns(names: Iterable[str], where: str) -> list[str]:
     names = list(names)
     if not any(set(kind) <= set(names) for kind in _KINDS):
         raise CalipersError(
-            f"{where}: expected a column {EXPECTED}, got the columns {', '.join(names) or 'none'}"
+            f"{where}: expected a column {_FIELDS}, got the columns {', '.join(names) or 'none'}"
         )
     used = {name for kind in _KINDS for name in kind} | set(_CONTEXTS)
     return [name for name in names if name in used]
@@ -83,12 +84,12 @@ def encode_sample(sample: Sample, tokenizer: Any, length: int) -> Tensor:
         return encode_text(value, tokenizer, length)
     if not isinstance(value, Mapping):
         raise CalipersError(
-            f"{where}: expected an object with {EXPECTED}, got {type(value).__name__}"
+            f"{where}: expected an object with {_FIELDS}, got {type(value).__name__}"
         )
     kinds = [kind for kind in _KINDS if all(name in value for name in kind)]
     if not kinds:
         names = ", ".join(map(str, value)) or "none"
-        raise CalipersError(f"{where}: expected an object with {EXPECTED}, got the fields {names}")
+        raise CalipersError(f"{where}: expected an object with {_FIELDS}, got the fields {names}")
     for kind in kinds:
         if all(value[name] is not None for name in kind):
             return _encode_fields(kind, value, where, tokenizer, length)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
-from calipers.errors import CalipersError
+from calipers._words import check_choice
 
 __all__ = ["Document", "calibration_texts", "heldout_texts", "read_documents"]
 
 _DATA = Path(__file__).parent / "data"
-_PARTS = ("calibration", "heldout")
+Part: TypeAlias = Literal["calibration", "heldout"]
 
 
 class Document(NamedTuple):
@@ -38,34 +38,23 @@ class Document(NamedTuple):
 
 
 def calibration_texts() -> list[str]:
-    """Texts to calibrate a language model with.
+    """Texts to calibrate a language model with, one string per document.
 
-    Returns:
-        One string per document. The kinds alternate, so that the first documents, however many, are
-        a mixture like the whole.
+    The kinds alternate, so that the first documents, however many, are a mixture like the whole.
     """
     return [document.text for document in read_documents("calibration")]
 
 
 def heldout_texts() -> list[str]:
-    """Texts to measure a language model with, of other works than the calibration texts.
-
-    Returns:
-        One string per document, in a mixed order like that of `calibration_texts`.
-    """
+    """Texts to measure with, of other works than `calibration_texts` and mixed as those are."""
     return [document.text for document in read_documents("heldout")]
 
 
-def read_documents(part: Literal["calibration", "heldout"]) -> list[Document]:
+def read_documents(part: Part) -> list[Document]:
     """Read the documents of one part with their labels.
 
-    Nothing is read before this is called, and nothing is kept afterwards.
-
-    Args:
-        part: "calibration" or "heldout".
-
-    Returns:
-        The documents in a fixed order, in which the kinds alternate.
+    Nothing is read before this is called, and nothing is kept afterwards. The documents have a
+    fixed order, in which the kinds alternate.
 
     Raises:
         CalipersError: Another part.
@@ -75,7 +64,6 @@ def read_documents(part: Literal["calibration", "heldout"]) -> list[Document]:
         >>> sorted({document.kind for document in documents})
         ['code', 'dialogue', 'prose', 'table']
     """
-    if part not in _PARTS:
-        raise CalipersError(f"part: expected 'calibration' or 'heldout', got {part!r}")
+    check_choice("part", part, Part)
     with gzip.open(_DATA / f"{part}.jsonl.gz", "rt", encoding="utf-8") as lines:
         return [Document(**json.loads(line)) for line in lines]

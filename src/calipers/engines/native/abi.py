@@ -6,6 +6,7 @@ import ctypes
 import functools
 from collections.abc import Container
 from math import prod
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs
@@ -14,8 +15,8 @@ from torch import Tensor
 from calipers.engines.native import build
 from calipers.engines.strides import MOST_DIMS, Dim, Strides
 from calipers.formats import E4M3, Format, has_mx_scales, range_dtype
+from calipers.grouping import Groups
 from calipers.memory import UnreadableError, is_readable
-from calipers.ranges.views import GroupedView
 
 __all__ = [
     "LANES",
@@ -25,8 +26,8 @@ __all__ = [
     "GridReport",
     "GridSearch",
     "MinMax",
-    "NativeBox",
     "NativeFormat",
+    "NativeStrides",
     "ProjectionTask",
     "SumTask",
     "address",
@@ -36,14 +37,14 @@ __all__ = [
     "supports",
 ]
 
-#: Groups, or runs of the values of long ones, that are worked on at a time, at most.
+#: Groups, or splits of long ones, that are worked on at a time, at most.
 LANES = 16
-#: Groups up to this long are never cut into runs.
+#: Groups up to this long are never split.
 SHORT = 1024
-#: Groups up to this long are not cut where there are so many that all threads have enough to do.
+#: Groups up to this long are not split where there are so many that all threads have enough to do.
 LONGEST, MANY = 16384, 512
-#: Values of a run.
-RUN = 1024
+#: Values of a split (a run in the sources).
+SPLIT = 1024
 #: Less work (values times candidates) than this is done by the thread that asks for it.
 WORTH_THREADS = 2**18
 
@@ -67,6 +68,14 @@ def supports(args: QuantizationArgs, *dtypes: torch.dtype) -> bool:
     return bool(args.symmetric) and known
 
 
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def _fields(kind: type[Any], names: str) -> list[tuple[str, type[Any]]]:
+    """Fields of one kind, by names between spaces, for a structure's `_fields_`."""
+    return [(name, kind) for name in names.split()]
+
+
 class _Dims(ctypes.Structure):
     _fields_ = (
         ("count", ctypes.c_int64),
@@ -82,62 +91,53 @@ class _Dims(ctypes.Structure):
             len(dims),
             array(*(dim.size for dim in dims)),
             array(*(dim.value for dim in dims)),
-            array(*(dim.weight for dim in dims)),
+            array(*(dim.importance for dim in dims)),
         )
 
 
-class NativeBox(ctypes.Structure):
-    """`Box` of box.h."""
+class NativeStrides(ctypes.Structure):
+    """`Box` of box.h: where groups lie, and the runs that long ones are split into."""
 
     _fields_ = (
-        ("values", ctypes.c_void_p),
-        ("weights", ctypes.c_void_p),
-        ("columns", ctypes.c_void_p),
-        ("lists", ctypes.c_int64),
-        ("value_type", ctypes.c_int64),
-        ("weight_type", ctypes.c_int64),
-        ("finite_only", ctypes.c_int64),
-        ("kept", _Dims),
-        ("reduced", _Dims),
-        ("groups", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("runs", ctypes.c_int64),
-        ("run_length", ctypes.c_int64),
+        *_fields(_POINTER, "values weights columns"),
+        *_fields(_INT, "lists value_type weight_type finite_only"),
+        *_fields(_Dims, "kept reduced"),
+        *_fields(_INT, "groups size runs run_length"),
     )
 
     @classmethod
-    def of(cls, view: GroupedView, importance: GroupedView | None = None) -> NativeBox:
-        """The values of a view, which must outlive it, cut into runs where that is better.
+    def of(cls, view: Groups, importance: Groups | None = None) -> NativeStrides:
+        """The values of a view, which must outlive it, split where that is better.
 
         Raises:
-            UnreadableError: Values, weights or columns that do not lie in memory as strides say.
+            UnreadableError: Values, importance or columns that do not lie in memory as strides say.
         """
-        box = _checked_box(view, importance)
+        strides = _checked_strides(view, importance)
         groups = prod(view.qparam_shape)
         size = prod(view.shape) // max(1, groups)
         whole = size <= SHORT or (size <= LONGEST and groups >= MANY)
-        runs = 1 if whole else -(-size // RUN)
+        splits = 1 if whole else -(-size // SPLIT)
         native = cls(
-            _start(box.values, _TYPES),
-            None if box.weights is None else _start(box.weights, _TYPES),
-            address(box.columns, torch.int64),
-            1 if box.columns is None else box.columns.shape[0],
-            _TYPES[box.values.dtype],
-            0 if box.weights is None else _TYPES[box.weights.dtype],
+            _start(strides.values, _TYPES),
+            None if strides.importance is None else _start(strides.importance, _TYPES),
+            address(strides.columns, torch.int64),
+            1 if strides.columns is None else strides.columns.shape[0],
+            _TYPES[strides.values.dtype],
+            0 if strides.importance is None else _TYPES[strides.importance.dtype],
             view.finite_only,
-            _Dims.of(box.kept),
-            _Dims.of(box.reduced),
+            _Dims.of(strides.kept),
+            _Dims.of(strides.reduced),
             groups,
             size,
-            runs,
-            size if whole else RUN,
+            splits,
+            size if whole else SPLIT,
         )
-        native.keeps = box  # what the addresses point to
+        native.keeps = strides  # what the addresses point to
         return native
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of `LANES` units."""
+        """Number of times that `LANES` groups or splits are worked on."""
         return int(-(-self.groups * self.runs // LANES))
 
 
@@ -145,20 +145,9 @@ class NativeFormat(ctypes.Structure):
     """`Format` of format.h."""
 
     _fields_ = (
-        ("integer", ctypes.c_int64),
-        ("symmetric", ctypes.c_int64),
-        ("scale_type", ctypes.c_int64),
-        ("is_global", ctypes.c_int64),
-        ("mx_offset", ctypes.c_int64),
-        ("lowest", ctypes.c_float),
-        ("highest", ctypes.c_float),
-        ("half_range", ctypes.c_float),
-        ("global_scale", ctypes.c_float),
-        ("scale_limit", ctypes.c_float),
-        ("scale_eps", ctypes.c_float),
-        ("shift", ctypes.c_float),
-        ("smallest", ctypes.c_int64),
-        ("range_type", ctypes.c_int64),
+        *_fields(_INT, "integer symmetric scale_type is_global mx_offset"),
+        *_fields(_FLOAT, "lowest highest half_range global_scale scale_limit scale_eps shift"),
+        *_fields(_INT, "smallest range_type"),
     )
 
     @classmethod
@@ -197,51 +186,39 @@ class NativeFormat(ctypes.Structure):
 class MinMax(ctypes.Structure):
     """`MinMax` of min_max.h."""
 
-    _fields_ = (("box", NativeBox), ("low", ctypes.c_void_p), ("high", ctypes.c_void_p))
+    _fields_ = (("box", NativeStrides), *_fields(_POINTER, "low high"))
 
 
 class GridSearch(ctypes.Structure):
     """`GridSearch` of grid.h."""
 
     _fields_ = (
-        ("box", NativeBox),
+        ("box", NativeStrides),
         ("format", NativeFormat),
-        ("low", ctypes.c_void_p),
-        ("high", ctypes.c_void_p),
-        ("units", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("steps", ctypes.c_int64),
-        ("norm", ctypes.c_float),
-        ("expand", ctypes.c_float),
-        ("clip_steps", ctypes.c_float),
-        ("squares_first", ctypes.c_int64),
-        ("doubt", ctypes.c_float),
-        ("noise", ctypes.c_float),
-        ("known_errors", ctypes.c_void_p),
-        ("errors", ctypes.c_void_p),
-        ("best_low", ctypes.c_void_p),
-        ("best_high", ctypes.c_void_p),
-        ("doubtful", ctypes.c_void_p),
+        *_fields(_POINTER, "low high units factors"),
+        ("steps", _INT),
+        *_fields(_FLOAT, "norm expand clip_steps"),
+        ("squares_first", _INT),
+        *_fields(_FLOAT, "doubt noise"),
+        *_fields(_POINTER, "known_errors errors best_low best_high doubtful"),
     )
 
 
 class GridReport(ctypes.Structure):
     """`GridReport` of grid.h."""
 
-    _fields_ = (("gains", ctypes.c_void_p), ("evaluated", ctypes.c_int64))
+    _fields_ = (("gains", _POINTER), ("evaluated", _INT))
 
 
 class SumTask(ctypes.Structure):
     """`SumTask` of sums.h."""
 
     _fields_ = (
-        ("box", NativeBox),
+        ("box", NativeStrides),
         ("format", NativeFormat),
-        ("inverse_base", ctypes.c_void_p),
-        ("ratios", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("sums", ctypes.c_void_p),
+        *_fields(_POINTER, "inverse_base ratios zeros"),
+        ("count", _INT),
+        ("sums", _POINTER),
     )
 
 
@@ -249,19 +226,13 @@ class ProjectionTask(ctypes.Structure):
     """`ProjectionTask` of optimal.h."""
 
     _fields_ = (
-        ("box", NativeBox),
+        ("box", NativeStrides),
         ("format", NativeFormat),
-        ("inverse_base", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("ratios", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("factors", ctypes.c_void_p),
-        ("fine_count", ctypes.c_int64),
-        ("rounds", ctypes.c_int64),
-        ("residual", ctypes.c_int64),
-        ("best_ratio", ctypes.c_void_p),
-        ("best_zero", ctypes.c_void_p),
+        *_fields(_POINTER, "inverse_base zeros ratios offsets"),
+        ("count", _INT),
+        ("factors", _POINTER),
+        *_fields(_INT, "fine_count rounds residual"),
+        *_fields(_POINTER, "best_ratio best_zero"),
     )
 
 
@@ -269,14 +240,13 @@ class CodeTask(ctypes.Structure):
     """`CodeTask` of optimal.h."""
 
     _fields_ = (
-        ("box", NativeBox),
+        ("box", NativeStrides),
         ("format", NativeFormat),
-        ("scales", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("covering", ctypes.c_void_p),
-        ("above", ctypes.c_int64),
-        ("start", ctypes.c_int64),
-        ("best", ctypes.c_void_p),
+        ("scales", _POINTER),
+        ("count", _INT),
+        ("covering", _POINTER),
+        *_fields(_INT, "above start"),
+        ("best", _POINTER),
     )
 
 
@@ -285,21 +255,9 @@ class CoupledTask(ctypes.Structure):
 
     _fields_ = (
         ("format", NativeFormat),
-        ("values", ctypes.c_void_p),
-        ("products", ctypes.c_void_p),
-        ("slopes", ctypes.c_void_p),
-        ("matrix", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("blocks", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("rows_of_group", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("shares", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p),
+        *_fields(_POINTER, "values products slopes matrix factors scales zeros"),
+        *_fields(_INT, "blocks rows width rank rows_of_group count"),
+        *_fields(_POINTER, "shares sums"),
     )
 
 
@@ -344,10 +302,10 @@ def _start(tensor: Tensor, dtypes: Container[torch.dtype]) -> int:
     return tensor.data_ptr()
 
 
-def _checked_box(view: GroupedView, importance: GroupedView | None) -> Strides:
-    """The box of a view, whose weights and columns fit its values."""
+def _checked_strides(view: Groups, importance: Groups | None) -> Strides:
+    """Where the values of a view lie; their importance and columns must fit them."""
     if importance is not None and importance.values.shape != view.values.shape:
-        raise UnreadableError("weights must have the shape of the values")
+        raise UnreadableError("importance must have the shape of the values")
     columns = view.columns
     if columns is not None and columns.numel():
         lowest, highest = torch.aminmax(columns)
@@ -368,7 +326,7 @@ def number_of_parts(blocks: int, work: int) -> int:
 
 #: Structures of the same name in the sources; two have a prefix here.
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    "Box": NativeBox,
+    "Box": NativeStrides,
     "Format": NativeFormat,
     "MinMax": MinMax,
     "GridSearch": GridSearch,

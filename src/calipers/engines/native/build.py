@@ -236,7 +236,7 @@ def _flags() -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def _fingerprint() -> str:
-    """What the library depends on: its sources, the flags and the platform."""
+    """Hash of what the library depends on: its sources, the flags and the platform."""
     digest = hashlib.sha256(" ".join([*_flags(), platform.system(), platform.machine()]).encode())
     for source in sorted([*_SOURCES.glob("*.h"), *_SOURCES.glob("*.cpp")]):
         digest.update(source.read_bytes())

@@ -1,8 +1,8 @@
-"""The shrink grid on the CPU in C++: a group's values are brought into the cache for all steps.
+"""The shrink grid on the CPU in C++: a group's values stay in the cache for all candidates.
 
 Its errors are off by up to some hundred-thousandths. Groups whose two best candidates lie closer
-than that are searched again by the reference, so that it is the reference's step that is chosen
-there too.
+than that are searched again by the reference, so that its candidate is chosen there
+too.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from calipers.engines.native import abi
 from calipers.engines.native.abi import (
     GridReport,
     GridSearch,
-    NativeBox,
     NativeFormat,
+    NativeStrides,
     address,
     library,
     number_of_parts,
@@ -75,20 +75,20 @@ def search(problems: Sequence[GridProblem], reference: GridReference) -> list[Ra
     evaluated.count = 0
     searches = [_Search(problem) for problem in problems]
     grid = problems[0].grid
-    steps = grid.num_steps
-    gains = torch.stack([each.try_steps(steps) for each in searches]).any(0).tolist()
-    last = grid.last_step(gains)
+    candidates = grid.num_candidates
+    gains = torch.stack([each.try_candidates(candidates) for each in searches]).any(0).tolist()
+    last = grid.last_candidate(gains)
     values = sum(problem.view.values.numel() for problem in problems)
-    if last < steps - 1 and values <= FEW and any(bool(each.ties.any()) for each in searches):
+    if last < candidates - 1 and values <= FEW and any(bool(each.ties.any()) for each in searches):
         # Gains that rounding makes count for the patience too.
         return reference.search(problems)
-    if any(gains[last + 1 :]):  # by steps that the search would not have come to
-        steps = last + 1
+    if any(gains[last + 1 :]):  # by candidates that the search would not have come to
+        candidates = last + 1
         for each in searches:
-            each.try_steps(steps)
+            each.try_candidates(candidates)
     for each in searches:
         if bool(each.ties.any()):
-            reference.ties(each.problem, (each.low, each.high), each.ties, steps)
+            reference.ties(each.problem, (each.low, each.high), each.ties, candidates)
     return [(each.low, each.high) for each in searches]
 
 
@@ -101,35 +101,35 @@ class _Search:
         self.problem = replace(
             problem, low=problem.low.contiguous(), high=problem.high.contiguous()
         )
-        self.box = NativeBox.of(problem.view, problem.importance)
+        self.strides = NativeStrides.of(problem.view, problem.importance)
         self.low, self.high = torch.empty_like(self.problem.low), torch.empty_like(self.problem.low)
         self.ties = torch.empty(problem.view.qparam_shape, dtype=torch.bool, device="cpu")
         self._errors: Tensor | None = None
 
-    def try_steps(self, steps: int) -> Tensor:
-        """Search the first steps; which of them made any group better, shape (steps,)."""
+    def try_candidates(self, candidates: int) -> Tensor:
+        """Search the first candidates; which of them made any group better, shape (candidates,)."""
         problem = self.problem
         grid, args = problem.grid, problem.args
-        factors = grid.factors(steps)
+        factors = grid.factors(candidates)
         errors = None
-        if self.box.runs > 1 and self._errors is None:
-            shape = (self.box.groups, self.box.runs, steps)
+        if self.strides.runs > 1 and self._errors is None:
+            shape = (self.strides.groups, self.strides.runs, candidates)
             errors = torch.empty(shape, dtype=torch.float64, device="cpu")
-        known = None if self._errors is None else self._errors[:, :steps].contiguous()
+        known = None if self._errors is None else self._errors[:, :candidates].contiguous()
         task = GridSearch(
-            self.box,
+            self.strides,
             NativeFormat.of(args, problem.global_scale, problem.view.values.dtype),
-            address(problem.low, count=self.box.groups),
-            address(problem.high, count=self.box.groups),
-            address(problem.unit, count=self.box.groups),
-            address(factors, count=steps),
-            steps,
+            address(problem.low, count=self.strides.groups),
+            address(problem.high, count=self.strides.groups),
+            address(problem.unit, count=self.strides.groups),
+            address(factors, count=candidates),
+            candidates,
             grid.norm,
             grid.expand,
             _clip_steps(args) if problem.importance is None else 0,
             _squares_first(args, grid),
             _doubt(grid.norm),
-            _noise(self.box.size),
+            _noise(self.strides.size),
             address(known, torch.float64),
             address(errors, torch.float64),
             address(self.low),
@@ -138,14 +138,16 @@ class _Search:
         )
         if known is not None:
             task.box.runs = 1
-        parts = number_of_parts(task.box.blocks, self.box.groups * self.box.size * steps)
-        gains = torch.zeros(parts, steps, dtype=torch.bool, device="cpu")
+        parts = number_of_parts(
+            task.box.blocks, self.strides.groups * self.strides.size * candidates
+        )
+        gains = torch.zeros(parts, candidates, dtype=torch.bool, device="cpu")
         reports = (GridReport * parts)(*(GridReport(address(row, torch.bool), 0) for row in gains))
         library().search_grid(ctypes.byref(task), ctypes.c_int64(parts), reports)
         evaluated.count += sum(report.evaluated for report in reports)
         if errors is not None:
             self._errors = errors.sum(1)
-            return self.try_steps(steps)
+            return self.try_candidates(candidates)
         return gains.any(0)
 
 

@@ -15,20 +15,20 @@ from calipers.engines.kernels import CandidateSums, Problem
 from calipers.engines.native import abi
 from calipers.engines.native.abi import (
     CodeTask,
-    NativeBox,
     NativeFormat,
+    NativeStrides,
     ProjectionTask,
+    SumTask,
     address,
     library,
     number_of_parts,
 )
-from calipers.engines.native.sums import sum_candidates
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["NativeGroups", "candidate_sums", "read_groups", "supports"]
 
 #: Values whose groups are searched by one call: what is kept of each group meanwhile stays small.
-BATCH = 2**23
+CHUNK = 2**23
 
 
 def supports(problem: Problem) -> bool:
@@ -44,31 +44,52 @@ class NativeGroups:
     Args:
         where: Index of the groups in the view's `qparam_shape`.
         shape: Shape of that part of the qparams.
-        box: The values and their weights.
+        strides: The values and their weights.
         number_format: How codes round; scales are made elsewhere.
     """
 
     where: tuple[slice, ...]
     shape: tuple[int, ...]
-    box: NativeBox
+    strides: NativeStrides
     number_format: NativeFormat
 
     @property
-    def in_one_run(self) -> bool:
-        """Runs of values of long groups have to be summed before a scale is chosen."""
-        return bool(self.box.runs == 1)
+    def whole(self) -> bool:
+        """Whether no group is cut: sums of splits are added before a scale is chosen."""
+        return bool(self.strides.runs == 1)
 
-    def sum(self, inverse_base: Tensor, ratio: Tensor, zero_point: Tensor | None) -> Tensor:
-        """As `sum_candidates`."""
-        return sum_candidates(self.box, self.number_format, inverse_base, ratio, zero_point)
+    def sum(self, inverse_base: Tensor, factor: Tensor, zero_point: Tensor | None) -> Tensor:
+        """All sums for candidates, shape (3 * candidates + 1, groups), float64.
+
+        Args:
+            inverse_base: Shape (groups,): x = value * inverse_base, float32.
+            factor: Candidate scales in units of the base, shape (candidates, groups).
+            zero_point: Zero points, of the same shape; None for zero.
+        """
+        strides, inverse, factor = self.strides, inverse_base.contiguous(), factor.contiguous()
+        zeros = None if zero_point is None else zero_point.contiguous()
+        count = factor.shape[0]
+        shape = (3 * count + 1, strides.groups * strides.runs)
+        found = torch.empty(shape, dtype=torch.float64, device="cpu")
+        task = SumTask(
+            strides,
+            self.number_format,
+            address(inverse, count=strides.groups),
+            address(factor, count=count * strides.groups),
+            address(zeros, count=count * strides.groups),
+            count,
+            address(found, torch.float64),
+        )
+        library().sum_candidates(ctypes.byref(task), ctypes.c_int64(self._parts(count)))
+        return found.view(-1, strides.groups, strides.runs).sum(-1)
 
     def project(
         self,
         inverse_base: Tensor,
         zero_point: Tensor | None,
-        ratios: Tensor,
-        offsets: Tensor,
         factors: Tensor,
+        offsets: Tensor,
+        fine_factors: Tensor,
         rounds: int,
         residual: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -77,31 +98,31 @@ class NativeGroups:
         Args:
             inverse_base: Inverse of each group's unit of scale, shape (groups,), float32.
             zero_point: Zero point of the whole range of each group; None: none.
-            ratios: Candidates in units of the base.
+            factors: Candidates in units of the base.
             offsets: What each adds to the zero point.
-            factors: Finer candidates about the best one, as factors.
+            fine_factors: Finer candidates about the best one, as factors on it.
             rounds: How often these are tried.
             residual: Whether errors are summed themselves.
         """
-        factors = factors.contiguous()
+        fine_factors = fine_factors.contiguous()
         best = torch.empty_like(inverse_base)
         best_zero = None if zero_point is None else torch.empty_like(inverse_base)
         task = ProjectionTask(
-            self.box,
+            self.strides,
             self.number_format,
-            address(inverse_base, count=self.box.groups),
-            address(zero_point, count=self.box.groups),
-            address(ratios),
-            address(offsets, count=ratios.numel()),
-            ratios.numel(),
+            address(inverse_base, count=self.strides.groups),
+            address(zero_point, count=self.strides.groups),
             address(factors),
+            address(offsets, count=factors.numel()),
             factors.numel(),
+            address(fine_factors),
+            fine_factors.numel(),
             rounds,
             residual,
             address(best),
             address(best_zero),
         )
-        parts = self._parts(ratios.numel() + rounds * factors.numel())
+        parts = self._parts(factors.numel() + rounds * fine_factors.numel())
         library().project(ctypes.byref(task), ctypes.c_int64(parts))
         return best, best_zero
 
@@ -116,11 +137,11 @@ class NativeGroups:
         """
         best = torch.empty_like(covering)
         task = CodeTask(
-            self.box,
+            self.strides,
             self.number_format,
             address(table),
             table.numel(),
-            address(covering, torch.int64, self.box.groups),
+            address(covering, torch.int64, self.strides.groups),
             above,
             start,
             address(best, torch.int64),
@@ -129,26 +150,28 @@ class NativeGroups:
         return best
 
     def _parts(self, candidates: int) -> int:
-        return number_of_parts(self.box.blocks, self.box.groups * self.box.size * candidates)
+        return number_of_parts(
+            self.strides.blocks, self.strides.groups * self.strides.size * candidates
+        )
 
 
 def read_groups(
-    view: GroupedView, importance: GroupedView | None, args: QuantizationArgs
+    view: Groups, importance: Groups | None, args: QuantizationArgs
 ) -> Iterator[NativeGroups]:
     """All groups of a view, some at a time, as they lie in memory."""
     number_format = NativeFormat.of(args, None)
-    if prod(view.shape) <= BATCH or view.group_size > BATCH:
+    if prod(view.shape) <= CHUNK or view.group_size > CHUNK:
         everything = tuple(slice(None) for _ in view.qparam_shape)
-        box = NativeBox.of(view, importance)
-        yield NativeGroups(everything, view.qparam_shape, box, number_format)
+        strides = NativeStrides.of(view, importance)
+        yield NativeGroups(everything, view.qparam_shape, strides, number_format)
         return
-    weights = None if importance is None else importance.pieces(BATCH)
-    for where, piece in view.pieces(BATCH):
-        reduced = tuple(range(len(where), piece.dim()))
-        part = GroupedView(piece, reduced, finite_only=view.finite_only)
-        weight = None if weights is None else GroupedView(next(weights)[1], reduced)
-        box = NativeBox.of(part, weight)
-        yield NativeGroups(where, part.qparam_shape, box, number_format)
+    others = None if importance is None else importance.chunks(CHUNK)
+    for where, chunk in view.chunks(CHUNK):
+        reduced = tuple(range(len(where), chunk.dim()))
+        groups = Groups(chunk, reduced, finite_only=view.finite_only)
+        its_importance = None if others is None else Groups(next(others)[1], reduced)
+        strides = NativeStrides.of(groups, its_importance)
+        yield NativeGroups(where, groups.qparam_shape, strides, number_format)
 
 
 candidate_sums = CandidateSums(read_groups=read_groups)

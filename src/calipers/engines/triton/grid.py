@@ -1,7 +1,7 @@
 """The shrink grid on CUDA by Triton: one pass over the values, nothing of it waits for the host.
 
 Each group's values are loaded once and tried with all steps of the grid (groups too long for that
-are searched in runs, whose errors are brought together in a fixed order). The search notes which
+are searched in splits, whose errors are added in a fixed order). The search notes which
 steps made any group better, a kernel finds where the patience ends, and a second search, which ends
 at once where there is nothing to do, takes back what later steps have changed.
 """
@@ -85,8 +85,8 @@ def search(problems: Sequence[GridProblem], reference: GridReference) -> list[Ra
         searches = [_Search(problem, steps) for problem in problems]
         constants = _constants(one)
         for each in searches:
-            each.try_steps(constants)
-        if 0 < one.grid.patience < one.grid.num_steps:
+            each.try_candidates(constants)
+        if 0 < one.grid.patience < one.grid.num_candidates:
             steps.cut(one.grid.patience)
             for each in searches:
                 each.try_again(constants)
@@ -110,7 +110,7 @@ class _Steps:
 
     @classmethod
     def of(cls, grid: ShrinkGrid, device: torch.device) -> _Steps:
-        number = grid.num_steps
+        number = grid.num_candidates
         # Made there, since a copy would wait; as `ShrinkGrid.shrink` does it, in doubles. (Divided
         # by a number, CUDA would multiply with its inverse.)
         index = torch.arange(number, dtype=torch.float64, device=device)
@@ -138,7 +138,7 @@ class _Search:
         self._steps = steps
         self._groups = prod(self._shape)
         self._length = view.group_size
-        self._runs, self._run_length = _runs(self._length)
+        self._splits, self._split_length = _splits(self._length)
         self._strides = Strides.of(view, problem.importance)
         self._finite_only = view.finite_only
         self._low, self._high = problem.low.contiguous(), problem.high.contiguous()
@@ -147,14 +147,14 @@ class _Search:
         self._global_scale = problem.global_scale
         self._errors: Tensor | None = None
 
-    def try_steps(self, constants: dict[str, Any]) -> None:
+    def try_candidates(self, constants: dict[str, Any]) -> None:
         """Try as many steps as the state says; note which ones made a group better."""
         if not self._groups:
             return
         partial = None
-        if self._runs > 1:
-            partial = self._low.new_empty(self._steps.number, self._groups, self._runs)
-        block = launch.power_of_two(self._run_length)
+        if self._splits > 1:
+            partial = self._low.new_empty(self._steps.number, self._groups, self._splits)
+        block = launch.power_of_two(self._split_length)
         per_program = 1
         if partial is None:
             per_program = min(MOST_GROUPS, TILE // block, launch.power_of_two(self._groups))
@@ -166,24 +166,24 @@ class _Search:
             "global_scale": self._low if self._global_scale is None else self._global_scale,
             "partial": self._low if partial is None else partial,
             "length": self._length,
-            "run_length": self._run_length,
-            "num_runs": self._runs,
+            "run_length": self._split_length,
+            "num_runs": self._splits,
             "FINITE_ONLY": self._finite_only,
             "WIDE": self._length >= 2**31 - TILE,
             "LONG": partial is not None,
             "BLOCK_G": per_program,
             "BLOCK_N": block,
         }
-        programs = -(-self._groups // per_program) * self._runs
+        programs = -(-self._groups // per_program) * self._splits
         launch.launch(kernels.search_steps, programs, arguments)
         if partial is not None:
             self._errors = partial.sum(-1)
             self._pick()
 
     def try_again(self, constants: dict[str, Any]) -> None:
-        """The same with the steps that are left; the errors of long groups are still known."""
+        """Try the steps that are left; the errors of long groups are still known."""
         if self._errors is None:
-            self.try_steps(constants)
+            self.try_candidates(constants)
         else:
             self._pick()
 
@@ -209,14 +209,14 @@ class _Search:
         }
 
 
-def _runs(length: int) -> tuple[int, int]:
-    """Number and length of the runs in which a group is searched; one run where it fits a tile."""
+def _splits(length: int) -> tuple[int, int]:
+    """Number and length of the splits that a group is searched in; one where it fits a tile."""
     if length <= TILE:
         return 1, length
-    runs = -(-length // TILE)
-    # A multiple of 16, so that runs can be loaded in wide words.
-    run_length = -(-length // runs // 16) * 16
-    return -(-length // run_length), run_length
+    splits = -(-length // TILE)
+    # A multiple of 16, so that splits can be loaded in wide words.
+    split_length = -(-length // splits // 16) * 16
+    return -(-length // split_length), split_length
 
 
 def _constants(problem: GridProblem) -> dict[str, Any]:
@@ -242,22 +242,22 @@ def _constants(problem: GridProblem) -> dict[str, Any]:
 
 
 def _stride_arguments(strides: Strides) -> dict[str, Any]:
-    """What the kernel has to know of where the values lie."""
+    """The arguments that tell the kernel where values lie."""
     found: dict[str, Any] = {
         "values": strides.values,
-        "weights": strides.values if strides.weights is None else strides.weights,
+        "weights": strides.values if strides.importance is None else strides.importance,
         "columns": strides.values if strides.columns is None else strides.columns,
         "num_column_groups": 1 if strides.columns is None else strides.columns.shape[0],
         "KEPT": len(strides.kept),
         "REDUCED": len(strides.reduced),
         "GATHERED": strides.columns is not None,
-        "WEIGHTED": strides.weights is not None,
+        "WEIGHTED": strides.importance is not None,
     }
     for name, dims in (("kept", strides.kept), ("reduced", strides.reduced)):
         padded = [Dim(1, 0, 0)] * (MOST_DIMS - len(dims)) + dims
         for position, dim in enumerate(padded):
             found[f"value_{name}_{position}"] = dim.value
-            found[f"weight_{name}_{position}"] = dim.weight
+            found[f"weight_{name}_{position}"] = dim.importance
             if position > 0:
                 found[f"{name}_size_{position}"] = dim.size
     return found

@@ -24,9 +24,9 @@ def supports(problem: Problem) -> bool:
 def sum_rows(
     number_format: Format,
     values: Tensor,
-    weight: Tensor | None,
+    importance: Tensor | None,
     inverse_base: Tensor,
-    ratio: Tensor,
+    factor: Tensor,
     zero_point: Tensor | None,
 ) -> Tensor:
     """For each row and candidate the sums of `calipers.ranges.candidate_sums.Sums`, all of them.
@@ -34,9 +34,9 @@ def sum_rows(
     Args:
         number_format: The number format.
         values: Shape (rows, n), float32.
-        weight: Of the same shape, >= 0; None weighs all alike.
+        importance: Of the same shape, >= 0; None weighs all alike.
         inverse_base: Shape (rows,): x = value * inverse_base.
-        ratio: Candidate scales in units of the base, shape (candidates, rows).
+        factor: Candidate scales in units of the base, shape (candidates, rows).
         zero_point: Of the same shape; None for zero.
 
     Returns:
@@ -44,22 +44,22 @@ def sum_rows(
         and of what clipping alone costs at the last candidate.
     """
     rows, length = values.shape
-    count = ratio.shape[0]
-    values, ratio = values.contiguous(), ratio.contiguous()
+    count = factor.shape[0]
+    values, factor = values.contiguous(), factor.contiguous()
     found = torch.empty(3 * count + 1, rows, dtype=torch.float32, device=values.device)
     block = min(TILE, launch.power_of_two(length))
     per_program = min(TILE // block, launch.power_of_two(rows))
     arguments = {
         "values": values,
-        "weights": values if weight is None else weight.contiguous(),
+        "weights": values if importance is None else importance.contiguous(),
         "inverse_base": inverse_base.contiguous(),
-        "ratios": ratio,
-        "zeros": ratio if zero_point is None else zero_point.contiguous(),
+        "ratios": factor,
+        "zeros": factor if zero_point is None else zero_point.contiguous(),
         "found": found,
         "num_rows": rows,
         "length": length,
         "count": count,
-        "WEIGHTED": weight is not None,
+        "WEIGHTED": importance is not None,
         "SHIFTED": zero_point is not None,
         "INTEGER": number_format.integer,
         "LOWEST": number_format.low,

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -60,8 +58,12 @@ class Adapter(PeerObserver):
     def forward(self, observed: Tensor) -> Adapter:
         """Take in a value as it is, so that no layout is copied; a weight is measured once."""
         if observed.numel() and not (self.is_weight_obs and self.has_statistics):
-            with self._told_of_missing_tokens():
+            try:
                 self.inner.observe(self._counted(observed))
+            except ValueError:
+                if not self._wants_inputs or self.inner.has_data:
+                    raise
+                raise self._missing_tokens() from None
             self._set_range()
             self.fusion_handler.get_fused_statistics()
         return self
@@ -87,22 +89,16 @@ class Adapter(PeerObserver):
         chosen = mask.select(by_token)
         return chosen.transpose(0, 1) if heads else chosen
 
-    @contextmanager
-    def _told_of_missing_tokens(self) -> Iterator[None]:
-        """Say where tokens were missing, and what llmcompressor offers against that."""
-        try:
-            yield
-        except ValueError:
-            if not self._wants_inputs or self.inner.has_data:
-                raise
-            module = None if self._module_ref is None else self._module_ref()
-            name = self.inner.name if module is None else name_of(module, search=True)
-            raise MissingDataError(
-                f"{name}: no token reached it, and {type(self.inner).__name__} measures its "
-                "weight by its inputs. Is it an expert of a mixture? Run oneshot with "
-                "moe_calibrate_all_experts=True (the default, for models whose experts "
-                "llmcompressor knows), give it more data, or put it on the recipe's ignore list"
-            ) from None
+    def _missing_tokens(self) -> MissingDataError:
+        """The error that names the module without tokens, and what llmcompressor offers then."""
+        module = None if self._module_ref is None else self._module_ref()
+        name = self.inner.name if module is None else name_of(module, search=True)
+        return MissingDataError(
+            f"{name}: no token reached it, and {type(self.inner).__name__} measures its weight by "
+            "its inputs. Is it an expert of a mixture? Run oneshot with "
+            "moe_calibrate_all_experts=True (the default, for models whose experts llmcompressor "
+            "knows), give it more data, or put it on the recipe's ignore list"
+        )
 
     def _set_range(self) -> None:
         found = self.inner.get_range()
@@ -289,10 +285,7 @@ def _statistics_of_inputs(inner: Observer) -> dict[str, Tensor]:
 def adapt(cls: type[Observer], original: type[PeerObserver] = PeerObserver) -> type[Adapter]:
     """The class that offers an observer of calipers to llmcompressor.
 
-    Args:
-        cls: The observer of calipers.
-        original: The observer of llmcompressor whose place it takes: instances are instances of
-            that class too. Its base class where it takes none.
+    Its instances are instances of `original` too, the observer whose place it takes there.
     """
     adapter = IMatrixAdapter if issubclass(original, PeerIMatrixObserver) else Adapter
     members = {"calipers_class": cls, "__doc__": cls.__doc__, "__module__": __name__}

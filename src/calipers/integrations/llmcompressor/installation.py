@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from compressed_tensors.registry.registry import (
@@ -47,7 +47,7 @@ _INTERFACE = {
 
 
 @dataclass(frozen=True)
-class Installation:
+class Installation(AbstractContextManager["Installation"]):
     """What `install` did. As a context manager it is undone on leaving.
 
     Args:
@@ -60,16 +60,7 @@ class Installation:
     names: tuple[str, ...]
     before: Installation | None = field(default=None, repr=False, compare=False)
 
-    def __enter__(self) -> Installation:
-        """The installation itself: it is in force already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Bring back what was in force before."""
         if self.before is None:
             uninstall()
@@ -152,7 +143,8 @@ def _plan(entries: dict[str, Any], aliases: dict[str, str], replace: bool) -> di
     from calipers.integrations.llmcompressor.adapter import adapt
 
     planned: dict[str, Any] = {}
-    for name in _our_names():
+    ours = {*Observer.registered_names(), *Observer.registered_aliases()}
+    for name in sorted(map(standardize_lookup_name, ours)):
         cls: Any = Observer.get_value_from_registry(name)
         theirs = entries.get(aliases.get(name, name))
         if theirs is None:
@@ -172,25 +164,11 @@ def _plan(entries: dict[str, Any], aliases: dict[str, str], replace: bool) -> di
     return planned
 
 
-def _our_names() -> Iterable[str]:
-    """All names of our registry in the form in which registries keep them."""
-    names = {*Observer.registered_names(), *Observer.registered_aliases()}
-    return sorted(standardize_lookup_name(name) for name in names)
-
-
-_NOTHING = object()
-
-
 def _put(registry: dict[str, Any], name: str, value: Any) -> None:
-    before = registry.get(name, _NOTHING)
-
-    def restore() -> None:
-        if before is _NOTHING:
-            registry.pop(name, None)
-        else:
-            registry[name] = before
-
-    _state.undo.append(restore)
+    if name in registry:
+        _state.undo.append(functools.partial(registry.__setitem__, name, registry[name]))
+    else:
+        _state.undo.append(functools.partial(registry.pop, name, None))
     registry[name] = value
 
 
@@ -269,16 +247,12 @@ def _check_llmcompressor() -> None:
             f"llmcompressor {version}: its observer interface is not known to this version of "
             f"calipers, which works with llmcompressor {known}"
         )
-    missing = [
-        f"{path}.{name}" for path, names in _INTERFACE.items() for name in _missing(path, names)
-    ]
+    missing: list[str] = []
+    for path, names in _INTERFACE.items():
+        module, _, attribute = path.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None)
+        missing += [f"{path}.{name}" for name in names if not hasattr(found, name)]
     if missing:
         raise IntegrationError(
             f"llmcompressor {version} lacks what this integration builds on: {', '.join(missing)}"
         )
-
-
-def _missing(path: str, names: tuple[str, ...]) -> list[str]:
-    module, _, attribute = path.rpartition(".")
-    found = getattr(importlib.import_module(module), attribute, None)
-    return [name for name in names if not hasattr(found, name)]

@@ -41,4 +41,4 @@ def options_for(cls: type[Observer], args: QuantizationArgs) -> dict[str, Any]:
 
 
 def _known(cls: type[Observer]) -> set[str]:
-    return {*cls.Options.model_fields, *cls.ignored_options}
+    return cls.Options.names() | cls.ignored_options

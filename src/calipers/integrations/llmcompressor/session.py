@@ -6,7 +6,6 @@ Importing this module imports llmcompressor.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
 
 from llmcompressor.core import active_session
 from torch import Tensor, nn
@@ -23,9 +22,7 @@ _walked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def name_of(module: nn.Module, *, search: bool = False) -> str:
     """A module's name in the model of the session; its class where it is not part of one.
 
-    Args:
-        module: The module.
-        search: Walk through the model again where the module was not in it before.
+    With `search` the model is walked through again where the module was not in it before.
     """
     model = active_session().state.model
     unknown = search and module not in _names
@@ -35,15 +32,8 @@ def name_of(module: nn.Module, *, search: bool = False) -> str:
     return _names.get(module) or type(module).__name__
 
 
-@dataclass
-class _Ready:
-    """The mask that was asked for last, ready to pick tokens."""
-
-    source: Tensor | None = None
-    mask: TokenMask | None = None
-
-
-_ready = _Ready()
+#: The mask of the session that was asked for last, and what it says, ready to pick tokens.
+_ready: tuple[Tensor | None, TokenMask | None] = (None, None)
 
 
 def current_loss_mask() -> TokenMask | None:
@@ -52,6 +42,7 @@ def current_loss_mask() -> TokenMask | None:
     llmcompressor hands "loss_mask" of its dataset (1 where a token counts) to its modifiers, and no
     `attention_mask`. None without one, and where all tokens count.
     """
+    global _ready
     state = active_session().state
     masks, index = state.loss_masks, state.current_batch_idx
     if not masks or not 0 <= index < len(masks):
@@ -59,7 +50,7 @@ def current_loss_mask() -> TokenMask | None:
     source = masks[index]
     if source is None or source.dim() != 2:
         return None
-    if _ready.source is not source:
+    if _ready[0] is not source:
         mask = TokenMask(source == 1)
-        _ready.source, _ready.mask = source, mask if mask.count < source.numel() else None
-    return _ready.mask
+        _ready = source, mask if mask.count < source.numel() else None
+    return _ready[1]

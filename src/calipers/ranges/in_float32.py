@@ -10,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.formats import has_mx_scales
-from calipers.ranges.views import GroupedView
+from calipers.grouping import Groups
 
 __all__ = ["has_free_scales", "search_in_float32", "times"]
 
@@ -40,12 +40,12 @@ def has_free_scales(
 
 
 def search_in_float32(
-    views: Sequence[GroupedView],
+    views: Sequence[Groups],
     extremes: Sequence[Range],
-    search: Callable[[Sequence[GroupedView], Sequence[Range], float], list[Range]],
+    search: Callable[[Sequence[Groups], Sequence[Range], float], list[Range]],
     free: bool = True,
 ) -> list[Range]:
-    """What a float32 search finds of values that float32 may not hold, or not their `high - low`.
+    """Search values in float32 that it may not hold, or whose `high - low` it may not hold.
 
     Such values are searched as if they were smaller by a power of two (or larger, where all of a
     group would vanish in float32). Groups of float64 values that need other powers of two are
@@ -59,7 +59,7 @@ def search_in_float32(
         free: Whether scales can be divided by a power of two; else values are searched as they are.
 
     Returns:
-        For each view what was found for its groups.
+        For each view what the search found for its groups.
     """
     if not free or extremes[0][0].dtype == torch.float16:
         return search(views, extremes, 1.0)

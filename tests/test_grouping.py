@@ -1,4 +1,4 @@
-"""Views hold every value once; what they walk through stays small."""
+"""Groups hold every value once, by a recipe of shapes alone; chunks of them stay small."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from calipers import grouping
 from calipers.observers import Observer
-from calipers.ranges import arrange, min_max, views
+from calipers.ranges import Grouping, group_values, min_max
 from observers.samples import CASES, Case
 from ranges.brute_force import groups_of, qparam_shape
 from ranges.strategies import arguments, group_indices, modest
@@ -35,13 +36,13 @@ def test_pieces_cover_every_value_once(
     if args.group_size:
         g_idx = data.draw(group_indices(cols, args.group_size))
     value = torch.arange(rows * cols, dtype=torch.float32).reshape(rows, cols)
-    arrangement = arrange(value, "weight", args, g_idx)
-    assert arrangement.qparam_shape == qparam_shape(value, args)
+    recipe = Grouping.of(value.shape, "weight", args, g_idx)
+    assert recipe.qparam_shape == qparam_shape(value, args)
     owner = torch.full((rows * cols,), -1)
-    numbers = torch.arange(len(groups_of(value, args, g_idx))).reshape(arrangement.qparam_shape)
-    for view in arrangement.views:
+    numbers = torch.arange(len(groups_of(value, args, g_idx))).reshape(recipe.qparam_shape)
+    for view in recipe.split(value):
         ours = numbers[view.where].reshape(view.qparam_shape)
-        for where, piece in view.pieces(limit):
+        for where, piece in view.chunks(limit):
             kept = piece.shape[: len(where)]
             assert ours[where].shape == kept
             assert piece.numel() <= limit or piece.shape[0] == 1 or view.columns is not None
@@ -59,10 +60,10 @@ def test_pieces_cover_every_value_once(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pieces_of_every_layout(case: Case, limit: int) -> None:
     value = torch.arange(max(1, torch.Size(case.shape).numel())).float().reshape(case.shape)
-    arrangement = arrange(value, case.base_name, case.args())
-    seen = [piece.flatten() for view in arrangement.views for _, piece in view.pieces(limit)]
+    recipe = Grouping.of(value.shape, case.base_name, case.args())
+    seen = [piece.flatten() for view in recipe.split(value) for _, piece in view.chunks(limit)]
     assert torch.equal(torch.cat(seen).sort().values, value.flatten())
-    assert arrangement.qparam_shape == case.qparams
+    assert recipe.qparam_shape == case.qparams
 
 
 @pytest.mark.parametrize("limit", [1, 3, 50])
@@ -70,10 +71,10 @@ def test_pieces_of_every_layout(case: Case, limit: int) -> None:
 def test_min_max_does_not_depend_on_the_size_of_pieces(
     case: Case, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for view in arrange(case.value(), case.base_name, case.args()).views:
+    for view in group_values(case.value(), case.base_name, case.args()):
         whole = min_max(view)
         with monkeypatch.context() as patch:
-            patch.setattr(views, "CPU_PIECE", limit)
+            patch.setattr(grouping, "CPU_CHUNK", limit)
             low, high = min_max(view)
             finite = min_max(view.finite())
         assert torch.equal(low, whole[0])
@@ -81,6 +82,39 @@ def test_min_max_does_not_depend_on_the_size_of_pieces(
         assert torch.equal(finite[0], low)
         assert torch.equal(finite[1], high)
         assert low.shape == high.shape == view.qparam_shape
+
+
+# -- the recipe ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_grouping_is_made_of_a_shape_and_splits_what_has_it(case: Case) -> None:
+    """Of importance that is expanded, without a copy, too."""
+    recipe = Grouping.of(case.shape, case.base_name, case.args())
+    importance = torch.rand(case.shape[-1:]).expand(case.shape)
+    for groups, same in zip(
+        recipe.split(importance), recipe.split(importance.contiguous()), strict=True
+    ):
+        assert torch.equal(groups.gathered(), same.gathered())
+        assert groups.values.untyped_storage().data_ptr() == importance.untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match=r"value: expected shape \(.*\), got \(3, 5, 7\)"):
+        recipe.split(torch.zeros(3, 5, 7))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_join_puts_results_and_their_features_in_place(ordered: bool) -> None:
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=4)
+    g_idx = None if ordered else torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 0, 1])
+    value = torch.arange(20.0).view(2, 10)
+    recipe = Grouping.of(value.shape, "weight", args, g_idx)
+    ends = [min_max(groups) for groups in recipe.split(value)]
+    low, high = recipe.join(ends)
+    (both,) = recipe.join([(torch.stack(pair, -1),) for pair in ends], (2,))
+    assert torch.equal(both, torch.stack([low, high], -1))
+    expected = [[3.0, 7.0, 9.0], [13.0, 17.0, 19.0]]
+    if not ordered:
+        expected = [[8.0, 9.0, 5.0], [18.0, 19.0, 15.0]]
+    assert high.tolist() == expected
 
 
 # -- scratch memory --------------------------------------------------------------------------
@@ -169,7 +203,7 @@ def test_min_max_makes_no_copy(
     """At most two pieces (a gathered one and its reduction), the qparams, and g_idx itself."""
     if g_idx and "group_size" not in LAYOUTS[layout]:
         pytest.skip("no groups of columns")
-    monkeypatch.setattr(views, "CPU_PIECE", PIECE)
+    monkeypatch.setattr(grouping, "CPU_CHUNK", PIECE)
     value, args = value_and_args(layout, dtype)
     index = shuffled_groups(layout) if g_idx else None
     observer = Observer.load_from_registry("memoryless_minmax", args)
@@ -191,7 +225,7 @@ def test_grid_search_works_in_bounded_memory(
     name: str, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At most eight pieces in float32 (fake_quantize's own steps), and 16 times the qparams."""
-    monkeypatch.setattr(views, "CPU_PIECE", PIECE)
+    monkeypatch.setattr(grouping, "CPU_CHUNK", PIECE)
     index = shuffled_groups("group") if layout == "g_idx" else None
     value, args = value_and_args("group" if layout == "g_idx" else layout, torch.bfloat16)
     module = nn.Linear(COLS, ROWS, bias=False)

@@ -96,11 +96,11 @@ def _status(field: str) -> float:
     return int(found[1]) / 1024
 
 
-if __name__ == "__main__":  # what both say of a call that is known: 32 MiB of scratch, 8 MiB kept
+if __name__ == "__main__":  # what both say of a call that is known: 32 MiB on the way, 8 MiB kept
     values = torch.ones(8 * MIB // 4)
 
     def known() -> torch.Tensor:
-        scratch = [values * 2 for _ in range(4)]
-        return scratch[0] + scratch[-1]
+        doubled = [values * 2 for _ in range(4)]
+        return doubled[0] + doubled[-1]
 
     print(f"allocated {peak_allocated(known):.1f} MiB, resident {peak_resident(known):.1f} MiB")

@@ -1,4 +1,4 @@
-"""The two sides of a case: an observer of calipers and one of llmcompressor, ready to be called."""
+"""Observers of calipers and, as its peer, of llmcompressor, ready to be called."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from timing import Call
 from torch import Tensor
 
+from benchmarks.timing import Call
 from calipers.observers import Observer
-from calipers.ranges import arrange, min_max
+from calipers.ranges import Grouping, min_max
 
 __all__ = [
-    "Side",
+    "Answer",
     "canonical",
     "canonical_importance",
     "chosen_engine",
     "error_of",
+    "give_importance",
     "our_min_max",
     "our_observer",
-    "peer_is_here",
     "peer_observer",
     "steps_of",
 ]
@@ -32,7 +32,7 @@ __all__ = [
 Range = tuple[Tensor, Tensor]
 
 
-class Side:
+class Answer:
     """A call to time and the range that it found last.
 
     `module` is kept for the observer, which holds it weakly.
@@ -81,7 +81,7 @@ def our_observer(
     *,
     whole_call: bool = False,
     global_scale: bool = False,
-) -> Side:
+) -> Answer:
     """`observer.observe(weight)`; before each call statistics are reset and E[x^2] is put back.
 
     With `whole_call` the qparams are derived as well; with `global_scale` the module has its own.
@@ -94,9 +94,7 @@ def our_observer(
     def prepare() -> None:
         observer.reset()
         if importance is not None:
-            observer.load_state(
-                {"input_square_sum": importance.double(), "num_input_tokens": torch.tensor(1)}
-            )
+            give_importance(observer, importance)
 
     def found() -> Range:
         state = observer.state()
@@ -107,28 +105,25 @@ def our_observer(
         if whole_call:
             observer.get_qparams()
 
-    return Side(run, found, prepare, module)
+    return Answer(run, found, prepare, module)
 
 
-def our_min_max(args: QuantizationArgs, weight: Tensor) -> Side:
-    """`calipers.ranges.min_max` over the views of a weight, without an observer."""
+def give_importance(observer: Observer, importance: Tensor) -> None:
+    """Put E[x^2] of the columns into an observer that has seen nothing, as if of one token."""
+    seen = {"input_square_sum": importance.double(), "num_input_tokens": torch.tensor(1)}
+    observer.load_state({**observer.state(), **seen})
+
+
+def our_min_max(args: QuantizationArgs, weight: Tensor) -> Answer:
+    """`calipers.ranges.min_max` over the groups of a weight, without an observer."""
     last: list[Range] = []
 
     def run() -> None:
-        arrangement = arrange(weight, "weight", args)
-        low, high = arrangement.assemble([min_max(view) for view in arrangement.views])
+        grouping = Grouping.of(weight.shape, "weight", args)
+        low, high = grouping.join([min_max(groups) for groups in grouping.split(weight)])
         last[:] = [(low, high)]
 
-    return Side(run, lambda: last[0], last.clear)
-
-
-def peer_is_here() -> bool:
-    """Whether llmcompressor can be imported."""
-    try:
-        import llmcompressor.observers
-    except ImportError:
-        return False
-    return bool(llmcompressor.observers)
+    return Answer(run, lambda: last[0], last.clear)
 
 
 def peer_observer(
@@ -139,7 +134,7 @@ def peer_observer(
     importance: Tensor | None,
     *,
     whole_call: bool = False,
-) -> Side:
+) -> Answer:
     """`observer.update_statistics_from_observed(flatten_for_calibration(weight))` of the peer.
 
     With `whole_call` the qparams are derived as well.
@@ -163,7 +158,7 @@ def peer_observer(
             observer.get_qparams()  # which deletes the statistics
 
     found: list[Range] = []
-    return Side(run, lambda: found[0])
+    return Answer(run, lambda: found[0])
 
 
 # -- what the answers are checked with: written apart from the code under test --------------------
@@ -200,7 +195,7 @@ def error_of(
     found: Range, values: Tensor, weights: Tensor | None, args: QuantizationArgs, norm: float
 ) -> Tensor:
     """Error of each group under a range, summed in float64; `values` are (groups, group size)."""
-    # Local scales are searched unrounded by both sides, since there is no global scale here.
+    # Local scales are searched unrounded by both, since there is no global scale here.
     free = args.model_copy(update={"scale_dtype": None})
     low, high = (t.float().unsqueeze(-1) for t in found)
     scale, zero_point = calculate_qparams(low, high, free, global_scale=None)

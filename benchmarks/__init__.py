@@ -1,0 +1,1 @@
+"""What is measured: `python -m benchmarks.NAME --json FILE`; `results/` holds such files."""

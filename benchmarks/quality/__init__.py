@@ -1,0 +1,1 @@
+"""What scales do to a model. Nothing is timed here."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import architectures
 import calipers
 from architectures import example_inputs, output_of, spread_weights
+from calipers.checkpoint import find_load_problems
 
 MOE = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen3_next", "jamba"]
 #: Their own checkpoints hold all experts in one tensor, so transformers does not know them apart.
@@ -74,6 +75,28 @@ def test_names_are_those_of_the_models_own_checkpoints(
         assert {f"{key}_packed", f"{key}_scale", f"{key}_shape"} <= stored.keys()
         assert tuple(stored[f"{key}_shape"]) == original[key].shape
     assert not [key for key in stored if "gate_up_proj" in key]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        *(("qwen3_moe", scheme) for scheme in ("W4A16", "W8A16", "W4A16_ASYM", "W8A8", "FP8")),
+        *(("qwen3_moe", scheme) for scheme in ("NVFP4A16", "MXFP4A16", "MXFP8A16", "MXFP4")),
+        ("granite_moe", "W4A16"),
+        ("llama4", "W4A16"),
+        ("llama4", "FP8"),
+    ],
+)
+def test_what_calibrate_says_is_what_a_twin_shows(name: str, scheme: str) -> None:
+    told: list[str] = []
+    sink = logger.add(lambda message: told.append(str(message)), level="INFO")
+    model = spread_weights(getattr(architectures, name)())
+    data = None if scheme != "FP8" else [example_inputs(model)]
+    calipers.calibrate(model, scheme, "memoryless_minmax", data)
+    logger.remove(sink)
+    found = find_load_problems(model)
+    assert found.problems == {}
+    assert any("calipers.loading_experts()" in each for each in told) == bool(found.experts)
 
 
 def test_layers_that_engines_fuse_share_their_global_scale() -> None:

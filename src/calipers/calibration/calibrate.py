@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import check_choice
@@ -16,7 +17,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import SchemeLike
-from calipers.calibration.experts import separated_experts
+from calipers.calibration.experts import change_when_joined, separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.plan import (
     ObserverChoice,
@@ -121,6 +122,7 @@ def calibrate(
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
         plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
+        _tell_of_loader(model, plan)
         if data is None:
             refuse_without_data(plan)
         else:
@@ -229,6 +231,17 @@ def attach(
         plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
+
+
+def _tell_of_loader(model: torch.nn.Module, plan: Plan) -> None:
+    """Say before any work what a checkpoint of these experts would have to be loaded with."""
+    schemes = {each.name: each.scheme for each in plan.resolution.targets}
+    if change_when_joined(model, schemes):
+        logger.info(
+            "once saved, experts under this scheme are loaded one by one: in transformers inside "
+            "`with calipers.loading_experts():`, as it would not load them as they are otherwise; "
+            "vLLM does so itself"
+        )
 
 
 def _expect_model(model: object, call: str) -> None:

@@ -19,6 +19,11 @@ from typing import Any
 import torch
 from compressed_tensors.offload import disable_onloading, get_cache_init_kwargs, offload_module
 from compressed_tensors.offload.cache import OffloadCache
+from compressed_tensors.quantization import (
+    QuantizationScheme,
+    QuantizationStrategy,
+    QuantizationType,
+)
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
@@ -28,6 +33,7 @@ from calipers.observers.masks import current_mask, token_mask
 __all__ = [
     "LinearExpert",
     "LinearExperts",
+    "change_when_joined",
     "find_fused_experts",
     "joins_experts",
     "known_conversions",
@@ -55,6 +61,7 @@ class _Form:
         concatenated: Whether the module's own gate takes [gate, up], not alternating columns.
         takes_routing: Whether the module's forward takes the experts of each token and their
             weights; else the tokens of one expert after the other.
+        stored_apart: Whether checkpoints of the model hold single experts, by these names.
     """
 
     original: Any
@@ -62,6 +69,7 @@ class _Form:
     last: str
     concatenated: bool
     takes_routing: bool
+    stored_apart: bool
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,6 +221,39 @@ def _is_fused(module: nn.Module) -> bool:
     )
 
 
+def change_when_joined(model: nn.Module, schemes: Mapping[str, QuantizationScheme]) -> list[str]:
+    """Experts that transformers would not load as they are saved: it joins them again.
+
+    That is exact for symmetric integer and MXFP4 weights alone; see
+    `calipers.checkpoint.loading_experts`.
+
+    Args:
+        model: A model whose experts are taken apart.
+        schemes: By name of the module.
+
+    Returns:
+        Names of modules whose experts are quantized in another way, or that transformers does not
+        know one by one.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, LinearExperts) or not module.form.takes_routing:
+            continue  # those that take tokens in turn transformers itself takes apart
+        own = [each for layer, each in schemes.items() if layer.startswith(f"{name}.")]
+        if own and not (module.form.stored_apart and all(map(_survives_joining, own))):
+            found.append(name)
+    return found
+
+
+def _survives_joining(scheme: QuantizationScheme) -> bool:
+    args = scheme.weights
+    if args is None or scheme.input_activations or scheme.output_activations:
+        return False
+    if args.type == QuantizationType.INT:
+        return bool(args.symmetric)
+    return bool(args.num_bits == 4 and args.strategy == QuantizationStrategy.GROUP)  # MXFP4
+
+
 @contextmanager
 def separated_experts(model: nn.Module) -> Iterator[None]:
     """Take experts apart, and put those together again of which nothing was quantized."""
@@ -236,12 +277,13 @@ def separate_experts(model: nn.Module) -> Callable[[], None]:
         called again.
     """
     replaced = []
+    conversions = known_conversions(model)
     for name, module in find_fused_experts(model).items():
         parent = model.get_submodule(name.rpartition(".")[0])
         # what lies on a disk must be read, and is written again one by one
         in_memory = get_cache_init_kwargs(module).get("offload_device") != "disk"
         with disable_onloading() if in_memory else nullcontext():
-            experts = _separate(module, _layer_names(model, name, module))
+            experts = _separate(module, *_layer_names(conversions, name, module))
         replaced.append((parent, name.rpartition(".")[2], module, experts))
         parent._modules[replaced[-1][1]] = experts
 
@@ -267,15 +309,14 @@ def _follow(module: nn.Module, experts: LinearExperts) -> None:
         module.to(device=now.device, dtype=now.dtype)
 
 
-def _separate(module: Any, names: tuple[tuple[str, ...], str]) -> LinearExperts:
-    first, last = names
+def _separate(module: Any, first: tuple[str, ...], last: str, stored_apart: bool) -> LinearExperts:
     sorted_inputs = type(module).__name__ in _SORTED_INPUTS
     transposed = sorted_inputs or module.is_transposed
     concatenated = sorted_inputs or module.is_concatenated
     shell = copy.copy(module)
     shell.__dict__.update(_parameters={}, _buffers={})
     shell.__dict__.pop("forward", None)  # of an offloaded module
-    form = _Form(shell, first, last, concatenated, not sorted_inputs)
+    form = _Form(shell, first, last, concatenated, not sorted_inputs, stored_apart)
     joined = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
     trained = module.down_proj.requires_grad
     ups, up_biases = _matrices(module, joined, transposed)
@@ -321,19 +362,22 @@ def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     return layer
 
 
-def _layer_names(model: nn.Module, name: str, module: nn.Module) -> tuple[tuple[str, ...], str]:
-    """Names of an expert's layers in the model's checkpoints: the first ones, and the last one."""
+def _layer_names(
+    conversions: list[Any], name: str, module: nn.Module
+) -> tuple[tuple[str, ...], str, bool]:
+    """Names of an expert's first layers and of its last one; whether checkpoints have them."""
     joined = "gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj"
-    found = {}
-    for parameter, usual in ((joined, _USUAL_NAMES[joined]), ("down_proj", ("down_proj",))):
-        stored = _stored_names(model, f"{name}.{parameter}")
-        found[parameter] = stored if len(stored) == len(usual) else usual
-    return found[joined], found["down_proj"][0]
+    first = _stored_names(conversions, f"{name}.{joined}")
+    last = _stored_names(conversions, f"{name}.down_proj")
+    usual = _USUAL_NAMES[joined]
+    if len(first) == len(usual) and len(last) == 1:
+        return first, last[0], True
+    return usual, "down_proj", False
 
 
-def _stored_names(model: nn.Module, parameter: str) -> tuple[str, ...]:
+def _stored_names(conversions: list[Any], parameter: str) -> tuple[str, ...]:
     """What transformers makes a parameter of: "w1" and "w3", where each expert has these."""
-    for conversion in known_conversions(model):
+    for conversion in conversions:
         if joins_experts(conversion):
             (target,) = conversion._original_target_patterns
             if re.search(f"{target}$", parameter):

@@ -20,10 +20,10 @@ def loading_experts() -> Iterator[None]:
     """A block in which transformers loads quantized experts as the layers that they were saved as.
 
     Outside of it transformers joins the experts of a layer into one parameter, as it does for
-    unquantized checkpoints. That is exact for weights in packed integers alone: it forgets that
-    their inputs are quantized, and cannot read other formats. Inside, each expert is made of Linear
-    layers, which compressed-tensors quantizes as any other. A checkpoint that is not of
-    compressed-tensors, or whose experts are not quantized, is loaded as outside.
+    unquantized checkpoints. That is exact for weights in packed symmetric integers and MXFP4 alone:
+    it forgets that their inputs are quantized, and cannot read other formats. Inside, each expert
+    is made of Linear layers, which compressed-tensors quantizes as any other. A checkpoint that is
+    not of compressed-tensors, or whose experts are not quantized, is loaded as outside.
 
     The block holds for all threads.
 

@@ -294,8 +294,9 @@ class TestShrinking:
             calibrate(tiny_moe((0,)), STATIC, "imatrix_mse", [object()], **options)
 
 
-def test_padding_does_not_count_for_experts() -> None:
-    model = spread_weights(architectures.qwen3_moe())
+@pytest.mark.parametrize("name", ["qwen3_moe", "llama4"])
+def test_padding_does_not_count_for_experts(name: str) -> None:
+    model = spread_weights(getattr(architectures, name)())
     ids = example_inputs(model)["input_ids"]
     pads = torch.full_like(ids[:, :5], 1)
 

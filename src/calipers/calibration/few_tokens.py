@@ -31,6 +31,7 @@ __all__ = [
     "ExpertPolicy",
     "OnFewTokens",
     "expert_coverage",
+    "forget_shared",
     "lent_statistics",
     "settle_few_tokens",
 ]
@@ -137,9 +138,7 @@ def settle_few_tokens(
         CalipersError: Another word, or a number that is none.
     """
     ExpertPolicy(on_few_tokens, enough)
-    for module in observed:
-        for tensor in module.tensors.values():
-            tensor.shared, tensor.share = None, 0.0
+    forget_shared(observed)
     layers = _layers(observed)
     if on_few_tokens == "error":
         _refuse(layers, enough)
@@ -148,6 +147,12 @@ def settle_few_tokens(
             for members in layer.kinds():
                 _share(members, layer, on_few_tokens, enough, unseen=unseen)
         _tell(layers, on_few_tokens, enough)
+
+
+def forget_shared(observed: Iterable[ObservedModule]) -> None:
+    """Let every tensor stand alone again, and what was merged for others go."""
+    for tensor in (tensor for module in observed for tensor in module.tensors.values()):
+        tensor.shared, tensor.share = None, 0.0
 
 
 def _share(

@@ -350,6 +350,7 @@ def report_html(report: CalibrationReport) -> str:
     parts.append(_html_table(_HEADINGS, kinds))
     worst = [[m.name, f"{m.weight_error:.4f}"] for m in report.worst(_WORST)]
     parts.append(_html_table(["largest weight errors", ""], worst))
+    parts += [f"<p>{escape(each)}</p>" for each in summarize_coverage(report.coverage)]
     left_alone = [[each] for each in summarize_left_alone(report.left_alone)]
     parts.append(_html_table(["left unquantized"], left_alone))
     return "\n".join(part for part in parts if part)

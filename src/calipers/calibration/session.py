@@ -21,6 +21,7 @@ from calipers.calibration.few_tokens import (
     ENOUGH_TOKENS,
     OnFewTokens,
     expert_coverage,
+    forget_shared,
     settle_few_tokens,
 )
 from calipers.calibration.freeze import freeze_modules
@@ -28,7 +29,7 @@ from calipers.calibration.missing import find_missing, missing_data_error, set_f
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
-from calipers.calibration.targets import LeftAlone, Reason, leave_alone
+from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
@@ -200,6 +201,7 @@ class Calibration:
             settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
             kept = self._settle_missing(called, on_missing)
             rows = freeze_modules(kept, self._plan.choice, progress)
+            forget_shared(kept)
         self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
@@ -276,7 +278,8 @@ class Calibration:
             if each.name in reasons:
                 records[each.name] = leave_alone(each.name, each.module, reasons[each.name])
         order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
-        return sorted(records.values(), key=lambda each: order[each.name])
+        ordered = sorted(records.values(), key=lambda each: order[each.name])
+        return gather_experts(self.model, ordered)
 
     def _expect_attached(self, what: str) -> None:
         if self._state != "attached":

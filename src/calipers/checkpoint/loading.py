@@ -25,17 +25,21 @@ def loading_experts() -> Iterator[None]:
     is made of Linear layers, which compressed-tensors quantizes as any other. A checkpoint that is
     not of compressed-tensors, or whose experts are not quantized, is loaded as outside.
 
-    The block holds for all threads.
+    The block holds for all threads. A transformers that keeps experts as modules is left as it is.
 
     Example:
-        >>> with loading_experts():
-        ...     pass  # AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-NVFP4")
+        Of a checkpoint that `calipers.save` wrote::
+
+            with loading_experts():
+                model = AutoModelForCausalLM.from_pretrained("Qwen3-30B-A3B-NVFP4")
     """
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
     kind: Any = CompressedTensorsHfQuantizer
+    if not hasattr(kind, "update_weight_conversions"):
+        yield
+        return
     prepare, convert = kind._process_model_before_weight_loading, kind.update_weight_conversions
-
     joined: WeakKeyDictionary[Any, list[str]] = WeakKeyDictionary()
 
     def with_experts(self: Any, model: Any, **kwargs: Any) -> Any:

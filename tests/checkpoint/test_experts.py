@@ -77,6 +77,20 @@ def test_names_are_those_of_the_models_own_checkpoints(
     assert not [key for key in stored if "gate_up_proj" in key]
 
 
+def test_from_a_checkpoint_on_disk_to_another(tmp_path: Path) -> None:
+    plain = spread_weights(architectures.mixtral())
+    plain.save_pretrained(tmp_path / "plain")
+    model = type(plain).from_pretrained(tmp_path / "plain")
+    calipers.calibrate(model, "W4A16", data=[example_inputs(model)])
+    assert saved(model, tmp_path / "out") == []
+    original = load_file(tmp_path / "plain" / "model.safetensors").keys()
+    stored = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert {key.replace("_packed", "") for key in stored if ".experts." in key} >= {
+        key for key in original if ".experts." in key
+    }
+    assert torch.equal(output_of(loaded(model, tmp_path / "out")), output_of(model))
+
+
 @pytest.mark.parametrize(
     ("name", "scheme"),
     [

@@ -239,8 +239,7 @@ def _tell_of_loader(model: torch.nn.Module, plan: Plan) -> None:
     if change_when_joined(model, schemes):
         logger.info(
             "once saved, experts under this scheme are loaded one by one: in transformers inside "
-            "`with calipers.loading_experts():`, as it would not load them as they are otherwise; "
-            "vLLM does so itself"
+            "`with calipers.loading_experts():`, as it would not load them as they are otherwise"
         )
 
 

@@ -166,7 +166,7 @@ def refuse_unloadable(
     if check.experts is not None:
         logger.warning(
             "transformers loads this checkpoint inside `with calipers.loading_experts():` alone, "
-            "which takes its experts one by one, as they are stored and as vLLM reads them; "
+            "which takes its experts one by one, as they are stored and as engines read them; "
             "without it: {}",
             check.experts,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import architectures
 import calipers
 from architectures import example_inputs, output_of, spread_weights
 from calipers.checkpoint import find_load_problems
+from docs.pages import read_table
 
 MOE = ["qwen3_moe", "mixtral", "deepseek_v3", "glm4_moe", "qwen3_next", "jamba"]
 #: Their own checkpoints hold all experts in one tensor, so transformers does not know them apart.
@@ -150,14 +152,41 @@ def test_experts_left_alone_in_one_layer_or_in_all(name: str, scheme: str, tmp_p
         torch.testing.assert_close(found, output_of(model), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "NVFP4A16", "W4A16_ASYM", "FP8"])
-def test_other_schemes_need_the_loader_and_say_so(scheme: str, tmp_path: Path) -> None:
-    model = calibrated("mixtral", scheme)
-    (warning,) = saved(model, tmp_path / "out")
-    assert "inside `with calipers.loading_experts():` alone" in warning
-    found = output_of(loaded(model, tmp_path / "out", calipers.loading_experts))
+PAGE = Path(__file__).parents[2] / "docs" / "experts.md"
+
+
+def rows_of_the_page() -> list[tuple[str, str]]:
+    """Schemes of the table of loaders, each with what it says of a plain `from_pretrained`."""
+    rows = read_table(PAGE.read_text("utf-8"), "scheme")
+    return [(scheme, cells[1]) for cells in rows for scheme in re.findall(r"`(\w+)`", cells[0])]
+
+
+@pytest.mark.parametrize(("scheme", "plain"), rows_of_the_page())
+def test_schemes_of_the_page_load_as_it_says(scheme: str, plain: str, tmp_path: Path) -> None:
+    base = architectures.mixtral()
+    model = spread_weights(type(base)._from_config(base.config, dtype=torch.bfloat16).eval())
+    data = [example_inputs(model, seed) for seed in range(3)]
+    calipers.calibrate(model, scheme, data=data)
+    warnings = saved(model, tmp_path / "out")
     expected = output_of(model)
-    if scheme == "NVFP4A16":  # which loads in bfloat16
-        assert (found - expected).abs().max() < 0.03 * (expected.max() - expected.min())
+    one_by_one = loaded(model, tmp_path / "out", calipers.loading_experts)
+    assert torch.equal(output_of(one_by_one), expected)
+    if plain.startswith("exact"):
+        assert warnings == []
+        assert torch.equal(output_of(loaded(model, tmp_path / "out")), expected)
+        return
+    (warning,) = warnings
+    assert "inside `with calipers.loading_experts():` alone" in warning
+    if "loads without a word" in plain:
+        assert not torch.equal(output_of(loaded(model, tmp_path / "out")), expected)
     else:
-        assert torch.equal(found, expected)
+        with pytest.raises(RuntimeError, match="encountered some issues during automatic conver"):
+            loaded(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "W8A8", "W4A16_ASYM", "FP8"])
+def test_other_schemes_are_exact_in_float32_as_well(scheme: str, tmp_path: Path) -> None:
+    model = calibrated("mixtral", scheme)
+    assert len(saved(model, tmp_path / "out")) == 1
+    found = output_of(loaded(model, tmp_path / "out", calipers.loading_experts))
+    assert torch.equal(found, output_of(model))

@@ -47,6 +47,8 @@ _USUAL_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",
 #: Experts without the flags of transformers' `use_experts_implementation`: their matrices are
 #: stored transposed, and their forward takes the tokens of one expert after the other.
 _SORTED_INPUTS = frozenset({"Llama4TextExperts"})
+#: What transformers calls the forward that adds up one expert after the other.
+_BY_EXPERT = "eager"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 
 
@@ -152,7 +154,7 @@ class LinearExperts(nn.ModuleList):
             for expert in self:
                 expert(hidden)
         config = getattr(self.form.original, "config", None)
-        eager = getattr(config, "_experts_implementation", None) == "eager"
+        eager = getattr(config, "_experts_implementation", None) == _BY_EXPERT
         total = torch.zeros_like(hidden)
         parts: Tensor | None = None
         for number in index.unique().tolist():

@@ -18,6 +18,7 @@ from calipers.calibration import attach, calibrate
 from calipers.calibration.experts import LinearExperts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS
 from calipers.errors import CalipersError, MissingDataError
+from calipers.observers import MemorylessMinMaxObserver, Observer
 
 STATIC = QuantizationScheme(
     targets=["Linear"],
@@ -27,6 +28,27 @@ STATIC = QuantizationScheme(
 W4A16 = QuantizationScheme(
     targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32)
 )
+
+
+@Observer.register("hooks_itself_few_tokens")
+class HooksItself(MemorylessMinMaxObserver):
+    """Counts the calls of its module by a hook of its own."""
+
+    needs_data = True
+    calls = 0
+
+    def attach(self, module: nn.Module) -> None:
+        self.handle = module.register_forward_pre_hook(self.count)
+
+    def detach(self, module: nn.Module) -> None:
+        self.handle.remove()
+
+    def count(self, *_: Any) -> None:
+        self.calls += 1
+
+    @property
+    def has_data(self) -> bool:
+        return self.calls > 0
 
 
 def starved(name: str = "qwen3_moe") -> Any:
@@ -261,6 +283,15 @@ class TestShrinking:
                 calibration.freeze()
         assert "layers.1.experts.0.up_proj.input" in str(caught.value)
         assert "layers.0.experts.2" not in str(caught.value)
+
+    def test_an_observer_with_hooks_of_its_own_stands_alone(self) -> None:
+        """What it knows is not in its state."""
+        with attach(tiny_moe((0, 1)), STATIC, observer="hooks_itself_few_tokens") as calibration:
+            calibration.run(hidden_batches())
+            with pytest.raises(MissingDataError) as caught:
+                calibration.freeze(on_few_tokens="pooled")
+        assert "layers.0.experts.2.up_proj.weight" in str(caught.value)
+        assert ".input" not in str(caught.value)
 
     def test_after_a_failed_freeze_nothing_has_changed(self) -> None:
         calibration = attach(tiny_moe((0, 1), ()), STATIC, observer="imatrix_mse")

@@ -170,12 +170,13 @@ def _share(
         for module in modules
         for tensor in module.tensors.values()
     }
-    knowing = [each for each in members if each.wants_data and each.lacks is None]
+    members = [each for each in members if each.wants_data and each.can_share]
+    knowing = [each for each in members if each.lacks is None]
     pool = _Pool(knowing, sum(tokens[id(each)] for each in knowing))
     for tensor in members:
         seen = tokens[id(tensor)]
         alone = knowing == [tensor]
-        if not knowing or alone or not tensor.wants_data or seen >= enough:
+        if not knowing or alone or seen >= enough:
             continue
         if tensor.lacks is not None and not unseen:
             continue

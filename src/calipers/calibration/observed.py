@@ -65,6 +65,11 @@ class ObservedTensor:
         return self.base_name != "weight" or any(each.needs_data for each in self.observers)
 
     @property
+    def can_share(self) -> bool:
+        """Whether all that the first observer knows is in its state, so that it can be mixed."""
+        return not _hooks_itself(self.observer)
+
+    @property
     def lacks(self) -> str | None:
         """What the first observer lacks, after "it ..."; None where there can be a scale."""
         if self.shared is not None:

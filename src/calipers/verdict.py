@@ -185,7 +185,9 @@ def _next_steps(scheme: QuantizationScheme, objective: str | None) -> list[str]:
 def _hardest(scheme: _Scheme) -> QuantizationScheme:
     if isinstance(scheme, QuantizationScheme):
         return scheme
-    return min(schemes_by_target(scheme).values(), key=_bits)
+    return min(
+        schemes_by_target(scheme).values(), key=_bits, default=QuantizationScheme(targets=[])
+    )
 
 
 def _bits(scheme: QuantizationScheme) -> int:

@@ -148,6 +148,7 @@ def test_the_report_is_ready_for_json():
         "objective": None,
         "activations": "static",
         "shared": 0.0,
+        "states": [],
     }
 
 

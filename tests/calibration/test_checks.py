@@ -326,11 +326,14 @@ def test_a_container_named_alone_is_told():
     assert [line.split(" cannot")[0] for line in lines] == ["model.layers.0.mlp: LlamaMLP"]
 
 
-def test_attention_modules_are_not_supported_yet():
-    lines = problems(tiny_llama(), config_of(["LlamaAttention"], input_activations=args()))
+def test_attention_takes_states_and_no_weights():
+    config = config_of(["LlamaAttention"], input_activations=args(num_bits=8))
+    (target,) = check_scheme(tiny_llama(), config)
+    assert (target.name, list(target.args)) == ("model.layers.0.self_attn", ["q", "k", "v"])
+    lines = problems(tiny_llama(), config_of(["LlamaAttention"], weights=args()))
     assert lines == [
-        "model.layers.0.self_attn: attention modules (LlamaAttention) are not supported yet: "
-        "target their q_proj, k_proj and v_proj"
+        "model.layers.0.self_attn: attention has no weights of its own: target its q_proj, k_proj "
+        "and v_proj instead"
     ]
 
 

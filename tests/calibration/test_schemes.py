@@ -183,10 +183,49 @@ def test_a_recipe_of_llmcompressor_is_sent_where_it_belongs(tmp_path, text):
     assert "calipers.integrations.llmcompressor.install()" in str(caught.value)
 
 
-def test_kv_cache_schemes_are_refused():
+def test_a_file_may_hold_a_kv_cache_scheme_alone(tmp_path):
+    path = write(tmp_path / "cache.yaml", "kv_cache_scheme: {num_bits: 8, type: float}")
+    config = resolve_config(path)
+    assert config.config_groups == {}
+    assert config.kv_cache_scheme == QuantizationArgs(num_bits=8, type="float")
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "strategy"),
+    [
+        ("FP8", "float", "tensor"),
+        ("fp8-head", "float", "attn_head"),
+        ("int8", "int", "tensor"),
+        ("Int8_Head", "int", "attn_head"),
+    ],
+)
+def test_words_for_a_cache(word, kind, strategy):
+    args = resolve_config("W4A16", kv_cache=word).kv_cache_scheme
+    assert (args.num_bits, args.type, args.strategy) == (8, kind, strategy)
+    assert args.symmetric
+    assert args.dynamic is False
+
+
+def test_a_cache_that_is_asked_for_replaces_that_of_the_config():
     given = QuantizationConfig(config_groups={}, kv_cache_scheme=QuantizationArgs(num_bits=8))
-    with pytest.raises(SchemeError, match="kv_cache_scheme is not supported yet"):
-        resolve_config(given)
+    mine = QuantizationArgs(num_bits=8, type="float")
+    resolved = resolve_config(given, kv_cache=mine)
+    assert resolved.kv_cache_scheme == mine
+    assert resolved.kv_cache_scheme is not mine
+    assert given.kv_cache_scheme.type == "int"
+    assert resolve_config(given).kv_cache_scheme == given.kv_cache_scheme
+    assert resolve_config(None, kv_cache="FP8").config_groups == {}
+
+
+def test_what_is_no_cache_is_refused():
+    with pytest.raises(
+        SchemeError, match=r"unknown word 'fp9'\. Did you mean 'FP8'\? Known: FP8, F"
+    ):
+        resolve_config("W4A16", kv_cache="fp9")
+    with pytest.raises(SchemeError, match=r"kv_cache must be QuantizationArgs or one of .*got int"):
+        resolve_config("W4A16", kv_cache=8)
+    with pytest.raises(SchemeError, match=r"\(None only with a kv_cache\), got NoneType"):
+        resolve_config(None)
 
 
 def test_other_types_are_refused():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 
@@ -25,6 +26,7 @@ FIELDS = {
     "model",
     "scheme",
     "group_size",
+    "kv_cache",
     "out",
     "data",
     "eval",
@@ -705,3 +707,60 @@ def test_dynamic_activations_are_called_so(calipers: Calipers, llama: Path) -> N
     text = calipers("calibrate", llama, "--scheme", "FP8_DYNAMIC", *fast).stdout
     row = next(line for line in text.splitlines() if "q_proj" in line)
     assert row.split()[-2:] == ["dynamic", "0"]
+
+
+@pytest.mark.parametrize(
+    ("word", "shape"), [("fp8", (1,)), ("int8-head", (2, 1, 1)), ("FP8_HEAD", (2, 1, 1))]
+)
+def test_a_cache_alone(
+    calipers: Calipers, llama: Path, tmp_path: Path, word: str, shape: tuple[int, ...]
+) -> None:
+    out = tmp_path / "out"
+    result = succeeded(
+        calipers(
+            *("calibrate", llama, "--scheme", "UNQUANTIZED", "--kv-cache", word, "--out", out),
+            *("--samples", 4, "--eval-samples", 2, "--json"),
+        )
+    )
+    assert result["kv_cache"] == word.upper().replace("-", "_")
+    assert result["perplexity_after"] != result["perplexity_before"]
+    rows = modules(result)
+    assert {name: row["states"] for name, row in rows.items()} == {
+        f"model.layers.{layer}.self_attn": ["k", "v"] for layer in range(2)
+    }
+    assert {row["activation_observer"] for row in rows.values()} == {"static_minmax"}
+    tensors = load_file(out / "model.safetensors")
+    scales = {name: tuple(each.shape) for name, each in tensors.items() if "_scale" in name}
+    assert scales == {f"{name}.{state}_scale": shape for name in rows for state in ("k", "v")}
+    config = quantization_of(out)
+    assert config["config_groups"] == {}
+    assert config["kv_cache_scheme"]["num_bits"] == 8
+
+
+def test_a_cache_of_a_scheme_file(calipers: Calipers, llama: Path, tmp_path: Path) -> None:
+    scheme = tmp_path / "scheme.yaml"
+    scheme.write_text(
+        "config_groups: {FP8_DYNAMIC: [Linear]}\n"
+        "kv_cache_scheme: {num_bits: 8, type: float, strategy: attn_head}\n"
+    )
+    common = ("calibrate", llama, "--scheme", scheme, "--samples", 4, "--no-eval")
+    result = succeeded(calipers(*common, "--json", "--activation-observer", "histogram"))
+    assert result["kv_cache"] == "FP8_HEAD"
+    rows = modules(result)
+    assert len(rows) == 2 * len(LAYER) + 2
+    assert rows["model.layers.0.self_attn"]["activation_observer"] == "histogram"
+    text = calipers(*common).stdout
+    assert re.search(r"^cache +FP8_HEAD$", text, re.MULTILINE)
+    assert "model.layers.*.self_attn (k, v)" in text
+
+
+def test_caches_that_cannot_be(calipers: Calipers, llama: Path, bert: Path) -> None:
+    wrong = error_of(calipers("calibrate", llama, "--kv-cache", "fp9"))
+    assert "--kv-cache" in wrong
+    assert "Did you mean 'FP8'?" in wrong
+    assert "k states of attention" in error_of(
+        calipers("calibrate", llama, "--kv-cache", "fp8", "--no-data")
+    )
+    assert "finds no attention in BertModel" in error_of(
+        calipers("calibrate", bert, "--kv-cache", "fp8", "--no-eval")
+    )

@@ -48,6 +48,7 @@ def calibrated(change: Difference | OutputError | None) -> Print:
         "model": "./SmolLM2-135M",
         "scheme": "W4A16",
         "group_size": 64,
+        "kv_cache": None,
         "out": None if change is None else "./SmolLM2-135M-W4A16",
         "no_text": "its tokenizer does not load: no files" if change is None else None,
         "perplexity_before": 18.72,

@@ -14,6 +14,7 @@ from docs.pages import ROOT
 
 FILES = sorted(FOLDER.glob("*.json"))
 FACTS = "tests/docs/test_facts.py::"
+ATTENTION = "tests/checkpoint/test_attention.py::"
 #: Tables that no benchmark fills, by page and head, and the test that holds their figures to the
 #: code; None where there are only words.
 UNMEASURED = {
@@ -23,6 +24,20 @@ UNMEASURED = {
     + "test_the_way_from_a_tensor_to_a_checkpoint_is_short",
     ("docs/api/index.md", "name, is"): (
         "tests/docs/test_api_pages.py::test_the_front_page_names_the_public_names"
+    ),
+    ("docs/attention-and-cache.md", "word, format"): (
+        "tests/calibration/test_schemes.py::test_words_for_a_cache"
+    ),
+    ("docs/attention-and-cache.md", "state"): (
+        "tests/calibration/test_attention.py::"
+        "test_a_state_that_no_batch_shows_is_an_error_that_names_it"
+    ),
+    ("docs/attention-and-cache.md", "name, shape"): ATTENTION
+    + "test_a_cache_comes_back_to_the_last_bit",
+    ("docs/attention-and-cache.md", "model, cache alone"): ATTENTION
+    + "test_a_cache_comes_back_to_the_last_bit",
+    ("docs/attention-and-cache.md", "model, why"): (
+        "tests/calibration/test_attention.py::test_what_upstream_cannot_do_is_told_before_any_work"
     ),
     ("docs/choosing-an-observer.md", "what is quantized"): None,
     ("docs/coming-from-llmcompressor.md", "name, of, here"): FACTS

@@ -14,7 +14,7 @@ from compressed_tensors.quantization import (
 
 import calipers
 
-__all__ = ["REFUSED", "RUN", "Case"]
+__all__ = ["CACHED", "REFUSED", "RUN", "Case"]
 
 #: Mean |difference| of log probabilities between two engines in float32, where nothing but weights
 #: is quantized: both multiply by the same numbers, only sums are ordered otherwise.
@@ -86,7 +86,12 @@ def linears(weights: Args, inputs: Args | None = None) -> QuantizationConfig:
 
 
 def quantize(
-    scheme: Any, *ignore: str, data: bool = False, observer: str | None = None, **options: Any
+    scheme: Any,
+    *ignore: str,
+    data: bool = False,
+    observer: str | None = None,
+    kv_cache: str | None = None,
+    **options: Any,
 ) -> Make:
     """A call of `calibrate`."""
 
@@ -98,6 +103,7 @@ def quantize(
             data=batches if data else None,
             ignore=(HEAD, *ignore),
             observer_options=options,
+            kv_cache=kv_cache,
         )
 
     return make
@@ -191,6 +197,19 @@ RUN = [
         both(quantize(FP8_DYNAMIC, MLP), quantize(INT4_G64, ATTENTION)),
         bound=0.11,
         int4=True,
+    ),
+]
+
+#: Caches: vLLM runs them where its attention has a kernel for them on this CPU. The bound is loose:
+#: engines round keys and values at other places.
+CACHED = [
+    Case("FP8 cache", "demo", quantize(None, data=True, kv_cache="FP8"), bound=0.1),
+    Case("FP8 cache by head", "demo", quantize(None, data=True, kv_cache="FP8_HEAD"), bound=0.1),
+    Case(
+        "FP8_DYNAMIC, FP8 cache",
+        "demo",
+        quantize("FP8_DYNAMIC", data=True, kv_cache="FP8"),
+        bound=0.2,
     ),
 ]
 

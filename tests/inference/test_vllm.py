@@ -21,7 +21,7 @@ import calipers
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT, MODEL_PATH
 from calipers.text import read_batches
 from inference import smollm
-from inference.cases import REFUSED, RUN, Case
+from inference.cases import CACHED, REFUSED, RUN, Case
 from inference.engine import (
     PYTHON,
     EngineError,
@@ -137,6 +137,25 @@ def test_vllm_gives_the_log_probabilities_of_transformers(
     loaded = transformers_log_probabilities(written.path, few, torch.bfloat16)
     torch.testing.assert_close(loaded, written.memory, rtol=0, atol=1e-6)
     found = vllm_log_probabilities(written.path, written.heldout)
+    difference = mean_difference(found, written.reference)
+    rows.append((case.name, case.model, difference))
+    assert difference <= case.bound
+
+
+@pytest.mark.parametrize("case", CACHED, ids=lambda case: case.name)
+def test_vllm_reads_a_cache(
+    case: Case,
+    checkpoints: Callable[[Case], Written],
+    rows: list[tuple[str, str, float]],
+) -> None:
+    written = checkpoints(case)
+    few = written.heldout[:1, :FEW]
+    loaded = transformers_log_probabilities(written.path, few, torch.bfloat16)
+    torch.testing.assert_close(loaded, written.memory, rtol=0, atol=1e-6)
+    try:
+        found = vllm_log_probabilities(written.path, written.heldout)
+    except EngineError as error:
+        pytest.skip(f"vLLM does not run such a cache here: {error}")
     difference = mean_difference(found, written.reference)
     rows.append((case.name, case.model, difference))
     assert difference <= case.bound

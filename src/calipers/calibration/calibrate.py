@@ -16,7 +16,7 @@ from calipers._words import check_choice
 from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
-from calipers.calibration.config import SchemeLike
+from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.experts import change_when_joined, separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.plan import (
@@ -36,7 +36,7 @@ __all__ = ["attach", "calibrate", "run_plan"]
 
 def calibrate(
     model: torch.nn.Module,
-    scheme: SchemeLike = "W4A16",
+    scheme: SchemeLike | None = "W4A16",
     observer: str | None = None,
     data: str | Path | Iterable[Any] | None = None,
     ignore: str | Iterable[str] = (),
@@ -54,6 +54,7 @@ def calibrate(
     on_few_tokens: OnFewTokens = "shrink",
     enough_tokens: int = ENOUGH_TOKENS,
     all_experts: bool = False,
+    kv_cache: KVCacheLike = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -61,7 +62,7 @@ def calibrate(
         model: Any torch model with Linear or Embedding layers, offloaded or not. Of a wrapper
             (torch.compile, DataParallel and their like) the model inside is meant, as in `attach`.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name, or the path of a YAML
-            file; see `resolve_config`.
+            file; see `resolve_config`. None quantizes no layer, for a `kv_cache` alone.
         observer: Observer of weights; None takes the one that the scheme names, else "optimal"
             where there is data and "memoryless_minmax" where there is none.
         data: Batches, see `Calibration.run`; or text: the path of a file or of a saved dataset, a
@@ -72,8 +73,8 @@ def calibrate(
             contains them. Output heads and routers are left alone in any case, unless a target of
             the scheme is the exact name of one.
         observer_options: Options of the weight observers.
-        activation_observer: Observer of static activations; None takes the one that the scheme
-            names, else "static_minmax".
+        activation_observer: Observer of static activations and of attention states; None takes the
+            one that the scheme names, else "static_minmax".
         on_missing: What to do about modules that saw no data; see `Calibration.freeze`.
         on_unfit: Modules whose columns a group size does not divide: "error" refuses the scheme,
             "skip" leaves them alone.
@@ -90,6 +91,9 @@ def calibrate(
         on_few_tokens: What to do about experts that saw few tokens; see `Calibration.freeze`.
         enough_tokens: Tokens from which an expert stands alone.
         all_experts: Let every expert see every token; see `Calibration.run`.
+        kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
+            "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
+            config. Needs data.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -121,7 +125,7 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options)
+        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
         _tell_of_loader(model, plan)
         if data is None:
             refuse_without_data(plan)
@@ -183,7 +187,7 @@ def run_plan(
 
 def attach(
     model: torch.nn.Module,
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     *,
     observer: str | None = None,
     observer_options: Mapping[str, Any] | None = None,
@@ -191,6 +195,7 @@ def attach(
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -204,7 +209,7 @@ def attach(
             its names, and batches run through it uncompiled. Wrappers around single blocks are
             taken out until the calibration is frozen or detached.
         scheme: A QuantizationConfig, a QuantizationScheme, a preset name ("W4A16"), or the path
-            of a YAML file; see `resolve_config`. Never changed.
+            of a YAML file; see `resolve_config`. Never changed. None as in `calibrate`.
         observer: Observer of weights; None takes the one that the scheme names, else
             "memoryless_minmax", which needs no batches ("optimal" is better where there are some).
         observer_options: Options of the weight observers, over those of the scheme.
@@ -212,6 +217,7 @@ def attach(
         ignore: As in `calibrate`.
         on_unfit: As in `calibrate`.
         scheme_options: As in `calibrate`.
+        kv_cache: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -228,7 +234,7 @@ def attach(
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
         wrappers.enter_context(separated_experts(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options)
+        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
 

@@ -9,12 +9,18 @@ from typing import Literal, NamedTuple
 
 import torch
 from compressed_tensors.offload import disable_onloading
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.quantization.lifecycle.initialize import is_cached_attention_module
-from compressed_tensors.utils import is_match, is_narrow_match
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import is_match
 from loguru import logger
 
 from calipers._words import check_choice, did_you_mean
+from calipers.calibration.attention import (
+    find_attention,
+    find_model_problems,
+    find_scheme_problems,
+    is_attention,
+    is_state_scheme,
+)
 from calipers.calibration.config import has_free_group_size
 from calipers.calibration.fused import find_fused_problems
 from calipers.calibration.module_checks import (
@@ -96,6 +102,10 @@ def _find_problems(
     yield from find_pattern_problems(model, config, resolution)
     if resolution.targets:
         yield from find_hook_problems(model)
+    states = [each.name for each in resolution.targets if "q" in each.base_names]
+    if config.kv_cache_scheme is not None or states:
+        cache = config.kv_cache_scheme is not None
+        yield from find_model_problems(model, find_attention(model), states, cache=cache)
     for target in resolution.targets:
         for reason in (*find_module_problems(target), *find_forward_problems(target)):
             yield _ModuleProblem(target.name or type(target.module).__name__, reason)
@@ -138,7 +148,7 @@ def find_pattern_problems(
         else:
             yield f"ignore pattern {pattern!r} matches no module{_meant(pattern, modules)}"
     told: set[str] = set()
-    for pattern in schemes_by_target(config):
+    for pattern, scheme in schemes_by_target(config).items():
         matched = [(name, module) for name, module in modules if is_match(name, module, pattern)]
         kept = [(name, module) for name, module in matched if name not in resolution.kept]
         if not matched:
@@ -148,7 +158,7 @@ def find_pattern_problems(
             yield _only_left_alone(pattern, [name for name, _ in matched], resolution)
         useful = any(is_quantizable(module) for _, module in kept)
         for name, module in kept:
-            reason = _unfit_type(model, name, module, pattern, useful)
+            reason = _unfit_type(model, name, module, pattern, scheme, useful)
             if reason and name not in told:
                 told.add(name)
                 yield _ModuleProblem(name or type(module).__name__, reason)
@@ -185,15 +195,17 @@ def _others(resolution: Resolution) -> str:
 
 
 def _unfit_type(
-    model: torch.nn.Module, name: str, module: torch.nn.Module, pattern: str, useful: bool
+    model: torch.nn.Module,
+    name: str,
+    module: torch.nn.Module,
+    pattern: str,
+    scheme: QuantizationScheme,
+    useful: bool,
 ) -> str | None:
     if is_quantizable(module):
         return None
-    if name and is_cached_attention_module(module) and is_narrow_match(model, pattern, name):
-        return (
-            f"attention modules ({type(module).__name__}) are not supported yet: target their "
-            "q_proj, k_proj and v_proj"
-        )
+    if is_attention(module) and is_state_scheme(model, name, scheme):
+        return next(find_scheme_problems(scheme), None)
     if useful and (not _holds_matrices_alone(module) or isinstance(module, torch.nn.Linear)):
         return None  # a Linear of another forward is left alone and listed
     return (

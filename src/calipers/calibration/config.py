@@ -25,48 +25,99 @@ from calipers._words import did_you_mean
 from calipers.calibration.targets import TENSORS
 from calipers.errors import SchemeError
 
-__all__ = ["SchemeLike", "has_free_group_size", "resolve_config"]
+__all__ = [
+    "KV_CACHES",
+    "KVCacheLike",
+    "SchemeLike",
+    "has_free_group_size",
+    "resolve_config",
+    "resolve_kv_cache",
+]
 
 SchemeLike: TypeAlias = QuantizationConfig | QuantizationScheme | str | PathLike[str]
+KVCacheLike: TypeAlias = QuantizationArgs | str | None
+#: Words for a key-value cache: the format, and the strategy where it is not one scale a layer.
+KV_CACHES = {
+    "FP8": {"type": "float", "strategy": "tensor"},
+    "FP8_HEAD": {"type": "float", "strategy": "attn_head"},
+    "INT8": {"type": "int", "strategy": "tensor"},
+    "INT8_HEAD": {"type": "int", "strategy": "attn_head"},
+}
 
 _FILE_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def resolve_config(
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     ignore: str | Iterable[str] = (),
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> QuantizationConfig:
     """Turn a scheme, however it was given, into a QuantizationConfig of its own.
 
     Args:
         scheme: A QuantizationConfig; a QuantizationScheme; the name of a preset of
             compressed-tensors, in any case ("W4A16", "nvfp4", ...; it targets every Linear);
-            or the path of a YAML file with the fields of one of the two.
+            or the path of a YAML file with the fields of one of the two. None quantizes no layer,
+            for a `kv_cache` alone.
         ignore: Modules left alone: exact names, class names, or "re:" patterns, of layers or of
             what contains them. They are added to what the config itself ignores.
         scheme_options: Arguments of the scheme's weights that are to be others, as
             `{"group_size": 64}`; fields of QuantizationArgs. A `group_size` alone changes only
             weights in groups, where the format does not fix their size (NVFP4, MXFP4).
+        kv_cache: What keys and values are quantized to, in place of the config's kv_cache_scheme:
+            "FP8" or "INT8" for one scale a layer, "FP8_HEAD" or "INT8_HEAD" for one a head, or
+            QuantizationArgs. None leaves the config as it is.
 
     Returns:
         A deep copy: the caller's objects are never changed, neither now nor later. Its
         quantization_status is INITIALIZED whatever it was.
 
     Raises:
-        SchemeError: A scheme of another type, an unknown preset, a missing or malformed file, a
-            kv_cache_scheme (not supported yet), patterns that are no strings or no regex, or
+        SchemeError: A scheme of another type, an unknown preset, a missing or malformed file,
+            neither a scheme nor a `kv_cache`, patterns that are no strings or no regex, or
             options that are unknown, invalid, or concern no weights of the scheme.
     """
-    config = _as_config(scheme)
-    if config.kv_cache_scheme is not None:
-        raise SchemeError("kv_cache_scheme is not supported yet: remove it from the config")
+    cache = resolve_kv_cache(kv_cache)
+    if scheme is None and cache is not None:
+        config = QuantizationConfig(config_groups={})
+    else:
+        config = _as_config(scheme)
+    if cache is not None:
+        config.kv_cache_scheme = cache
     if scheme_options is not None:
         apply_scheme_options(config, scheme_options)
     config.ignore = list(dict.fromkeys([*(config.ignore or []), *_as_patterns(ignore)]))
     config.quantization_status = QuantizationStatus.INITIALIZED
     _refuse_bad_patterns(config)
     return config
+
+
+def resolve_kv_cache(kv_cache: object) -> QuantizationArgs | None:
+    """Turn what is said of a key-value cache into arguments of its own.
+
+    Args:
+        kv_cache: A key of `KV_CACHES` in any case, with "-" or "_"; QuantizationArgs; or None.
+
+    Raises:
+        SchemeError: An unknown word, or something else.
+    """
+    if kv_cache is None:
+        return None
+    if isinstance(kv_cache, QuantizationArgs):
+        return kv_cache.model_copy(deep=True)
+    if not isinstance(kv_cache, str):
+        raise SchemeError(
+            "kv_cache must be QuantizationArgs or one of "
+            f"{', '.join(KV_CACHES)}, got {type(kv_cache).__name__}"
+        )
+    word = kv_cache.upper().replace("-", "_")
+    if word not in KV_CACHES:
+        raise SchemeError(
+            f"kv_cache (--kv-cache): unknown word {kv_cache!r}.{did_you_mean(word, KV_CACHES)} "
+            f"Known: {', '.join(KV_CACHES)}."
+        )
+    return QuantizationArgs(num_bits=8, symmetric=True, dynamic=False, **KV_CACHES[word])
 
 
 def _refuse_bad_patterns(config: QuantizationConfig) -> None:
@@ -101,7 +152,7 @@ def _as_config(scheme: object) -> QuantizationConfig:
         raise SchemeError(f"unknown scheme {scheme!r}.{hint} Presets: {', '.join(PRESET_SCHEMES)}.")
     raise SchemeError(
         "scheme must be a QuantizationConfig, a QuantizationScheme, a preset name or the path of "
-        f"a YAML file, got {type(scheme).__name__}"
+        f"a YAML file (None only with a kv_cache), got {type(scheme).__name__}"
     )
 
 
@@ -251,8 +302,8 @@ def read_scheme_file(path: Path) -> QuantizationConfig | QuantizationScheme:
     problems = list(_file_problems(data))
     if problems:
         raise SchemeError("\n  ".join([f"{path}:", *problems]))
-    if "config_groups" in data:
-        return _build(QuantizationConfig, data, path)
+    if _is_config(data):
+        return _build(QuantizationConfig, {"config_groups": {}, **data}, path)
     return _build(QuantizationScheme, {"targets": ["Linear"], **data}, path)
 
 
@@ -270,11 +321,11 @@ def _modifiers_of_recipe(data: object) -> Iterator[str]:
 
 def _file_problems(data: Mapping[str, Any]) -> Iterator[str]:
     """Unknown fields, found by hand: QuantizationConfig takes any and drops them."""
-    if "config_groups" not in data:
+    if not _is_config(data):
         yield from _scheme_problems(data, "")
         return
     yield from _unknown_fields(data, QuantizationConfig, "")
-    groups = data["config_groups"]
+    groups = data.get("config_groups", {})
     if not isinstance(groups, Mapping):
         yield f"config_groups must be a mapping, got {type(groups).__name__}"
         return
@@ -282,6 +333,11 @@ def _file_problems(data: Mapping[str, Any]) -> Iterator[str]:
         if isinstance(group, Mapping):
             yield from _scheme_problems(group, f"config_groups.{name}.")
     yield from _args_problems(data.get("kv_cache_scheme"), "kv_cache_scheme.")
+
+
+def _is_config(data: Mapping[str, Any]) -> bool:
+    """Whether a file holds the fields of a QuantizationConfig, and not those of a scheme."""
+    return "config_groups" in data or "kv_cache_scheme" in data
 
 
 def _scheme_problems(data: Mapping[str, Any], where: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from compressed_tensors.quantization import (
 )
 from loguru import logger
 
+from calipers.calibration.attention import STATES, initialize_attention
 from calipers.calibration.batches import Progress
 from calipers.calibration.few_tokens import lent_statistics
 from calipers.calibration.fused import find_fused_groups
@@ -100,7 +101,10 @@ class _Work:
                     args = getattr(scheme, kind.field)
                     if args is not None and needs_observer(args):
                         setattr(scheme, kind.field, self._choice.recorded_args(base_name, args))
-            initialize_module_for_quantization(each.module, scheme)
+            if each.is_attention:
+                initialize_attention(each.module, scheme)
+            else:
+                initialize_module_for_quantization(each.module, scheme)
 
     def write_global_scales(self, group: Sequence[ObservedModule]) -> None:
         """One global scale for each tensor that the members have in common, where it has one."""
@@ -160,6 +164,7 @@ def _write_pair(tensor: ObservedTensor) -> None:
 def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:
     chosen = {name: observer.args.observer for name, observer in each.observers.items()}
     weights = each.scheme.weights
+    activations = chosen.keys() - {"weight"}
     fallback = tuple(name for name, tensor in each.tensors.items() if tensor.fallback is not None)
     for base_name in fallback:
         logger.warning("{}.{} saw no data: the fallback was used", each.name, base_name)
@@ -168,7 +173,7 @@ def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:
         weight_observer=chosen.get("weight"),
         weight_bits=weights.num_bits if weights is not None else None,
         weight_error=weight_error,
-        activation_observer=chosen.get("input", chosen.get("output")),
+        activation_observer=next((chosen[name] for name in TENSORS if name in activations), None),
         tokens=each.tokens,
         fallback=fallback,
         objective=None
@@ -176,6 +181,7 @@ def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:
         else getattr(each.weight_observer, "objective", None),
         activations=_activations(each.scheme),
         shared=max((tensor.share for tensor in each.tensors.values()), default=0.0),
+        states=tuple(name for name in STATES if name in each.tensors),
     )
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 
+from calipers.calibration.attention import STATES
 from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.errors import MissingDataError
 from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
-__all__ = ["find_missing", "missing_data_error", "nearest_neighbours", "set_fallbacks"]
+__all__ = [
+    "find_missing",
+    "missing_data_error",
+    "nearest_neighbours",
+    "refuse_to_skip_states",
+    "set_fallbacks",
+]
 
 
 def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:
@@ -17,6 +24,25 @@ def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:
     return [
         tensor for each in observed for tensor in each.tensors.values() if tensor.lacks is not None
     ]
+
+
+def refuse_to_skip_states(missing: Iterable[ObservedTensor], batches: int) -> None:
+    """Refuse to leave attention modules without the scheme that others have.
+
+    Raises:
+        MissingDataError: Names them and says why.
+    """
+    lacking = [each for each in missing if each.base_name in STATES]
+    if lacking:
+        lines = [f"no data reached these states of attention in {batches} batches:"]
+        lines += [f"  {each.full_name}: {each.lacks}" for each in lacking]
+        lines.append(
+            "on_missing='skip' cannot leave them unquantized: loaders give a kv_cache_scheme to "
+            "all attention, which would then have scales that nobody measured, and attention "
+            "without a scheme does not run beside attention whose queries are quantized. Run "
+            "batches that reach them, or freeze with on_missing='fallback'."
+        )
+        raise MissingDataError("\n".join(lines))
 
 
 def set_fallbacks(
@@ -127,10 +153,14 @@ def missing_data_error(
     lines += [f"  {each.full_name}: {each.lacks}" for each in missing]
     if tried_fallback:
         lines.append("No neighbour (same name but for its numbers) has data either.")
-    lines.append("Run batches that reach them, put the modules on the ignore list, or freeze with")
-    lines.append(
-        "  on_missing='skip': leaves these modules unquantized" + ("" if tried_fallback else ",")
-    )
+    if any(each.base_name in STATES for each in missing):
+        told = "Run batches that reach them (a cache is quantized in all attention or in none)"
+        lines.append(told + ("." if tried_fallback else ", or freeze with"))
+    else:
+        lines += [
+            "Run batches that reach them, put the modules on the ignore list, or freeze with",
+            "  on_missing='skip': leaves these modules unquantized" + "," * (not tried_fallback),
+        ]
     if not tried_fallback:
         lines.append(
             "  on_missing='fallback': weights use their own range without importance, activations "

@@ -20,6 +20,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from torch import nn
 
 from calipers.calibration.architectures import has_own_forward
+from calipers.calibration.attention import find_state_problems
 from calipers.calibration.targets import (
     ACTIVATION_STRATEGIES,
     GROUPED,
@@ -45,6 +46,9 @@ def find_module_problems(target: Target) -> Iterator[str]:
     if is_module_quantized(module) or hasattr(module, "quantization_status"):
         yield "is already quantized"
         return
+    if target.is_attention:
+        yield from _attention_problems(target)
+        return
     with disable_onloading():
         weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.dtype not in _WEIGHT_DTYPES:
@@ -56,6 +60,17 @@ def find_module_problems(target: Target) -> Iterator[str]:
         yield from (f"{what}: {reason}" for reason in _args_problems(target, base_name, args))
         yield from (f"{what}: {reason}" for reason in _scale_dtype_problems(args, weight.dtype))
         yield from _shape_problems(target, base_name, args, weight)
+
+
+def _attention_problems(target: Target) -> Iterator[str]:
+    args = target.scheme.input_activations
+    if args is None:
+        return
+    yield from find_state_problems(target.module, args)
+    yield from (f"states of attention: {reason}" for reason in _format_problems(args))
+    with disable_onloading():
+        dtype = next((each.dtype for each in target.module.parameters()), torch.float32)
+    yield from (f"states of attention: {reason}" for reason in _scale_dtype_problems(args, dtype))
 
 
 def find_shape_problems(target: Target) -> Iterator[str]:
@@ -165,8 +180,8 @@ def find_forward_problems(target: Target) -> Iterator[str]:
     quantizes the parameter `weight`.
     """
     module = target.module
-    if _offloads(module) or hasattr(module, "quantization_status"):
-        return  # told once for the model; told by find_module_problems
+    if target.is_attention or _offloads(module) or hasattr(module, "quantization_status"):
+        return  # runs its own forward; told once for the model; told by find_module_problems
     if hasattr(module, "_hf_hook"):
         yield (
             "has a hook of accelerate around its forward: take it off with "

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
+from calipers.calibration.attention import STATES
 from calipers.calibration.targets import TENSORS
 from calipers.observers import Observer
-from calipers.observers.hooks import Seen, add_hook, remove_hooks
+from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
 from calipers.observers.statistics import UpdateState
 
 __all__ = ["ObservedModule", "ObservedTensor"]
+
+#: Sides at which tokens are counted: one of them for each module.
+_COUNTED = ("input", "k")
 
 
 @dataclass(eq=False)
@@ -24,7 +28,7 @@ class ObservedTensor:
     Attributes:
         name: Name in the model of the module that it belongs to.
         module: The module; None of a weight that is read from a file.
-        base_name: A key of `TENSORS`: "weight", "input", "output".
+        base_name: A key of `TENSORS`: "weight", "input", "output", "q", "k", "v".
         args: Its arguments in the scheme.
         observers: Those that look at it: the first decides its scale, others are reported.
         fallback: Asked in place of the first, where that one lacks data.
@@ -132,6 +136,20 @@ class ObservedModule:
         """Whether any of its tensors needs batches to run through the model."""
         return any(each.wants_data for each in self.tensors.values())
 
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is an attention module, and its tensors are states."""
+        return any(base_name in STATES for base_name in self.tensors)
+
+    @property
+    def _sides(self) -> list[Side]:
+        """Where it is watched."""
+        if not self.wants_data:
+            return []
+        sides = {TENSORS[base_name].side for base_name in self.tensors}
+        # A layer is counted by its inputs, even where it is watched for its outputs alone.
+        return sorted(sides if self.is_attention else {"input", *sides})
+
     def attach(self) -> None:
         """Add the observers as submodules `{base_name}_observer`, and the hooks."""
         self._attached = True
@@ -139,10 +157,8 @@ class ObservedModule:
             self.module.register_module(f"{base_name}_observer", observer)
             if base_name == "weight" and _hooks_itself(observer):
                 observer.attach(self.module)
-        if self.wants_data:
-            add_hook(self.module, "input", self._see)
-        if any(TENSORS[base_name].side == "output" for base_name in self.tensors):
-            add_hook(self.module, "output", self._see)
+        for side in self._sides:
+            add_hook(self.module, side, self._see)
 
     def remove_hooks(self) -> None:
         """Stop observing; the observers stay."""
@@ -161,7 +177,7 @@ class ObservedModule:
 
     def _see(self, seen: Seen) -> None:
         self.unmasked = self.unmasked or seen.unmasked
-        if seen.side == "input":
+        if seen.side in _COUNTED:
             with self._update.lock:
                 self.tokens += seen.tokens
         for base_name, each in self.tensors.items():

@@ -12,8 +12,9 @@ from compressed_tensors.quantization import DynamicType, QuantizationArgs, Quant
 from loguru import logger
 
 from calipers.calibration.architectures import has_fused_experts
+from calipers.calibration.attention import STATES
 from calipers.calibration.checks import OnUnfit, resolve_and_check
-from calipers.calibration.config import SchemeLike, resolve_config
+from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.targets import Reason, Resolution, Target
 from calipers.errors import CalipersError, MissingDataError
@@ -79,7 +80,7 @@ class ObserverChoice:
 
         Args:
             name: The module's name in the model; the observer is called "{name}.{base_name}".
-            base_name: "weight", "input" or "output".
+            base_name: A key of `TENSORS`.
             args: The tensor's arguments; never changed.
             module: The module that holds it.
 
@@ -153,11 +154,12 @@ class Plan:
 
 def plan_observers(
     model: torch.nn.Module,
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     choice: ObserverChoice,
     ignore: str | Iterable[str],
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
 
@@ -166,7 +168,7 @@ def plan_observers(
     """
     choice.check()
     _refuse_twice(model)
-    config = resolve_config(scheme, ignore, scheme_options)
+    config = resolve_config(scheme, ignore, scheme_options, kv_cache)
     resolution = resolve_and_check(model, config, on_unfit)
     _warn_of_fused_experts(model)
     return Plan(
@@ -193,7 +195,7 @@ def refuse_without_data(plan: Plan) -> None:
     for tensor in (tensor for each in plan.observed for tensor in each.tensors.values()):
         kind = type(tensor.observer).__name__
         if tensor.base_name != "weight":
-            why = f"{tensor.base_name} activations are quantized statically ({kind} must see them)"
+            why = f"{_what(tensor)} are quantized statically ({kind} must see them)"
         elif tensor.wants_data:
             why = f"{kind} weighs weights by their layer's inputs"
         else:
@@ -215,6 +217,11 @@ def refuse_without_data(plan: Plan) -> None:
                 ]
             )
         )
+
+
+def _what(tensor: ObservedTensor) -> str:
+    kind = "states of attention" if tensor.base_name in STATES else "activations"
+    return f"{tensor.base_name} {kind}"
 
 
 def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:

@@ -54,6 +54,8 @@ class ModuleReport:
             activations are not quantized.
         shared: Of an expert that saw few tokens: what share of its statistics, from 0 to 1, comes
             from all experts of the layer.
+        states: "q", "k", "v": the states of an attention module that are quantized, with stored
+            scales, by the observer of activations; none of a layer.
     """
 
     name: str
@@ -66,6 +68,7 @@ class ModuleReport:
     objective: str | None = None
     activations: Literal["static", "local", "dynamic"] | None = None
     shared: float = 0.0
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class CalibrationReport:
         """The report as plain dicts, lists, strings and numbers, ready for JSON."""
         data = asdict(self)
         for row in data["modules"]:
-            row["fallback"] = list(row["fallback"])
+            row["fallback"], row["states"] = list(row["fallback"]), list(row["states"])
         data["coverage"] = [each.to_dict() for each in self.coverage]
         return data
 
@@ -248,7 +251,7 @@ class KindSummary:
 
     Attributes:
         name: Their name with `*` for numbers; of a module alone in its kind its own. After it, the
-            tensors that a fallback was used for.
+            states of attention, and the tensors that a fallback was used for.
         count: How many they are.
         observer: Of the weights, with what it minimised; None where weights stay as they are.
         bits: Of the weights; None as above.
@@ -276,12 +279,13 @@ def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
         if observer is not None and row.objective is not None:
             observer = f"{observer} ({row.objective})"
         activations = row.activation_observer or row.activations
-        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback)
+        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback, row.states)
         kinds[kind].append(row)
     summaries = []
-    for (name, observer, bits, activations, fallback), members in kinds.items():
+    for (name, observer, bits, activations, fallback, states), members in kinds.items():
         errors = [m.weight_error for m in members if m.weight_error is not None]
-        note = f" (fallback: {', '.join(fallback)})" if fallback else ""
+        note = f" ({', '.join(states)})" if states else ""
+        note += f" (fallback: {', '.join(fallback)})" if fallback else ""
         summaries.append(
             KindSummary(
                 name=(name if len(members) > 1 else members[0].name) + note,

@@ -14,6 +14,7 @@ import torch
 from loguru import logger
 
 from calipers._words import check_choice
+from calipers.calibration.attention import AttentionHooks
 from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
 from calipers.calibration.experts import LinearExperts
@@ -25,7 +26,12 @@ from calipers.calibration.few_tokens import (
     settle_few_tokens,
 )
 from calipers.calibration.freeze import freeze_modules
-from calipers.calibration.missing import find_missing, missing_data_error, set_fallbacks
+from calipers.calibration.missing import (
+    find_missing,
+    missing_data_error,
+    refuse_to_skip_states,
+    set_fallbacks,
+)
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
@@ -77,8 +83,14 @@ class Calibration:
         self._seconds = 0.0
         self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
-        self._calls = CallCounter(model, [each.name for each in self.observed])
+        # Attention that is never called has states that nobody measured: told as missing.
+        layers = [each.name for each in self.observed if not each.is_attention]
+        self._calls = CallCounter(model, layers)
+        self._attention = AttentionHooks(model)
         try:
+            self._attention.install(
+                {each.name: tuple(each.tensors) for each in self.observed if each.is_attention}
+            )
             for each in self.observed:
                 each.attach()
         except BaseException:
@@ -111,8 +123,8 @@ class Calibration:
             use_attention_mask: Leave padding out: where a batch is a mapping whose
                 "attention_mask" has the shape (batch, tokens) of its tokens, a token with 0 there
                 enters no statistic of a module that sees values of shape (batch, tokens, ...) or
-                (batch * tokens, ...), or is one of `LinearExperts`. Modules that see others (routed
-                experts of custom code) count all; the report names them.
+                (batch * tokens, ...), nor of an attention state, nor of `LinearExperts`. Modules
+                that see others (routed experts of custom code) count all; the report names them.
             all_experts: Let every expert see every token, which costs as much as a dense model of
                 all experts. The model's output stays as it is. Only for experts that the model
                 keeps in one parameter.
@@ -207,6 +219,7 @@ class Calibration:
             each.remove_hooks()
         self._state = "frozen"
         wanted = {each.name for each in kept}
+        self._attention.remove(keep=wanted)
         reasons: dict[str, Reason] = {
             each.name: "never called" if each.name in never_called else "no data"
             for each in self.observed
@@ -215,7 +228,8 @@ class Calibration:
         left_alone = self._left_alone(reasons)
         share = quantized_share(rows, self.model, left_alone)
         self._wrappers.close()
-        _tell(left_alone, share)
+        layers = [each for each in self.observed if not each.is_attention]
+        _tell(left_alone, share if layers or not self.observed else None)
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
@@ -238,6 +252,7 @@ class Calibration:
         self._calls.remove()
         for each in self.observed:
             each.detach()
+        self._attention.remove()
         self._wrappers.close()
         self._state = "detached"
 
@@ -262,6 +277,7 @@ class Calibration:
         if not missing:
             return observed
         if on_missing == "skip":
+            refuse_to_skip_states(missing, self.batches)
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
@@ -325,7 +341,7 @@ class Calibration:
             self._seconds += time.perf_counter() - start
 
 
-def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
+def _tell(left_alone: Sequence[LeftAlone], share: float | None) -> None:
     never_called = [each.name for each in left_alone if each.reason == "never called"]
     if never_called:
         logger.warning(
@@ -334,7 +350,7 @@ def _tell(left_alone: Sequence[LeftAlone], share: float) -> None:
             len(never_called),
             never_called[0],
         )
-    if share < _LITTLE:
+    if share is not None and share < _LITTLE:
         logger.warning(
             "only {:.0%} of the model's projection weights are quantized: see the report's "
             "left_alone for what was not, and why",

@@ -29,12 +29,22 @@ from calipers.calibration.architectures import (
     is_projection,
     projection_weights,
 )
+from calipers.calibration.attention import (
+    CACHE_STATES,
+    STATES,
+    cache_scheme,
+    find_attention,
+    find_scheme_problems,
+    is_state_scheme,
+    sees_cache,
+)
 from calipers.calibration.experts import LinearExperts
 from calipers.observers.hooks import Side
 
 __all__ = [
     "ACTIVATION_STRATEGIES",
     "GROUPED",
+    "LAYER_TENSORS",
     "TENSORS",
     "WEIGHT_STRATEGIES",
     "LeftAlone",
@@ -75,6 +85,7 @@ Reason = Literal[
     "not targeted",
     "its scheme leaves weights alone",
     "no data",
+    "no cache",
     "shape",
     "cannot be loaded back",
     "quantized before",
@@ -86,7 +97,8 @@ class TensorKind(NamedTuple):
 
     Args:
         field: Field of a QuantizationScheme with its arguments.
-        side: Where the values are met from which its scale is learnt: the module's input or output.
+        side: Where the values are met from which its scale is learnt: the module's input or output,
+            or one of the states of an attention module.
     """
 
     field: str
@@ -98,21 +110,37 @@ TENSORS = {
     "weight": TensorKind("weights", "input"),
     "input": TensorKind("input_activations", "input"),
     "output": TensorKind("output_activations", "output"),
+    "q": TensorKind("input_activations", "q"),
+    "k": TensorKind("input_activations", "k"),
+    "v": TensorKind("input_activations", "v"),
 }
+#: Those of a Linear or Embedding; attention has the others.
+LAYER_TENSORS = ("weight", "input", "output")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A quantizable module, its name in the model, and the scheme that the config gives it."""
+    """A quantizable module, its name in the model, and the scheme that the config gives it.
+
+    Attributes:
+        base_names: The tensors of it that the scheme means: those of a layer, or states of
+            attention.
+    """
 
     name: str
     module: nn.Module
     scheme: QuantizationScheme
+    base_names: tuple[str, ...] = LAYER_TENSORS
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is an attention module with its states."""
+        return self.base_names != LAYER_TENSORS
 
     @property
     def args(self) -> dict[str, QuantizationArgs]:
         """What the scheme quantizes: base names to their arguments."""
-        found = {name: getattr(self.scheme, kind.field) for name, kind in TENSORS.items()}
+        found = {name: getattr(self.scheme, TENSORS[name].field) for name in self.base_names}
         return {base_name: args for base_name, args in found.items() if args is not None}
 
 
@@ -210,7 +238,8 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
     The scheme is chosen as `apply_quantization_config` chooses it: exact names before patterns
     before class names. Left alone are modules that the config ignores, by themselves or by a
     container around them; output heads, routers and layers that are never called, unless a target
-    is the exact name of one; and what is no Linear or Embedding.
+    is the exact name of one; and what is no Linear or Embedding. Attention modules that no group
+    targets get the config's kv_cache_scheme, ignored or not, since loaders give it to all of them.
 
     Args:
         model: Any model, offloaded or not; nothing in it is changed.
@@ -221,11 +250,19 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
     with disable_onloading():
         ignored, unused = find_ignored(model, config.ignore or [])
         kept = _find_kept(model, ignored, exact=set(schemes))
+        attention = find_attention(model)
+        cache = config.kv_cache_scheme and cache_scheme(config.kv_cache_scheme)
         for name, module in model.named_modules():
             if isinstance(module, InternalModule):
                 continue
             matched = match_targets(name, module, schemes)
             scheme = schemes[matched[0]] if matched and name not in kept else None
+            if name in attention and not is_quantizable(module):
+                state = _attention_target(model, name, module, scheme, cache)
+                if state is not None and sees_cache(module):
+                    targets.append(state)
+                elif state is not None:
+                    left_alone.append(leave_alone(name, module, "no cache"))
             if scheme is not None and is_quantizable(module):
                 target = Target(name, module, scheme)
                 if target.args:
@@ -236,6 +273,23 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
                 reason = kept.get(name) or _reason(module, scheme)
                 left_alone.append(leave_alone(name, module, reason))
     return Resolution(targets, left_alone, kept, unused)
+
+
+def _attention_target(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    scheme: QuantizationScheme | None,
+    cache: QuantizationScheme | None,
+) -> Target | None:
+    """An attention module with the scheme of a group, else with that of the cache, if any."""
+    if (
+        scheme is not None
+        and is_state_scheme(model, name, scheme)
+        and not any(find_scheme_problems(scheme))
+    ):
+        return Target(name, module, scheme, STATES)
+    return None if cache is None else Target(name, module, cache, CACHE_STATES)
 
 
 def leave_alone(name: str, module: nn.Module, reason: Reason) -> LeftAlone:

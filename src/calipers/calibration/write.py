@@ -15,6 +15,7 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
+from calipers.calibration.attention import clear_states
 from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
@@ -90,6 +91,7 @@ def undo_on_error(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     except BaseException:
         for module, forwards in before:
             QuantizationMetadata.clear_quantization(module)
+            clear_states(module)
             for name in ("quantization_status", *_FORWARDS):
                 module.__dict__.pop(name, None)
             module.__dict__.update(forwards)

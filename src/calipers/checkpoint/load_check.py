@@ -28,9 +28,17 @@ from torch import Tensor, nn
 from calipers._quiet import no_progress_bars
 from calipers._unwrap import unwrap
 from calipers._words import first_line, listing
+from calipers.calibration.attention import (
+    attention_function,
+    carried_scheme,
+    find_attention,
+    initialize_attention,
+    is_attention,
+    kept_attention_settings,
+)
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
-from calipers.calibration.config import SchemeLike, resolve_config
+from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.experts import LinearExperts, find_fused_experts, separated_experts
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.loading import loading_experts
@@ -88,15 +96,20 @@ def find_load_problems(
     Returns:
         The modules with reasons; or why nothing could be found out.
     """
-    carried = {n: m.quantization_scheme for n, m in quantized_modules(model).items()}
-    schemes = {n: s for n, s in {**carried, **(schemes or {})}.items() if s.weights is not None}
+    carried = {n: carried_scheme(m) for n, m in quantized_modules(model).items()}
+    attention = find_attention(model)
+    schemes = {
+        name: scheme
+        for name, scheme in {**carried, **(schemes or {})}.items()
+        if scheme.weights is not None or name in attention
+    }
     if not schemes:
         return LoadCheck()
     if not type(model).__module__.startswith("transformers.models."):
         return LoadCheck(unchecked=f"{type(model).__name__} is no class of transformers' own")
-    with plain_defaults(), _quiet():
+    with plain_defaults(), kept_attention_settings(), _quiet():
         try:
-            twin = make_twin(model)
+            twin = make_twin(model, attention_function(attention, schemes))
             with separated_experts(twin):
                 chosen = _schemes_of_twin(model, twin, schemes)
             plain = _outputs(twin)
@@ -123,11 +136,12 @@ def find_load_problems(
 
 def check_load(
     model: nn.Module,
-    scheme: SchemeLike,
+    scheme: SchemeLike | None,
     *,
     ignore: str | Iterable[str] = (),
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
@@ -139,7 +153,7 @@ def check_load(
         CheckpointError: Names the modules that would not load back, the reasons and the way out.
     """
     inner = unwrap(model)
-    config = resolve_config(scheme, ignore, scheme_options)
+    config = resolve_config(scheme, ignore, scheme_options, kv_cache)
     with separated_experts(inner):
         resolution = resolve_and_check(inner, config, on_unfit)
     refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
@@ -171,7 +185,7 @@ def refuse_unloadable(
             check.experts,
         )
     if check.problems and not (skip and not check.whole):
-        raise CheckpointError(_describe(check))
+        raise CheckpointError(_describe(model, check))
     return list(check.problems)
 
 
@@ -179,7 +193,7 @@ def refuse_unloadable(
 _KNOWN: dict[Any, tuple[dict[str, str], bool, str | None]] = {}
 
 
-def _describe(check: LoadCheck) -> str:
+def _describe(model: nn.Module, check: LoadCheck) -> str:
     kinds: dict[str, list[str]] = {}
     for name, reason in check.problems.items():
         kinds.setdefault(reason, []).append(name)
@@ -190,7 +204,12 @@ def _describe(check: LoadCheck) -> str:
     ]
     for reason, names in kinds.items():
         lines.append(f"{listing(dict.fromkeys(map(kind_of, names)), _LISTED)}: {reason}")
-    if check.whole:
+    if check.whole and all(is_attention(model.get_submodule(name)) for name in check.problems):
+        lines.append(
+            "a config with nothing but a cache cannot be loaded for this architecture: quantize "
+            "weights as well, or pass load_check=False (--no-load-check) for another loader"
+        )
+    elif check.whole:
         lines.append(
             "no part of the model loads back under this scheme: choose another one, such as "
             "FP8_DYNAMIC or W8A8, or pass load_check=False (--no-load-check) for another loader"
@@ -315,7 +334,7 @@ def _try(
     try:
         with separated_experts(quantized):
             for name, scheme in schemes.items():
-                _quantize(quantized.get_submodule(name), scheme)
+                _quantize(quantized, quantized.get_submodule(name), scheme)
         dtype = loading_dtype(quantized)
         tensors = checkpoint_tensors(quantized, dtype)
     except Exception:
@@ -324,9 +343,12 @@ def _try(
         write_checkpoint(quantized, Path(folder), tell=False)
         try:
             kind: Any = type(twin)
+            config: Any = twin.config
             with loader():
                 loaded = kind.from_pretrained(
-                    folder, local_files_only=True, attn_implementation="eager"
+                    folder,
+                    local_files_only=True,
+                    attn_implementation=config._attn_implementation,
                 ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
@@ -399,13 +421,18 @@ def _around(name: str) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _quantize(module: Any, scheme: QuantizationScheme) -> None:
+def _quantize(model: nn.Module, module: Any, scheme: QuantizationScheme) -> None:
     """Scales that take no search: one power of two for all of a weight."""
     scheme = scheme.model_copy(deep=True)
-    initialize_module_for_quantization(module, scheme)
+    if is_attention(module):
+        initialize_attention(module, scheme, model)
+    else:
+        initialize_module_for_quantization(module, scheme)
     args: Any = scheme.weights
-    largest = Format.of(args).high
-    scale = float(2.0 ** torch.ceil(torch.log2(module.weight.abs().max().float() / largest)))
+    scale = 1.0
+    if args is not None:
+        largest = module.weight.abs().max().float() / Format.of(args).high
+        scale = float(2.0 ** torch.ceil(torch.log2(largest)))
     for name, parameter in module.named_parameters(recurse=False):
         if name == "weight_scale":
             parameter.fill_(1.0 if hasattr(module, "weight_global_scale") else scale)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.modeling import IMPL_ATTR
 from compressed_tensors.quantization import QuantizationStatus
 from safetensors import SafetensorError
 from torch import nn
 
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import listing
+from calipers.calibration.attention import CACHE_STATES, STATES, is_attention
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
@@ -162,7 +164,11 @@ def _refuse_unready(model: nn.Module) -> None:
 
 def _has_usable_scales(module: nn.Module) -> bool:
     scheme: Any = module.quantization_scheme
-    if scheme.weights is not None and "weight_scale" not in module._parameters:
+    needed = ["weight_scale"] if scheme.weights is not None else []
+    if is_attention(module):
+        states = STATES if hasattr(module, IMPL_ATTR) else CACHE_STATES
+        needed = [f"{state}_scale" for state in states if not scheme.input_activations.dynamic]
+    if any(name not in module._parameters for name in needed):
         return False
     scales = [key for key in module._parameters if key.endswith("_scale")]
     for key in scales:

@@ -10,6 +10,7 @@ from compressed_tensors import InternalModule
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.modeling import IMPL_ATTR
 from compressed_tensors.quantization import (
+    QuantizationArgs,
     QuantizationConfig,
     QuantizationScheme,
     QuantizationStatus,
@@ -19,6 +20,7 @@ from compressed_tensors.utils import is_match, match_targets
 from torch import nn
 
 from calipers._words import listing
+from calipers.calibration.attention import is_attention, is_state_scheme, sees_cache
 from calipers.calibration.experts import find_fused_experts
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint.names import checkpoint_names
@@ -34,9 +36,10 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     """A config that gives every module of the model the scheme that it carries, and no other one.
 
     The scheme of most modules of a class targets the class ("Linear"), less an ignore list of exact
-    names; any other scheme targets names, as a regex over the numbers in them where just its own
-    modules match it. Where the model's names differ from its checkpoint's, both stand in
-    the lists: transformers matches the one kind, vLLM the other.
+    names; that of all attention modules of a class targets it too; any other scheme targets names,
+    as a regex over the numbers in them where just its own modules match it. Where the model's names
+    differ from its checkpoint's, both stand in the lists: transformers matches the one kind, vLLM
+    the other.
 
     Returns:
         The config, with the format of each group; None where no module is quantized.
@@ -58,7 +61,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     upstream = QuantizationConfig.from_pretrained(model)
     if upstream is None:
         return None
-    if not schemes:
+    if not any(map(is_module_quantized, named.values())):
         return upstream
     kinds = _group(named, schemes)
     of_class = {kind: _most_of(kind, named, kinds) for kind in _CLASSES}
@@ -66,7 +69,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     for key, members in kinds.items():
         targets = [kind for kind, owner in of_class.items() if owner == key]
         rest = [name for name in members if _class_of(named[name]) not in targets]
-        targets += _patterns(model, rest, named)
+        targets += _attention_class(rest, named) or _patterns(model, rest, named)
         scheme = schemes[members[0]].model_copy(deep=True)
         scheme.targets = targets
         scheme.format = module_format(type(named[members[0]]), scheme)
@@ -75,7 +78,7 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
     config = QuantizationConfig(
         config_groups=groups,
         ignore=_ignored(model, named, schemes, of_class, upstream.ignore or []),
-        kv_cache_scheme=upstream.kv_cache_scheme,
+        kv_cache_scheme=_cache_args(named, schemes),
         format=(
             CompressionFormat.mixed_precision.value
             if len(formats) > 1
@@ -83,8 +86,41 @@ def saved_config(model: nn.Module) -> QuantizationConfig | None:
         ),
         quantization_status=QuantizationStatus.COMPRESSED,
     )
-    _check(named, schemes, config)
+    _check(model, named, schemes, config)
     return config
+
+
+def _cache_args(
+    named: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
+) -> QuantizationArgs | None:
+    """What keys and values are quantized to, if the config is to say it of all attention.
+
+    That is so where no group says it of a module, and where all attention has one scheme: vLLM
+    reads the cache's scales where there is a kv_cache_scheme.
+
+    Raises:
+        CheckpointError: Two schemes, of which a config holds one; or attention that has none, which
+            loaders would give it with scales that nobody measured.
+    """
+    attention = {
+        name: getattr(module, "quantization_scheme", None)
+        for name, module in named.items()
+        if is_attention(module) and (is_module_quantized(module) or sees_cache(module))
+    }
+    alone = {name: each for name, each in attention.items() if each and name not in schemes}
+    if not alone:
+        kinds = {each and _scheme_key(each) for each in attention.values()}
+        one = next(iter(attention.values()), None) if len(kinds) == 1 else None
+        return None if one is None else one.input_activations
+    args: QuantizationArgs = next(iter(alone.values())).input_activations
+    wrong = [name for name, each in alone.items() if each.input_activations != args]
+    wrong += [name for name, each in attention.items() if not each]
+    if wrong:
+        raise CheckpointError(
+            f"the config of the checkpoint would give {len(wrong)} attention modules the cache's "
+            f"scheme of {next(iter(alone))}, which they do not have: {listing(wrong, 10)}"
+        )
+    return args
 
 
 def _scheme_key(scheme: QuantizationScheme) -> str:
@@ -99,12 +135,24 @@ def _class_of(module: nn.Module) -> str | None:
 def _group(
     named: Mapping[str, nn.Module], schemes: Mapping[str, QuantizationScheme]
 ) -> dict[tuple[str, str], list[str]]:
-    """Quantized modules by scheme and format, in the model's order."""
+    """Quantized modules by scheme and format, in the model's order; attention also by its class."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name, scheme in schemes.items():
-        key = _scheme_key(scheme), str(module_format(type(named[name]), scheme))
+        kind = type(named[name])
+        key = _scheme_key(scheme), str(module_format(kind, scheme))
+        if is_attention(named[name]):
+            key = key[0], kind.__name__
         kinds[key].append(name)
     return kinds
+
+
+def _attention_class(names: list[str], named: Mapping[str, nn.Module]) -> list[str]:
+    """The class of attention modules, where it means just these; vLLM passes over such a group."""
+    if not names or not is_attention(named[names[0]]):
+        return []
+    kind = type(named[names[0]]).__name__
+    meant = [name for name, module in named.items() if is_match(name, module, kind)]
+    return [kind] if meant == names else []
 
 
 def _most_of(
@@ -164,6 +212,7 @@ def _ignored(
 
 
 def _check(
+    model: nn.Module,
     named: Mapping[str, nn.Module],
     schemes: Mapping[str, QuantizationScheme],
     config: QuantizationConfig,
@@ -176,10 +225,13 @@ def _check(
     patterns = [target for target in by_target if target not in named]
     wrong = []
     for name, module in named.items():
-        if not isinstance(module, (nn.Linear, nn.Embedding)):
+        attention = is_attention(module)
+        if not attention and not isinstance(module, (nn.Linear, nn.Embedding)):
             continue
         matched = [name] if name in by_target else match_targets(name, module, patterns)
         if matched and (name in ignored or is_match(name, module, ignoring)):
+            matched = []
+        if attention and matched and not is_state_scheme(model, name, by_target[matched[0]]):
             matched = []
         read = _scheme_key(by_target[matched[0]]) if matched else None
         own = _scheme_key(schemes[name]) if name in schemes else None

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
+from calipers.calibration.attention import STATES
 from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
@@ -192,6 +193,7 @@ def _in_dtype(
 def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
     all_args = {"weight": scheme.weights, "input": scheme.input_activations}
     all_args["output"] = scheme.output_activations
+    all_args |= dict.fromkeys(STATES, scheme.input_activations)
     named = {name for name, args in all_args.items() if args is not None and args.scale_dtype}
     return {f"{name}_scale" for name in named}
 

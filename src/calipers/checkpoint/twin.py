@@ -41,7 +41,7 @@ _IS_VOCABULARY = re.compile(r"(^|_)(vocab_size|vocab_size_per_layer_input|n_voca
 _IS_TOKEN = re.compile(r"_token_(id|index)$|^(image|video|audio)_token(_id|_index)?$")
 
 
-def make_twin(model: nn.Module) -> Any:
+def make_twin(model: nn.Module, attention: str = "eager") -> Any:
     """A small model of the same class and architecture, with random weights, on the CPU.
 
     Its layers are those that the model begins with, as many as it takes to see each kind of module
@@ -50,6 +50,7 @@ def make_twin(model: nn.Module) -> Any:
 
     Args:
         model: A transformers model, its weights anywhere; not touched.
+        attention: Which attention function the twin calls.
 
     Raises:
         Exception: Whatever the class raises where it cannot be built so small.
@@ -68,7 +69,7 @@ def make_twin(model: nn.Module) -> Any:
             shrink(each, widths)
     kind: Any = type(model)
     dtype = source.dtype if source.dtype.is_floating_point else torch.float32
-    twin = kind._from_config(config, dtype=dtype, attn_implementation="eager")
+    twin = kind._from_config(config, dtype=dtype, attn_implementation=attention)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if parameter.ndim >= 2:

@@ -16,7 +16,7 @@ from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
-from calipers.calibration.config import has_free_group_size
+from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.module_checks import find_shape_problems
@@ -71,6 +71,7 @@ def calibrate(
         ),
     ] = None,
     group_size: options.GroupSize = None,
+    kv_cache: options.KVCache = None,
     observer: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +154,8 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --scheme NVFP4 --data text.jsonl --eval heldout.txt
 
+      calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --kv-cache fp8 --out ./fp8-cache
+
       calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
 
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
@@ -181,7 +184,7 @@ def calibrate(
         options.load_plugins(plugin)
         chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
-        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size))
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
         choice = ObserverChoice(observer, activation_observer, chosen, texts is not None)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
@@ -200,6 +203,7 @@ def calibrate(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
             sized(group_size),
+            kv_cache,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -236,6 +240,7 @@ def calibrate(
             "model": "demo" if model is None else str(model),
             "scheme": scheme or DEFAULT_SCHEME,
             "group_size": group_size_of(plan.config),
+            "kv_cache": kv_cache_of(plan.config),
             "out": None if out is None else str(out),
             "data": None if used is None else used.to_dict(),
             "eval": None if judged is None else judged.to_dict(),
@@ -309,6 +314,17 @@ def group_size_of(config: QuantizationConfig) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def kv_cache_of(config: QuantizationConfig) -> str | None:
+    """A word for what keys and values are quantized to; None where they are not."""
+    args = config.kv_cache_scheme
+    if args is None:
+        return None
+    kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
+    known = {(each["type"], each["strategy"]): word for word, each in KV_CACHES.items()}
+    word = known.get((kind, strategy)) if args.num_bits == 8 and args.symmetric else None
+    return word or f"{kind}{args.num_bits} {strategy}"
+
+
 def print_result(
     result: dict[str, Any],
     report: CalibrationReport,
@@ -351,6 +367,7 @@ def print_result(
     before, after = result["bytes_before"], result["bytes_after"]
     lines = [
         ("group size", size and (size_note or str(size))),
+        ("cache", result["kv_cache"]),
         ("calibrated with", data and str(data)),
         ("no text", result["no_text"]),
         ("judged by", judged and str(judged)),

@@ -20,6 +20,7 @@ __all__ = [
     "GroupSize",
     "Ignore",
     "Json",
+    "KVCache",
     "ModelFolder",
     "Plugins",
     "SequenceLength",
@@ -28,7 +29,10 @@ __all__ = [
 
 ActivationObserver: TypeAlias = Annotated[
     str | None,
-    typer.Option(help="Observer of static activations. Default: the scheme's, else static_minmax."),
+    typer.Option(
+        help="Observer of static activations and of the cache. "
+        "Default: the scheme's, else static_minmax."
+    ),
 ]
 DataFile: TypeAlias = Annotated[
     Path | None,
@@ -55,6 +59,16 @@ EvalSamples: TypeAlias = Annotated[int, typer.Option(min=1, help="Most sequences
 GroupSize: TypeAlias = Annotated[
     int | None,
     typer.Option(min=1, help="Columns of a group of weights. Default: the scheme's (W4A16: 128)."),
+]
+KVCache: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="WORD",
+        help="Quantize keys and values of the cache: fp8, int8 (one scale a layer), fp8-head or "
+        "int8-head (one a head); alone with --scheme UNQUANTIZED. Default: the scheme's, else "
+        "none.",
+    ),
 ]
 SequenceLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")]
 Device: TypeAlias = Annotated[

@@ -66,6 +66,7 @@ OBSERVERS: dict[str, tuple[str, Options]] = {
     "optimal-mse-signed": ("optimal", {"objective": "mse", "negative_scales": True}),
     "optimal-imatrix-signed": ("optimal", {"objective": "imatrix", "negative_scales": True}),
     "optimal-hessian-signed": ("optimal", {"objective": "hessian", "negative_scales": True}),
+    "nvfp4_headroom": ("nvfp4_headroom", {}),
 }
 SIGNED = [label for label in OBSERVERS if label.endswith("-signed")]
 #: They look at inputs, which an activation has not.

@@ -91,6 +91,12 @@ class TestHistogram(ObserverContract):
     defaults = Options({"method": "mse", "percentile": 99.99})
 
 
+class TestHeadroom(ObserverContract):
+    name = "nvfp4_headroom"
+    remembers = "all"
+    defaults = Options({"low": 1.0, "high": 99.99, "headroom": 16384.0})
+
+
 class TestOptimal(ObserverContract):
     name = "optimal"
     remembers = "last"

@@ -8,7 +8,6 @@ and behave the same in all else.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,6 +17,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from calipers.observers import Observer
+from memoised import forget_tables
 
 NAMES = sorted(Observer.registered_names())
 SHAPES = {"weight": (64, 128), "input": (2, 8, 128), "k": (2, 4, 8, 32)}
@@ -65,10 +65,7 @@ def without_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in ("plain_values", "plain_tensor"):
             monkeypatch.setattr(f"{module}.{name}", torch.Tensor.detach, raising=False)
     yield
-    for name, module in list(sys.modules.items()):
-        if name.startswith("calipers.ranges"):
-            for member in vars(module).values():
-                getattr(member, "cache_clear", lambda: None)()
+    forget_tables()
 
 
 @contextmanager

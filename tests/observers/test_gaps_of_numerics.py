@@ -10,9 +10,9 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor, nn
 
-import calipers
 from calipers.observers import Observer
 from calipers.ranges import ShrinkGrid, group_values, min_max, search_grid_ranges
+from memoised import forget_tables
 from observers.samples import NVFP4, sample
 
 INT4 = {"num_bits": 4, "strategy": "group", "group_size": 16}
@@ -56,10 +56,7 @@ def qparams(
 @pytest.fixture(autouse=True)
 def forgotten_tables() -> None:
     """What is memoised is computed anew, so that odd surroundings may leave their traces in it."""
-    for module in (calipers.ranges.least_squares, calipers.ranges.scale_codes):
-        for each in vars(module).values():
-            if hasattr(each, "cache_clear"):
-                each.cache_clear()
+    forget_tables()
 
 
 @pytest.mark.parametrize("engine", ["native", "eager"])

@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationArgs
 
 import calipers
 from calipers.observers import Observer
+from memoised import forget_tables
 
 FORMATS = {
     "int4": {"num_bits": 4},
@@ -47,8 +48,7 @@ def qparams(name: str, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_defaults_do_not_matter(name, engine, monkeypatch):
     monkeypatch.setenv("CALIPERS_ENGINE", engine)
     wanted = {kind: qparams(name, kind) for kind in FORMATS}
-    calipers.ranges.least_squares._candidates.cache_clear()
-    calipers.ranges.least_squares._candidate_ratios.cache_clear()
+    forget_tables()
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
         torch.set_default_dtype(dtype)
         torch.set_default_device("meta")

@@ -1,6 +1,7 @@
 """Observers: nn.Modules that watch values and answer with a scale and a zero point."""
 
 from calipers.observers.base import Observation, Observer
+from calipers.observers.headroom import HeadroomObserver
 from calipers.observers.helpers import flatten_for_calibration, get_observer_token_count
 from calipers.observers.histogram import HistogramObserver
 from calipers.observers.imatrix import IMatrixMSEObserver, NVFP4ExpandedIMatrixObserver
@@ -23,6 +24,7 @@ from calipers.observers.options import ObserverOptions
 from calipers.observers.statistics import Statistic
 
 __all__ = [
+    "HeadroomObserver",
     "HistogramObserver",
     "IMatrixMSEObserver",
     "MemorylessMSEObserver",

@@ -40,9 +40,15 @@ class GlobalScaleStatistics(ValueStatistics):
         value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return
-        observation = self._look_at(value, Grouping.whole(value.shape, self._name_of_layout()))
+        self._take_in_global(
+            self._look_at(value, Grouping.whole(value.shape, self._name_of_layout()))
+        )
+
+    def _take_in_global(self, observation: Observation) -> None:
+        """Update the global statistics by a value: its range, unless a subclass keeps more."""
         low, high = self.measure_global(observation)
-        self._remember(self.global_range_names, (low.reshape(1), high.reshape(1)), value.dtype)
+        current = (low.reshape(1), high.reshape(1))
+        self._remember(self.global_range_names, current, observation.value.dtype)
 
     def measure_global(self, observation: Observation) -> Range:
         """Minimum and maximum of all values, one element each, for the global scale."""
@@ -53,8 +59,7 @@ class GlobalScaleStatistics(ValueStatistics):
     @whole_update
     def get_global_min_max(self, observed: Tensor) -> Range:
         """Minimum and maximum of a whole value, `(num_observations, 1, group_size)`, shape (1,)."""
-        observation = self._look_at_canonical(observed)
-        self._remember(self.global_range_names, self.measure_global(observation), observed.dtype)
+        self._take_in_global(self._look_at_canonical(observed))
         return self._range(self.global_range_names)
 
     @whole_update

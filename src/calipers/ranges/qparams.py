@@ -221,6 +221,8 @@ def expand_range(values: Tensor, factor: float, dtype: torch.dtype = torch.float
         factor: At least 1.
         dtype: Of the result, float32 or float64.
     """
+    if factor == 1 and values.dtype == dtype:
+        return values
     limits, own = torch.finfo(dtype), values.to(dtype)
     return torch.where(values.isinf(), own, (own * factor).clamp(limits.min, limits.max))
 

@@ -52,6 +52,17 @@ UNMEASURED = {
     ("docs/command-line.md", "field"): FACTS + "test_json_fields_of_the_command_line_page",
     ("docs/demo-model.md", "File, Bytes, Content"): FACTS + "test_sizes_of_the_demo_files",
     ("docs/evaluating.md", "kind of scheme"): FACTS + "test_bands_are_those_of_the_verdict",
+    (
+        "docs/experts.md",
+        "model, names of an expert's layers",
+    ): "tests/calibration/test_experts.py::test_all_of_them_are_quantized",
+    (
+        "docs/experts.md",
+        "scheme, `from_pretrained`",
+    ): "tests/checkpoint/test_experts.py::test_schemes_of_the_page_load_as_it_says",
+    ("docs/experts.md", "`on_few_tokens`"): None,
+    ("docs/experts.md", "tokens, error of the median column"): FACTS
+    + "test_what_so_many_tokens_tell",
     ("docs/index.md", "word, meaning"): None,
     ("docs/numerics.md", "statistic, of, merged"): None,
     ("docs/performance.md", "engine, where, how"): None,

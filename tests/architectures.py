@@ -25,6 +25,39 @@ def tiny(kind: str, config: str, **fields: Any) -> Any:
     return getattr(transformers, kind)(made).eval()
 
 
+def llama() -> Any:
+    return tiny("LlamaForCausalLM", "LlamaConfig", **GROUPED)
+
+
+def tied_llama() -> Any:
+    return tiny("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=True, **GROUPED)
+
+
+def mistral() -> Any:
+    return tiny("MistralForCausalLM", "MistralConfig", sliding_window=4, **GROUPED)
+
+
+def qwen3() -> Any:
+    return tiny("Qwen3ForCausalLM", "Qwen3Config", head_dim=32, **GROUPED)
+
+
+def gemma3_text() -> Any:
+    return tiny("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=32, **GROUPED)
+
+
+def phi3() -> Any:
+    return tiny("Phi3ForCausalLM", "Phi3Config", pad_token_id=0, **GROUPED)
+
+
+def olmo2() -> Any:
+    return tiny("Olmo2ForCausalLM", "Olmo2Config", pad_token_id=0, **GROUPED)
+
+
+def gpt2() -> Any:
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 128}
+    return tiny("GPT2LMHeadModel", "GPT2Config", **sizes)
+
+
 def whisper() -> Any:
     return tiny(
         "WhisperForConditionalGeneration",
@@ -45,6 +78,10 @@ def whisper() -> Any:
         decoder_start_token_id=1,
         eos_token_id=2,
     )
+
+
+def roberta() -> Any:
+    return tiny("RobertaForMaskedLM", "RobertaConfig", max_position_embeddings=64, **SIZES)
 
 
 def bert() -> Any:
@@ -181,10 +218,22 @@ def mamba() -> Any:
     return tiny("MambaForCausalLM", "MambaConfig", **sizes)
 
 
-def siglip() -> Any:
+def _of_images() -> dict[str, int]:
     sizes = {**SIZES, "image_size": 32, "patch_size": 8}
     del sizes["vocab_size"]
-    return tiny("SiglipVisionModel", "SiglipVisionConfig", **sizes)
+    return sizes
+
+
+def clip() -> Any:
+    return tiny("CLIPVisionModel", "CLIPVisionConfig", **_of_images())
+
+
+def vit() -> Any:
+    return tiny("ViTForImageClassification", "ViTConfig", **_of_images())
+
+
+def siglip() -> Any:
+    return tiny("SiglipVisionModel", "SiglipVisionConfig", **_of_images())
 
 
 def qwen2_vl() -> Any:
@@ -194,6 +243,21 @@ def qwen2_vl() -> Any:
         "Qwen2VLConfig",
         text_config={**GROUPED, "rope_parameters": rope},
         vision_config={"depth": 1, "embed_dim": 128, "hidden_size": 128, "num_heads": 4},
+        image_token_id=120,
+        video_token_id=121,
+        vision_start_token_id=122,
+        vision_end_token_id=123,
+    )
+
+
+def qwen3_vl() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 128, "intermediate_size": 128, "num_heads": 4}
+    return tiny(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        text_config={**GROUPED, "head_dim": 32, "rope_parameters": rope},
+        vision_config={**vision, "out_hidden_size": 128, "deepstack_visual_indexes": [0]},
         image_token_id=120,
         video_token_id=121,
         vision_start_token_id=122,
@@ -222,7 +286,7 @@ def example_inputs(model: nn.Module, seed: int = 1) -> dict[str, torch.Tensor]:
     if kind.startswith("Whisper"):
         sound = torch.randn(2, 8, 16, generator=generator)
         return {"input_features": sound, "decoder_input_ids": ids}
-    if kind.startswith("Siglip"):
+    if kind.startswith(("Siglip", "CLIP", "ViT")):
         return {"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)}
     if kind.startswith("T5"):
         return {"input_ids": ids, "decoder_input_ids": ids}

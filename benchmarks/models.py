@@ -155,10 +155,31 @@ def _by_expert(kind: Any, path: Path) -> Any:
 
 
 def _in_short(error: Exception) -> str:
-    """The lines of an error that say why, in one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[1:3] if len(lines) > 1 else lines)
+    """What an error says of the cause, without names of modules and what to do about it."""
+    told = " ".join(str(error).split())
+    for pattern in (
+        r"loading raises .*?(?= no part of| leave them| a config| For details|$)",
+        r"loads with other outputs(?=, by)",
+        r"(?<=: )compressed-tensors [\d.]+ finds no attention",
+        r"(?<=: )compressed-tensors [\d.]+ puts its QuantizedKVCache .*?, which has no update",
+        r"its cache holds one latent for all heads",
+        r"which cannot be quantized: .*?(?=\)|$)",
+    ):
+        found = re.search(pattern, told)
+        if found is not None:
+            return found[0].replace("|", "/")
     return (told if len(told) <= 240 else told[:237] + "...").replace("|", "/")
+
+
+def _gathered(errors: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """One row for each error of a model, with the recipes that meet it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for each in errors:
+        rows.setdefault((each["model"], each["error"]), []).append(each["recipe"])
+    return [
+        {"model": model, "recipes": ", ".join(recipes), "error": error}
+        for (model, error), recipes in rows.items()
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -182,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*each.values(), sep=": ")
     tables = {
         "models": Table([["model", "model", "{}"], *([r, r, "{}"] for r in RECIPES)], rows),
-        "errors": Table([[key, key, "{}"] for key in ("model", "recipe", "error")], errors),
+        "errors": Table(
+            [[key, key, "{}"] for key in ("model", "recipes", "error")], _gathered(errors)
+        ),
     }
     if options.json is not None:
         measured("benchmarks.models", arguments, tables).write(options.json)

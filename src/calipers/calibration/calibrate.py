@@ -16,6 +16,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -49,6 +50,7 @@ def calibrate(
     sequence_length: int = 512,
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -85,6 +87,8 @@ def calibrate(
         kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
             "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
             config. Needs data.
+        only: "language" quantizes the language part alone of a model that sees or hears as well:
+            towers and projectors are left as they are. None for the whole model.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -115,7 +119,9 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         if data is None:
             refuse_without_data(plan)
         else:
@@ -166,6 +172,7 @@ def attach(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -188,6 +195,7 @@ def attach(
         on_unfit: As in `calibrate`.
         scheme_options: As in `calibrate`.
         kv_cache: As in `calibrate`.
+        only: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -203,7 +211,9 @@ def attach(
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
 

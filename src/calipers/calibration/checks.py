@@ -29,6 +29,7 @@ from calipers.calibration.module_checks import (
     find_module_problems,
     find_shape_problems,
 )
+from calipers.calibration.parts import Only
 from calipers.calibration.targets import (
     Resolution,
     Target,
@@ -71,7 +72,10 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
 
 
 def resolve_and_check(
-    model: torch.nn.Module, config: QuantizationConfig, on_unfit: OnUnfit = "error"
+    model: torch.nn.Module,
+    config: QuantizationConfig,
+    on_unfit: OnUnfit = "error",
+    only: Only | None = None,
 ) -> Resolution:
     """As `check_scheme`; the answer also says what is left alone and why.
 
@@ -79,13 +83,16 @@ def resolve_and_check(
         model: Any model; nothing in it is changed.
         config: As `resolve_config` returns it.
         on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+        only: "language" leaves towers and projectors of images and sounds alone; None none.
 
     Raises:
         SchemeError: As `check_scheme`.
-        CalipersError: `on_unfit` is unknown.
+        CalipersError: `on_unfit` or `only` is unknown, or the model has no such part.
     """
     check_choice("on_unfit", on_unfit, OnUnfit)
-    resolution = resolve_modules(model, config)
+    if only is not None:
+        check_choice("only", only, Only)
+    resolution = resolve_modules(model, config, only)
     if on_unfit == "skip":
         unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]
         resolution = resolution.without(dict.fromkeys(unfit, "shape"))

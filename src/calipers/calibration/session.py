@@ -246,10 +246,10 @@ class Calibration:
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
-            raise missing_data_error(missing, self.batches, tried_fallback=False)
+            raise missing_data_error(missing, self.batches, self.model, tried_fallback=False)
         left = set_fallbacks(observed, missing)
         if left:
-            raise missing_data_error(left, self.batches, tried_fallback=True)
+            raise missing_data_error(left, self.batches, self.model, tried_fallback=True)
         return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:

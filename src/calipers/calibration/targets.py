@@ -38,6 +38,7 @@ from calipers.calibration.attention import (
     is_state_scheme,
     sees_cache,
 )
+from calipers.calibration.parts import Only, find_outside
 from calipers.observers.hooks import Side
 
 __all__ = [
@@ -77,6 +78,7 @@ Reason = Literal[
     "ignored by you",
     "output head",
     "router",
+    "not the language part",
     "never called",
     "not a Linear",
     "fused experts",
@@ -230,7 +232,9 @@ def schemes_by_target(config: QuantizationConfig) -> dict[str, QuantizationSchem
     }
 
 
-def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
+def resolve_modules(
+    model: nn.Module, config: QuantizationConfig, only: Only | None = None
+) -> Resolution:
     """Decide for every module of a model which scheme it gets, or why it gets none.
 
     The scheme is chosen as `apply_quantization_config` chooses it: exact names before patterns
@@ -242,12 +246,17 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
     Args:
         model: Any model, offloaded or not; nothing in it is changed.
         config: A resolved config.
+        only: The part that is quantized, exact targets included; None for the whole model.
+
+    Raises:
+        CalipersError: The model has no such part.
     """
     schemes = schemes_by_target(config)
     targets, left_alone = [], []
     with disable_onloading():
         ignored, unused = find_ignored(model, config.ignore or [])
-        kept = _find_kept(model, ignored, exact=set(schemes))
+        outside = set() if only is None else find_outside(model)
+        kept = _find_kept(model, ignored, outside, exact=set(schemes))
         attention = find_attention(model)
         cache = config.kv_cache_scheme and cache_scheme(config.kv_cache_scheme)
         for name, module in model.named_modules():
@@ -303,11 +312,14 @@ def _reason(module: nn.Module, scheme: QuantizationScheme | None) -> Reason:
     return "not targeted" if scheme is None else "its scheme leaves weights alone"
 
 
-def _find_kept(model: nn.Module, ignored: Iterable[str], exact: set[str]) -> dict[str, Reason]:
-    """Modules that are left alone whatever pattern matches them; exact targets but for ignored."""
+def _find_kept(
+    model: nn.Module, ignored: Iterable[str], outside: Iterable[str], exact: set[str]
+) -> dict[str, Reason]:
+    """Modules that are left alone whatever matches them, but for exact targets among the first."""
     kept: dict[str, Reason] = dict.fromkeys(find_bypassed(model) - exact, "never called")
     kept.update(dict.fromkeys(find_routers(model) - exact, "router"))
     kept.update(dict.fromkeys(find_output_heads(model) - exact, "output head"))
+    kept.update(dict.fromkeys(outside, "not the language part"))
     kept.update(dict.fromkeys(ignored, "ignored by you"))
     return kept
 

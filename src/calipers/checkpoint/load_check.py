@@ -38,6 +38,7 @@ from calipers.calibration.attention import (
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
+from calipers.calibration.parts import beyond_language
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
 from calipers.checkpoint.twin import make_twin, plain_defaults
@@ -197,8 +198,10 @@ def _describe(model: nn.Module, check: LoadCheck) -> str:
     else:
         ignored = dict.fromkeys(_pattern(kind_of(name)) for name in check.problems)
         ignore = ", ".join(f'"{each}"' for each in ignored)
+        language = beyond_language(model, check.problems) == set(check.problems)
+        word = 'only="language" (--only language), with ' if language else ""
         lines.append(
-            f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
+            f"leave them alone with {word}ignore=[{ignore}], choose another scheme, or pass "
             "load_check=False (--no-load-check) for another loader"
         )
     return "\n  ".join(lines)

@@ -87,6 +87,7 @@ def compare(
     samples: options.DataSamples = 128,
     sequence_length: options.SequenceLength = 512,
     ignore: options.Ignore = None,
+    only: options.OnlyPart = None,
     on_unfit: Annotated[
         str,
         typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
@@ -115,6 +116,7 @@ def compare(
         texts = calibration_text(data, demo=model is None)
         judged_texts = heldout_text(eval_file, demo=model is None)
         options.load_plugins(plugin)
+        part = options.known_part(only)
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
         observers = observer or list(_OBSERVERS)
@@ -124,13 +126,15 @@ def compare(
         loaded = load_model(path, device=device, dtype=dtype)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
-            group_size, size_note = choose_group_size(loaded, patterns)
+            group_size, size_note = choose_group_size(loaded, patterns, part)
             runs = plan_runs(schemes, observers, option or [], group_size)
         for run in runs:
             choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
             try:
                 unfit: Any = on_unfit  # checked there
-                plan_observers(loaded, run.scheme, choice, patterns, unfit, run.scheme_options)
+                plan_observers(
+                    loaded, run.scheme, choice, patterns, unfit, run.scheme_options, only=part
+                )
             except CalipersError as error:
                 raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
         tokenizer = load_tokenizer(path)
@@ -150,6 +154,7 @@ def compare(
             before,
             progress,
             ignore=patterns,
+            only=part,
             on_unfit=on_unfit,
             activation_observer=activation_observer,
         )

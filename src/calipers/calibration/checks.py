@@ -31,6 +31,7 @@ from calipers.calibration.module_checks import (
 )
 from calipers.calibration.parts import Only
 from calipers.calibration.targets import (
+    ONLY_LINEAR,
     Resolution,
     Target,
     is_quantizable,
@@ -194,11 +195,15 @@ def _only_left_alone(pattern: str, names: list[str], resolution: Resolution) -> 
 
 def _others(resolution: Resolution) -> str:
     """What the model holds instead, where no Linear is what it is made of (GPT-2's Conv1D)."""
-    kinds = Counter(each.kind for each in resolution.left_alone if each.reason == "not a Linear")
-    if not kinds:
+    others = [each for each in resolution.left_alone if each.reason == "not a Linear"]
+    if not others:
         return ""
+    kinds = Counter(each.kind for each in others)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f" (other modules with weights, which cannot be quantized: {counted})"
+    counting = [each for each in resolution.left_alone if each.reason != "output head"]
+    whole = sum(each.weights for each in counting)
+    share = sum(each.weights for each in others) / max(whole, 1)
+    return f" ({share:.0%} of the weights that stay are in {counted}: {ONLY_LINEAR})"
 
 
 def _unfit_type(
@@ -216,7 +221,7 @@ def _unfit_type(
     if useful and (not _holds_matrices_alone(module) or isinstance(module, torch.nn.Linear)):
         return None  # a Linear of another forward is left alone and listed
     return (
-        f"{type(module).__name__} cannot be quantized, only Linear and Embedding can "
+        f"{type(module).__name__} cannot be quantized: {ONLY_LINEAR} "
         f"(matched by {pattern!r}; ignore it to leave it as it is)"
     )
 

@@ -26,7 +26,7 @@ from calipers.calibration.missing import (
 )
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
-from calipers.calibration.report import CalibrationReport, quantized_share
+from calipers.calibration.report import CalibrationReport, quantized_share, with_shares
 from calipers.calibration.targets import LeftAlone, Reason, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
@@ -199,7 +199,7 @@ class Calibration:
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
-            left_alone=left_alone,
+            left_alone=with_shares(rows, self.model, left_alone),
             quantized_share=share,
             seconds=self._seconds,
             batches=self.batches,

@@ -45,6 +45,7 @@ __all__ = [
     "ACTIVATION_STRATEGIES",
     "GROUPED",
     "LAYER_TENSORS",
+    "ONLY_LINEAR",
     "TENSORS",
     "WEIGHT_STRATEGIES",
     "LeftAlone",
@@ -144,6 +145,10 @@ class Target:
         return {base_name: args for base_name, args in found.items() if args is not None}
 
 
+#: What compressed-tensors and its loaders can quantize.
+ONLY_LINEAR = "compressed-tensors quantizes Linear and Embedding only"
+
+
 @dataclass(frozen=True)
 class LeftAlone:
     """A module with projection weights that stays as it is.
@@ -153,12 +158,22 @@ class LeftAlone:
         kind: Name of its class.
         reason: Why.
         weights: Values of its projection weights.
+        share: Their share of the model's projection weights, from 0 to 1, once a calibration is
+            frozen; 0 of an output head, which does not count, and of what is quantized already.
     """
 
     name: str
     kind: str
     reason: Reason
     weights: int
+    share: float = 0.0
+
+    @property
+    def why(self) -> str:
+        """The reason, with what it means for a module of this class."""
+        if self.reason == "not a Linear":
+            return f"{self.kind}: only Linear and Embedding can be quantized"
+        return self.reason
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import calipers
+from calipers.checkpoint.load_check import check_load
 from multimodal_models import MODELS, logits_of, other_inputs, stored, text_inputs
 
 #: Those that a plain `make test` tries.
@@ -26,20 +27,22 @@ def test_equal_logits(name: str, preset: str, only: Any, tmp_path: Path) -> None
     batches = [text_inputs(model) if only else other_inputs(model)]
     out = tmp_path / "out"
 
+    options = {"group_size": 32} if preset == "W4A16" else {}
+
     def quantize_and_save() -> None:
-        options = {"group_size": 32} if preset == "W4A16" else {}
         calipers.calibrate(
             model, preset, "memoryless_minmax", batches, only=only, scheme_options=options
         )
         calipers.save(model, out)
 
     if only is None and name in REFUSED and preset in REFUSED[name]:
-        with pytest.raises(
-            calipers.CalipersError,
-            match=r"(?s)would not load back.*only=\"language\" \(--only language\)",
-        ):
+        told = r"(?s)would not load back.*only=\"language\" \(--only language\)"
+        with pytest.raises(calipers.CalipersError, match=told):
+            check_load(model, preset, scheme_options=options)
+        with pytest.raises(calipers.CalipersError, match=told):
             quantize_and_save()
         return
+    check_load(model, preset, only=only, scheme_options=options)
     quantize_and_save()
     loaded = type(model).from_pretrained(out).eval()
     for found, expected in zip(logits_of(loaded), logits_of(model), strict=True):

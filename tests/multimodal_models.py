@@ -11,8 +11,8 @@ from torch import Tensor
 from architectures import GROUPED, SIZES, example_inputs, gemma3, qwen2_vl, tiny, whisper
 
 TOKENS = 12
-_VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
-del _VISION["vocab_size"]
+VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
+del VISION["vocab_size"]
 
 
 def llama4_vision() -> Any:
@@ -29,7 +29,7 @@ def llama4_vision() -> Any:
             "moe_layers": [],
             "pad_token_id": 0,
         },
-        vision_config={**_VISION, **projector, "num_channels": 3, "intermediate_size": 512},
+        vision_config={**VISION, **projector, "num_channels": 3, "intermediate_size": 512},
         image_token_index=120,
     )
 

@@ -84,7 +84,8 @@ def calibrate(
             "global scales", "weights" and "activations"; `total` is None where it is not known. The
             last three take turns: one group of layers that engines fuse after the other.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
-        tokenizer: The model's tokenizer, for text.
+        tokenizer: The model's tokenizer, for text; or its processor, through which samples with
+            "images", "videos" or "audio" beside their "text" go, or with such parts in "messages".
         samples: Most sequences of text.
         sequence_length: Most tokens of a sequence of text; never more than the positions that the
             model's config names.

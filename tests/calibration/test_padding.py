@@ -167,7 +167,7 @@ def test_as_one_batch_all_is_equal_but_sums_of_floats(choice: dict[str, Any], si
 @sides
 @choices
 def test_in_float32_within_some_ulp(choice: dict[str, Any], side: str) -> None:
-    """The model's own products are rounded otherwise: about 11 ulp of importance and 3 of scales in two layers.
+    """The model's own products are rounded otherwise: 11 ulp of importance, 3 of scales.
 
     Entries of X'X and scales of `optimal` are left out: those near 0 are sums of what cancels, and
     a choice among candidates can fall otherwise where two of them are equal up to rounding.

@@ -127,6 +127,7 @@ def test_the_report_is_ready_for_json():
         "tokens_given",
         "tokens_counted",
         "unmasked",
+        "held_out",
     }
     assert read["batches"] == 2
     assert read["seconds"] > 0
@@ -142,6 +143,7 @@ def test_the_report_is_ready_for_json():
         "objective": None,
         "activations": "static",
         "states": [],
+        "shadows": {},
     }
 
 

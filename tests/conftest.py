@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from upstream import known_breakages
+
 # Tests side by side share the cores: OpenMP's threads wait for each other by spinning, so that two
 # processes that take both cores each need five times as long. Set before torch is loaded, and for
 # the processes that tests start.
@@ -20,6 +22,13 @@ pytest.register_assert_rewrite(
     "observers.rig",
     "observers.samples",
 )
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that newer versions of other packages break may fail there."""
+    for item in items:
+        for why in known_breakages(item.nodeid):
+            item.add_marker(pytest.mark.xfail(reason=why, strict=False))
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from calipers import _guard as _guard  # first: importing compressed_tensors mus
 
 # isort: split
 from calipers.calibration import Calibration, CalibrationReport, attach, calibrate
-from calipers.checkpoint import save
+from calipers.checkpoint import loading_experts, save
 from calipers.errors import (
     CalipersError,
     CheckpointError,
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "loading_experts",
     "perplexity",
     "save",
 ]

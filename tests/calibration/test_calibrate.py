@@ -114,7 +114,12 @@ def test_on_missing_and_progress_are_handed_on():
 
 def test_the_report_is_ready_for_json():
     report = calibrate(
-        tiny_moe((0,)), "FP8", "imatrix_mse", hidden_batches(), on_missing="fallback"
+        tiny_moe((0,)),
+        "FP8",
+        "imatrix_mse",
+        hidden_batches(),
+        on_missing="fallback",
+        on_few_tokens="own",
     )
     read = json.loads(json.dumps(report.to_dict()))
     assert set(read) == {
@@ -128,6 +133,7 @@ def test_the_report_is_ready_for_json():
         "tokens_counted",
         "unmasked",
         "held_out",
+        "coverage",
     }
     assert read["batches"] == 2
     assert read["seconds"] > 0
@@ -142,6 +148,7 @@ def test_the_report_is_ready_for_json():
         "fallback": ["weight", "input"],
         "objective": None,
         "activations": "static",
+        "shared": 0.0,
         "states": [],
         "shadows": {},
     }

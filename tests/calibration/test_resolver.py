@@ -215,11 +215,13 @@ class TestKinds:
         assert report.quantized_share == 1.0
         assert by_reason(report) == {"output head": ["lm_head"]}
 
-    def test_fused_experts_count(self):
-        report = calibrate(mixtral(), "W8A8")
-        assert by_reason(report)["fused experts"] == [
+    def test_experts_count(self):
+        report = calibrate(mixtral(), "W8A8", ignore="MixtralExperts")
+        assert by_reason(report)["ignored by you"] == [
             f"model.layers.{layer}.mlp.experts" for layer in range(2)
         ]
+        kept = [each for each in report.left_alone if each.reason == "ignored by you"]
+        assert {(each.kind, each.weights) for each in kept} == {("MixtralExperts", 2 * 3 * 2**15)}
         attention, experts = 2 * (128 * 128 * 2 + 64 * 128 * 2), 2 * 2 * 3 * 128 * 256
         routers = 2 * 2 * 128
         expected = attention / (attention + experts + routers)

@@ -475,6 +475,7 @@ def test_modules_without_data_have_a_fallback_and_shadows_that_can() -> None:
         shadow=("optimal", "memoryless_minmax"),
         activation_shadow="histogram",
         pick="best",
+        on_few_tokens="own",
     )
     starved = report["layers.0.experts.1.up_proj"]
     rows = starved.shadows["weight"]
@@ -483,6 +484,27 @@ def test_modules_without_data_have_a_fallback_and_shadows_that_can() -> None:
     assert {row.judged_by for row in rows} == {"weight"}
     assert [row.error for row in starved.shadows["input"]] == [None, None]
     assert "input" in starved.fallback
+
+
+def test_experts_of_few_tokens_lend_shadows_what_the_first_is_lent() -> None:
+    model, alone, batches = tiny_moe((0, 1)), tiny_moe((0, 1)), hidden_batches(4)
+    options = {"on_missing": "fallback", "enough_tokens": 50}
+    shadows = {"shadow": "optimal", "activation_shadow": "histogram", "pick": "best"}
+    report = calibrate(model, "FP8", "imatrix_mse", batches, **shadows, **options)
+    plain = calibrate(alone, "FP8", "optimal", seen_batches(batches), **options)
+    winners = {}
+    for row, other in zip(report, plain, strict=True):
+        assert row.shared == other.shared > 0
+        winners[row.name] = chosen(report, row.name)
+        rows = row.shadows["weight"]
+        assert all(each.error is not None for each in rows)
+        if winners[row.name] == "optimal":
+            scales = [each.get_submodule(row.name).weight_scale for each in (model, alone)]
+            assert torch.equal(*scales)
+        # ranges and counts of few values cannot be compared with those of a whole layer
+        assert row.shadows["input"][1].error is None
+        assert chosen(report, row.name, "input") == "static_minmax"
+    assert "optimal" in winners.values()
 
 
 def test_embeddings_have_no_inputs() -> None:

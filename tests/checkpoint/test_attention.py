@@ -41,10 +41,13 @@ def saved(model: Any, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def expect_equal_when_loaded(model: Any, folder: Path) -> None:
-    loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
+    with calipers.loading_experts():
+        loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    assert torch.equal(logits(loaded), logits(model))
-    assert torch.equal(continued(loaded), continued(model))
+    # experts of GPT-OSS are stored transposed: their sums have another order
+    close = 1e-5 if type(model).__name__.startswith("GptOss") else 0
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=close)
+    torch.testing.assert_close(continued(loaded), continued(model), rtol=0, atol=close)
 
 
 def states_scheme(strategy: str = "tensor", *targets: str, kind: str = "float") -> Any:
@@ -138,11 +141,13 @@ def test_latents_come_back_beside_quantized_layers_alone(tmp_path: Path) -> None
     model = calibrated("latent", "FP8", "FP8")
     saved(model, tmp_path / "model")
     expect_equal_when_loaded(model, tmp_path / "model")
-    # transformers asks a config of such a model for the group of its experts
+    # transformers asks a config of such a model for the group of its experts, unless they are
+    # loaded one by one
     model = calibrated("deepseek_v3", None, "FP8")
-    with pytest.raises(CheckpointError, match=r"(?s)self_attn: loading raises IndexError.*weights"):
-        calipers.save(model, tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    saved(model, tmp_path / "cache")
+    with pytest.raises(IndexError):
+        type(model).from_pretrained(tmp_path / "cache")
+    expect_equal_when_loaded(model, tmp_path / "cache")
 
 
 def test_scales_that_nobody_measured_are_not_saved(tmp_path: Path) -> None:
@@ -185,5 +190,4 @@ def test_size_is_that_of_what_is_written(tmp_path: Path) -> None:
 
 def test_check_load_knows_caches() -> None:
     check_load(make("llama"), None, kv_cache="FP8")
-    with pytest.raises(CheckpointError, match="self_attn: loading raises IndexError"):
-        check_load(make("deepseek_v3"), None, kv_cache="FP8")
+    check_load(make("deepseek_v3"), None, kv_cache="FP8")

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calipers import demo, texts
 from calipers.cli import app
@@ -78,7 +80,8 @@ def test_command_line_page_lists_the_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["calibrate", "evaluate", "compare", "demo", "observers", "schemes", "doctor"]
+    "command",
+    ["calibrate", "evaluate", "compare", "coverage", "demo", "observers", "schemes", "doctor"],
 )
 def test_command_line_page_lists_the_options(command: str) -> None:
     _, section = COMMAND_LINE.read_text("utf-8").split(f"\n## calipers {command}\n")
@@ -169,3 +172,38 @@ def test_bytes_of_the_sources() -> None:
             sizes[each.source] = sizes.get(each.source, 0) + len(each.text.encode())
         rows = read_table(section, "source")
         assert {row[0].strip("`"): int(row[-1].replace(",", "")) for row in rows} == sizes
+
+
+def test_what_so_many_tokens_tell() -> None:
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    text = demo.CALIBRATION_TEXT.read_text("utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0][: 64 * 256].view(64, 256)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            seen = inputs.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in ids.split(8):
+            model(batch)
+    tokens = [torch.cat(seen).flatten(0, 1).float() for seen in inputs.values()]
+    assert (len(tokens), len(tokens[0])) == (21, 16_384)
+    generator = torch.Generator().manual_seed(0)
+    rows = read_table((ROOT / "docs" / "experts.md").read_text("utf-8"), "tokens")
+    assert len(rows) == 4
+    for count, *figures in rows:
+        found = []
+        for value in tokens * 4:
+            whole = value.square().mean(0)
+            some = value[torch.randperm(len(value), generator=generator)[: int_of(count)]]
+            error = (some.square().mean(0) - whole).abs() / whole
+            largest = some.abs().max() / value.abs().max()
+            found.append(torch.stack([error.median(), error.quantile(0.9), largest]))
+        medians = torch.stack(found).median(0).values * 100
+        for shown, figure in zip(figures, medians.tolist(), strict=True):
+            assert int(shown.rstrip("%")) == pytest.approx(figure, abs=2)
+
+
+def int_of(text: str) -> int:
+    return int(text.replace(",", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def test_shell_commands_parse(
     monkeypatch.chdir(tmp_path)
     for file in ("heldout.txt", "text.txt", "text.jsonl"):
         Path(file).touch()  # text is looked for first
+    layer = {"name": "mlp.experts", "tokens": {"mlp.experts.0": 3}, "enough": 256}
+    Path("report.json").write_text(json.dumps({"coverage": [layer]}), encoding="utf-8")
     # the file that commands name as a plugin is what this page shows
     own = ROOT / "docs" / "write-your-own-observer.md"
     monkeypatch.setattr("calipers.cli.options.load_plugin", lambda plugin: run_page(own))

@@ -52,6 +52,17 @@ UNMEASURED = {
     ("docs/command-line.md", "field"): FACTS + "test_json_fields_of_the_command_line_page",
     ("docs/demo-model.md", "File, Bytes, Content"): FACTS + "test_sizes_of_the_demo_files",
     ("docs/evaluating.md", "kind of scheme"): FACTS + "test_bands_are_those_of_the_verdict",
+    (
+        "docs/experts.md",
+        "model, names of an expert's layers",
+    ): "tests/calibration/test_experts.py::test_all_of_them_are_quantized",
+    (
+        "docs/experts.md",
+        "scheme, `from_pretrained`",
+    ): "tests/checkpoint/test_experts.py::test_schemes_of_the_page_load_as_it_says",
+    ("docs/experts.md", "`on_few_tokens`"): None,
+    ("docs/experts.md", "tokens, error of the median column"): FACTS
+    + "test_what_so_many_tokens_tell",
     ("docs/index.md", "word, meaning"): None,
     ("docs/numerics.md", "statistic, of, merged"): None,
     ("docs/performance.md", "engine, where, how"): None,
@@ -62,6 +73,7 @@ UNMEASURED = {
     ("docs/presets.md", "architecture"): (
         "tests/end_to_end/test_architectures.py::test_comes_back_or_is_refused"
     ),
+    ("docs/presets.md", "with transformers 5.24"): None,
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

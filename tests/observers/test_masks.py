@@ -214,3 +214,12 @@ def test_a_weight_has_no_tokens() -> None:
     observer = build("static_minmax", "weight", TENSOR)
     with pytest.raises(ValueError, match=r"value\.weight: mask: .* a weight has none"):
         observer.observe(torch.ones(3, 4), mask=torch.ones(3))
+
+
+def test_some_of_the_tokens_keep_their_mask() -> None:
+    chosen = torch.tensor([14, 0, 3, 3, 10])
+    mask = TokenMask(MASK).among(chosen)
+    value = torch.arange(15.0)[chosen].unsqueeze(-1)
+    assert mask.fits(value.shape)
+    assert mask.select(value).flatten().tolist() == [14, 0]
+    assert mask.count == 2

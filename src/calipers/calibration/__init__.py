@@ -5,12 +5,19 @@ from __future__ import annotations
 from calipers.calibration.calibrate import attach, calibrate
 from calipers.calibration.checks import check_scheme
 from calipers.calibration.config import resolve_config
-from calipers.calibration.report import CalibrationReport, LeftAlone, ModuleReport, ShadowReport
+from calipers.calibration.report import (
+    CalibrationReport,
+    ExpertCoverage,
+    LeftAlone,
+    ModuleReport,
+    ShadowReport,
+)
 from calipers.calibration.session import Calibration
 
 __all__ = [
     "Calibration",
     "CalibrationReport",
+    "ExpertCoverage",
     "LeftAlone",
     "ModuleReport",
     "ShadowReport",

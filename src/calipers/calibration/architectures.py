@@ -17,6 +17,7 @@ __all__ = [
     "find_output_heads",
     "find_routers",
     "has_fused_experts",
+    "has_own_forward",
     "is_projection",
     "projection_weights",
 ]
@@ -61,6 +62,14 @@ def has_fused_experts(module: nn.Module) -> bool:
         value is not None and value.ndim == 3 and value.shape[0] > 1
         for value in module._parameters.values()
     )
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward was replaced on the instance."""
+    # An offloading by compressed-tensors puts its own there, around the one that it found.
+    name = "_original_forward_func" if "_original_forward_func" in vars(module) else "forward"
+    found = vars(module).get(name)
+    return found is not None and getattr(found, "__func__", found) is not type(module).forward
 
 
 def is_projection(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import check_choice
@@ -16,6 +17,8 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
+from calipers.calibration.experts import change_when_joined, separated_experts
+from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -49,6 +52,9 @@ def calibrate(
     samples: int = 128,
     sequence_length: int = 512,
     scheme_options: Mapping[str, Any] | None = None,
+    on_few_tokens: OnFewTokens = "shrink",
+    enough_tokens: int = ENOUGH_TOKENS,
+    all_experts: bool = False,
     kv_cache: KVCacheLike = None,
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
@@ -86,6 +92,9 @@ def calibrate(
             model's config names.
         scheme_options: Arguments of the scheme's weights that are to be others, as
             `{"group_size": 64}`; see `resolve_config`.
+        on_few_tokens: What to do about experts that saw few tokens; see `Calibration.freeze`.
+        enough_tokens: Tokens from which an expert stands alone.
+        all_experts: Let every expert see every token; see `Calibration.run`.
         kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
             "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
             config. Needs data.
@@ -123,6 +132,7 @@ def calibrate(
     """
     _expect_model(model, "calipers.calibrate(model, ...)")
     check_choice("on_missing", on_missing, OnMissing)
+    policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     choice = ObserverChoice(
         observer,
         activation_observer,
@@ -131,8 +141,9 @@ def calibrate(
         Shadows.read(shadow, activation_shadow, pick),
     )
     model = unwrap(model)
-    with without_wrappers(model):
+    with without_wrappers(model), separated_experts(model):
         plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        _tell_of_loader(model, plan)
         if data is None:
             refuse_without_data(plan)
         else:
@@ -140,7 +151,13 @@ def calibrate(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
         return run_plan(
-            model, plan, data, on_missing, progress, use_attention_mask=use_attention_mask
+            model,
+            plan,
+            data,
+            on_missing,
+            progress,
+            use_attention_mask=use_attention_mask,
+            experts=policy,
         )
 
 
@@ -152,6 +169,7 @@ def run_plan(
     progress: Progress | None = None,
     *,
     use_attention_mask: bool = True,
+    experts: ExpertPolicy | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -162,14 +180,26 @@ def run_plan(
         on_missing: See `Calibration.freeze`.
         progress: As in `calibrate`.
         use_attention_mask: See `Calibration.run`.
+        experts: How experts see tokens, and what is done about few; None takes the defaults.
     """
+    policy = experts or ExpertPolicy()
     if batches is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan) as calibration:
         if batches is not None:
-            calibration.run(batches, progress, use_attention_mask=use_attention_mask)
-        return calibration.freeze(on_missing, progress)
+            calibration.run(
+                batches,
+                progress,
+                use_attention_mask=use_attention_mask,
+                all_experts=policy.all_experts,
+            )
+        return calibration.freeze(
+            on_missing,
+            progress,
+            on_few_tokens=policy.on_few_tokens,
+            enough_tokens=policy.enough_tokens,
+        )
 
 
 def attach(
@@ -231,9 +261,20 @@ def attach(
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
+        wrappers.enter_context(separated_experts(inner))
         plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
+
+
+def _tell_of_loader(model: torch.nn.Module, plan: Plan) -> None:
+    """Say before any work what a checkpoint of these experts would have to be loaded with."""
+    schemes = {each.name: each.scheme for each in plan.resolution.targets}
+    if change_when_joined(model, schemes):
+        logger.info(
+            "once saved, experts under this scheme are loaded one by one: in transformers inside "
+            "`with calipers.loading_experts():`, as it would not load them as they are otherwise"
+        )
 
 
 def _expect_model(model: object, call: str) -> None:

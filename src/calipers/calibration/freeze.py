@@ -16,6 +16,7 @@ from loguru import logger
 
 from calipers.calibration.attention import STATES, initialize_attention
 from calipers.calibration.batches import Progress
+from calipers.calibration.few_tokens import lent_statistics
 from calipers.calibration.fused import find_fused_groups
 from calipers.calibration.global_scales import borrowed_memory, shared_global_scale, weight_of
 from calipers.calibration.judge import Verdict, judge
@@ -66,10 +67,11 @@ def freeze_modules(
         for names in find_fused_groups(by_name):
             group = [by_name[name] for name in names]
             work.initialize(group)
-            work.judge(group)
-            work.write_global_scales(group)
-            errors |= work.write_weights(group)
-            work.write_activations(group)
+            with lent_statistics(group):
+                work.judge(group)
+                work.write_global_scales(group)
+                errors |= work.write_weights(group)
+                work.write_activations(group)
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
     return [_report(each, errors.get(each.name), work.verdicts) for each in observed]
@@ -204,6 +206,7 @@ def _report(
         if "weight" in fallback
         else getattr(deciding.get("weight"), "objective", None),
         activations=_activations(each.scheme),
+        shared=max((tensor.share for tensor in each.tensors.values()), default=0.0),
         states=tuple(name for name in STATES if name in each.tensors),
         shadows={name: found.rows for name, found in judged.items() if found},
     )

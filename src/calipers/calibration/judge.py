@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from calipers.calibration.targets import TENSORS, has_global_scale
 from calipers.calibration.write import measure_output_error, measure_weight_error
 from calipers.errors import CalipersError
 from calipers.observers import Observer
+from calipers.observers.input_moments import InputObserver
 
 __all__ = ["Verdict", "judge"]
 
@@ -141,9 +143,25 @@ def _candidates(tensor: ObservedTensor) -> dict[str, Observer]:
     """The observer that decides, under `_FIRST`, and shadows that have data by their labels."""
     found = {_FIRST: tensor.deciding}
     for observer in tensor.observers[1:]:
-        if _alone(tensor, observer).lacks is None:
-            found[observer_label(observer)] = observer
+        asked = observer if tensor.lent is None else _with_lent(tensor, observer)
+        if asked is not None and _alone(tensor, asked).lacks is None:
+            found[observer_label(observer)] = asked
     return found
+
+
+def _with_lent(tensor: ObservedTensor, shadow: Observer) -> Observer | None:
+    """A shadow of an expert that few tokens reached, which knows what was lent to the first.
+
+    None where it cannot: what it knows by itself is too little to be compared, or taken.
+    """
+    if tensor.base_name == "weight" and not shadow.needs_data:
+        return shadow
+    first, lent = tensor.observer, tensor.lent
+    if isinstance(first, InputObserver) and isinstance(shadow, InputObserver):
+        assert isinstance(lent, InputObserver)
+        if shadow.moments is first.moments:
+            return copy.deepcopy(shadow, {id(shadow.moments): lent.moments})
+    return None
 
 
 def _alone(tensor: ObservedTensor, observer: Observer) -> ObservedTensor:

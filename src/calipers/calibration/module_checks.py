@@ -19,6 +19,7 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import is_module_quantized
 from torch import nn
 
+from calipers.calibration.architectures import has_own_forward
 from calipers.calibration.attention import find_state_problems
 from calipers.calibration.targets import (
     ACTIVATION_STRATEGIES,
@@ -186,7 +187,7 @@ def find_forward_problems(target: Target) -> Iterator[str]:
             "has a hook of accelerate around its forward: take it off with "
             "compressed_tensors.offload.from_accelerate(model)"
         )
-    elif _has_own_forward(module):
+    elif has_own_forward(module):
         yield (
             "its forward was replaced on the instance, and a quantized forward calls that of its "
             f"class: del the attribute, or give it a subclass of {type(module).__name__} with "
@@ -207,13 +208,6 @@ def _offloads(module: nn.Module) -> bool:
     return any(getattr(each, "offload", False) for each in hooks) and any(
         tensor is not None for tensor in tensors
     )
-
-
-def _has_own_forward(module: nn.Module) -> bool:
-    # An offloading by compressed-tensors puts its own there, around the one that it found.
-    name = "_original_forward_func" if "_original_forward_func" in vars(module) else "forward"
-    found = vars(module).get(name)
-    return found is not None and getattr(found, "__func__", found) is not type(module).forward
 
 
 def _way_to_a_parameter(module: nn.Module) -> str:

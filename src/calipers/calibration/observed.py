@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +34,10 @@ class ObservedTensor:
         args: Its arguments in the scheme.
         observers: Those that look at it: the first decides its scale, others are reported.
         fallback: Asked in place of the first, where that one lacks data.
+        shared: Makes a copy of the first that knows what other experts saw as well; None where the
+            first stands alone.
+        share: What of its statistics is theirs, from 0 to 1.
+        lent: What `shared` made, while a scale is derived from it.
     """
 
     name: str
@@ -42,6 +46,9 @@ class ObservedTensor:
     args: QuantizationArgs
     observers: list[Observer]
     fallback: Observer | None = None
+    shared: Callable[[], Observer] | None = None
+    share: float = 0.0
+    lent: Observer | None = None
     _fed: list[Observer] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -62,7 +69,7 @@ class ObservedTensor:
     @property
     def deciding(self) -> Observer:
         """The observer that gives the scale."""
-        return self.fallback or self.observer
+        return self.fallback or self.lent or self.observer
 
     @property
     def wants_data(self) -> bool:
@@ -72,8 +79,16 @@ class ObservedTensor:
         return several or self.base_name != "weight" or self.observer.needs_data
 
     @property
+    def can_share(self) -> bool:
+        """Whether the first observer learns from data, all of it in its state: it can be mixed."""
+        learns = self.base_name != "weight" or self.observer.needs_data
+        return learns and not _hooks_itself(self.observer)
+
+    @property
     def lacks(self) -> str | None:
-        """What the first observer lacks, after "it ..."; None where it can give a scale."""
+        """What the first observer lacks, after "it ..."; None where there can be a scale."""
+        if self.shared is not None:
+            return None
         observer = self.observer
         if self.base_name == "weight":
             if observer.needs_data and not observer.has_data:

@@ -248,14 +248,15 @@ def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
 
 
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:
-    """Say that experts kept in one parameter stay unquantized, which no table of layers shows."""
+    """Say that experts stay unquantized that could not be taken apart into Linear layers."""
     with disable_onloading():
         names = [name for name, module in model.named_modules() if has_fused_experts(module)]
     if names:
         logger.warning(
-            "{} modules hold experts fused into one parameter ({}, ...), which compressed-tensors "
-            "cannot quantize: they stay as they are, and under packed formats transformers cannot "
-            "load the checkpoint back, since it expects quantized experts (save checks that)",
+            "{} modules hold experts fused into one parameter ({}, ...) in a way that is not "
+            "known, so that they cannot be quantized: they stay as they are, and under packed "
+            "formats transformers cannot load the checkpoint back, since it expects quantized "
+            "experts (save checks that)",
             len(names),
             names[0],
         )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalibrationReport",
+    "ExpertCoverage",
     "KindSummary",
     "LeftAlone",
     "ModuleReport",
@@ -30,6 +31,7 @@ __all__ = [
     "quantized_share",
     "shadow_cells",
     "shadow_headings",
+    "summarize_coverage",
     "summarize_left_alone",
     "summarize_modules",
     "summarize_shadows",
@@ -76,6 +78,8 @@ class ModuleReport:
         activations: "static" where inputs or outputs are quantized with stored scales, "local"
             (NVFP4) where only the global scale is stored, "dynamic" where none is; None where
             activations are not quantized.
+        shared: Of an expert that saw few tokens: what share of its statistics, from 0 to 1, comes
+            from all experts of the layer.
         states: "q", "k", "v": the states of an attention module that are quantized, with stored
             scales, by the observer of activations; none of a layer.
         shadows: By base name ("weight", "input", "k" ...) all observers of the tensor, the one that
@@ -91,8 +95,38 @@ class ModuleReport:
     fallback: tuple[str, ...] = ()
     objective: str | None = None
     activations: Literal["static", "local", "dynamic"] | None = None
+    shared: float = 0.0
     states: tuple[str, ...] = ()
     shadows: dict[str, list[ShadowReport]] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class ExpertCoverage:
+    """How many tokens each expert of a layer saw.
+
+    Attributes:
+        name: The experts' common name in the model, "model.layers.0.mlp.experts".
+        tokens: By full name of the expert, "model.layers.0.mlp.experts.3".
+        enough: Tokens from which an expert stood alone.
+    """
+
+    name: str
+    tokens: dict[str, int]
+    enough: int
+
+    @property
+    def few(self) -> list[str]:
+        """Names of the experts that saw fewer tokens than `enough`, or none."""
+        return [name for name, count in self.tokens.items() if count < self.enough]
+
+    @property
+    def unseen(self) -> list[str]:
+        """Names of the experts that saw no token."""
+        return [name for name, count in self.tokens.items() if not count]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain dicts, lists, strings and numbers, ready for JSON."""
+        return {**asdict(self), "few": self.few, "unseen": self.unseen}
 
 
 @dataclass(frozen=True)
@@ -116,7 +150,9 @@ class CalibrationReport:
         tokens_given: Tokens of the batches whose attention mask was used.
         tokens_counted: Those of them that counted: all but padding.
         unmasked: Names of modules whose values are not arranged by token in such a batch (routed
-            experts), so that all of them counted, padding as well.
+            experts of custom code), so that all of them counted, padding as well.
+        coverage: How many tokens each expert saw, layer by layer; empty for models without experts,
+            and where no observer needed data.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
@@ -129,6 +165,7 @@ class CalibrationReport:
     tokens_counted: int = 0
     unmasked: list[str] = field(default_factory=list)
     held_out: int = 0
+    coverage: list[ExpertCoverage] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> ModuleReport:
         """The record of one quantized module, by its name in the model.
@@ -203,6 +240,7 @@ class CalibrationReport:
         data = asdict(self)
         for row in data["modules"]:
             row["fallback"], row["states"] = list(row["fallback"]), list(row["states"])
+        data["coverage"] = [each.to_dict() for each in self.coverage]
         return data
 
 
@@ -370,6 +408,17 @@ def summarize_left_alone(left_alone: Iterable[LeftAlone]) -> list[str]:
     ]
 
 
+def summarize_coverage(coverage: Sequence[ExpertCoverage]) -> list[str]:
+    """A line on experts that saw few tokens; none where there are none."""
+    few = sum(len(each.few) for each in coverage)
+    if not few:
+        return []
+    experts = sum(len(each.tokens) for each in coverage)
+    unseen = sum(len(each.unseen) for each in coverage)
+    enough = coverage[0].enough
+    return [f"experts: {few} of {experts} saw fewer than {enough} tokens, {unseen} none (coverage)"]
+
+
 def report_text(report: CalibrationReport) -> str:
     """At most 24 lines of at most 80 columns: the kinds, the worst modules, what was left alone."""
     lines = [_headline(report)]
@@ -391,6 +440,7 @@ def report_text(report: CalibrationReport) -> str:
         lines.append("largest weight errors")
         width = max(len(each.name) for each in worst)
         lines += [_shorten(f"  {m.name:<{width}}", 71) + f"  {m.weight_error:.4f}" for m in worst]
+    lines += [_shorten(each, _COLUMNS) for each in summarize_coverage(report.coverage)]
     left_alone = summarize_left_alone(report.left_alone)
     if left_alone:
         lines.append("left unquantized")
@@ -431,6 +481,7 @@ def report_html(report: CalibrationReport) -> str:
     parts.append(_html_table(shadow_headings(report.modules), shadows))
     worst = [[m.name, f"{m.weight_error:.4f}"] for m in report.worst(_WORST)]
     parts.append(_html_table(["largest weight errors", ""], worst))
+    parts += [f"<p>{escape(each)}</p>" for each in summarize_coverage(report.coverage)]
     left_alone = [[each] for each in summarize_left_alone(report.left_alone)]
     parts.append(_html_table(["left unquantized"], left_alone))
     return "\n".join(part for part in parts if part)

@@ -17,6 +17,14 @@ from calipers._words import check_choice
 from calipers.calibration.attention import AttentionHooks
 from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
 from calipers.calibration.calls import CallCounter
+from calipers.calibration.experts import LinearExperts
+from calipers.calibration.few_tokens import (
+    ENOUGH_TOKENS,
+    OnFewTokens,
+    expert_coverage,
+    forget_shared,
+    settle_few_tokens,
+)
 from calipers.calibration.freeze import freeze_modules
 from calipers.calibration.held_out import is_held_out
 from calipers.calibration.missing import (
@@ -28,7 +36,7 @@ from calipers.calibration.missing import (
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport, quantized_share
-from calipers.calibration.targets import LeftAlone, Reason, leave_alone
+from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
@@ -96,6 +104,7 @@ class Calibration:
         progress: Progress | None = None,
         *,
         use_attention_mask: bool = True,
+        all_experts: bool = False,
     ) -> None:
         """Run batches through the model, so that the observers see its tensors.
 
@@ -115,8 +124,11 @@ class Calibration:
             use_attention_mask: Leave padding out: where a batch is a mapping whose
                 "attention_mask" has the shape (batch, tokens) of its tokens, a token with 0 there
                 enters no statistic of a module that sees values of shape (batch, tokens, ...) or
-                (batch * tokens, ...), nor of an attention state. Modules that see others (routed
-                experts, with the tokens that they are sent) count all; the report names them.
+                (batch * tokens, ...), nor of an attention state, nor of `LinearExperts`. Modules
+                that see others (routed experts of custom code) count all; the report names them.
+            all_experts: Let every expert see every token, which costs as much as a dense model of
+                all experts. The model's output stays as it is. Only for experts that the model
+                keeps in one parameter.
 
         Raises:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
@@ -125,7 +137,7 @@ class Calibration:
         with self._update.lock:
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
-            with self._clock():
+            with self._clock(), self._seeing_all(all_experts):
                 if any(each.wants_data for each in self.observed):
                     run_batches(self.model, batches, progress, whole)
                 else:
@@ -143,7 +155,12 @@ class Calibration:
             run_batches(self.model, first, within=lambda _: self._calls.whole())
 
     def freeze(
-        self, on_missing: OnMissing = "error", progress: Progress | None = None
+        self,
+        on_missing: OnMissing = "error",
+        progress: Progress | None = None,
+        *,
+        on_few_tokens: OnFewTokens = "shrink",
+        enough_tokens: int = ENOUGH_TOKENS,
     ) -> CalibrationReport:
         """Derive all scales, write them onto the modules and turn the model into a quantized one.
 
@@ -159,28 +176,45 @@ class Calibration:
                 nearest modules whose names are equal but for numbers (other experts of the layer
                 before other layers).
             progress: Called as `progress(stage, done, total)`.
+            on_few_tokens: What to do about experts that saw few tokens, or none. "shrink": mix
+                their statistics with those of all experts of the layer, as if these had seen the
+                tokens that lack. "pooled": take those of all experts of the layer. "own": nothing;
+                `on_missing` decides about those that saw none. "error": refuse, with one error
+                that names them. An expert without any token is left to `on_missing` where that is
+                "skip", or where no expert of its layer saw any.
+            enough_tokens: Tokens from which an expert stands alone.
 
         Returns:
             What was done, module by module.
 
         Raises:
             MissingDataError: Modules lack data and `on_missing` is "error", or "fallback" where no
-                neighbour has any. Nothing is changed.
-            CalipersError: The calibration is frozen or detached, or `on_missing` is unknown.
+                neighbour has any; or experts saw few tokens and `on_few_tokens` is "error". Nothing
+                is changed.
+            CalipersError: The calibration is frozen or detached, or `on_missing` or
+                `on_few_tokens` is unknown.
             Exception: Whatever else went wrong. No module is quantized then and the statistics
                 are kept, so that freeze may be called again.
         """
         with self._update.lock:
-            return self._freeze(on_missing, progress)
+            return self._freeze(on_missing, progress, on_few_tokens, enough_tokens)
 
-    def _freeze(self, on_missing: OnMissing, progress: Progress | None) -> CalibrationReport:
+    def _freeze(
+        self,
+        on_missing: OnMissing,
+        progress: Progress | None,
+        on_few_tokens: OnFewTokens,
+        enough_tokens: int,
+    ) -> CalibrationReport:
         self._expect_attached("freeze")
         check_choice("on_missing", on_missing, OnMissing)
         with self._clock():
             never_called = self._calls.never_called
             called = [each for each in self.observed if each.name not in never_called]
+            settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
             kept = self._settle_missing(called, on_missing)
             rows = freeze_modules(kept, self._plan.choice, progress)
+            forget_shared(kept)
         self._calls.remove()
         for each in self.observed:
             each.remove_hooks()
@@ -208,6 +242,7 @@ class Calibration:
             tokens_given=self._tokens_given,
             tokens_counted=self._tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
+            coverage=expert_coverage(called, enough_tokens) if self.batches else [],
         )
 
     def detach(self) -> None:
@@ -261,7 +296,8 @@ class Calibration:
             if each.name in reasons:
                 records[each.name] = leave_alone(each.name, each.module, reasons[each.name])
         order = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
-        return sorted(records.values(), key=lambda each: order[each.name])
+        ordered = sorted(records.values(), key=lambda each: order[each.name])
+        return gather_experts(self.model, ordered)
 
     def _expect_attached(self, what: str) -> None:
         if self._state != "attached":
@@ -282,6 +318,22 @@ class Calibration:
         self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted
+
+    @contextmanager
+    def _seeing_all(self, all_experts: bool) -> Iterator[None]:
+        """Let every expert see every token inside of the block, where that is asked for."""
+        experts = [each for each in self.model.modules() if isinstance(each, LinearExperts)]
+        if all_experts and not experts:
+            raise CalipersError(
+                "all_experts: the model has no experts that can be sent tokens which are not theirs"
+            )
+        try:
+            for each in experts:
+                each.all_experts = all_experts
+            yield
+        finally:
+            for each in experts:
+                each.all_experts = False
 
     @contextmanager
     def _clock(self) -> Iterator[None]:

@@ -38,6 +38,7 @@ from calipers.calibration.attention import (
     is_state_scheme,
     sees_cache,
 )
+from calipers.calibration.experts import LinearExperts
 from calipers.observers.hooks import Side
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Target",
     "TensorKind",
     "find_ignored",
+    "gather_experts",
     "has_global_scale",
     "is_quantizable",
     "kind_of",
@@ -297,6 +299,24 @@ def leave_alone(name: str, module: nn.Module, reason: Reason) -> LeftAlone:
     return LeftAlone(name, type(module).__name__, reason, projection_weights(module))
 
 
+def gather_experts(model: nn.Module, left_alone: Iterable[LeftAlone]) -> list[LeftAlone]:
+    """One record for experts all of whose layers are left alone for one reason.
+
+    They are one module again once the calibration is done.
+    """
+    records = {each.name: each for each in left_alone}
+    wholes: dict[str, LeftAlone] = {}  # by the names of the layers
+    for name, module in model.named_modules():
+        if isinstance(module, LinearExperts):
+            inside = [f"{name}.{inner}" for inner, m in module.named_modules() if is_projection(m)]
+            own = [records[each] for each in inside if each in records]
+            if len(own) == len(inside) and len({each.reason for each in own}) == 1:
+                weights = sum(each.weights for each in own)
+                whole = LeftAlone(name, module.replaced_class.__name__, own[0].reason, weights)
+                wholes.update(dict.fromkeys(inside, whole))
+    return list(dict.fromkeys(wholes.get(name, each) for name, each in records.items()))
+
+
 def _reason(module: nn.Module, scheme: QuantizationScheme | None) -> Reason:
     if not is_quantizable(module):
         return "fused experts" if has_fused_experts(module) else "not a Linear"
@@ -326,7 +346,10 @@ def find_ignored(model: nn.Module, patterns: Iterable[str]) -> tuple[set[str], l
     ]
     by_class: dict[str, list[str]] = defaultdict(list)
     for name, module in modules:
-        for kind in type(module).__mro__:
+        kinds = type(module).__mro__
+        if isinstance(module, LinearExperts):
+            kinds = (*kinds, module.replaced_class)
+        for kind in kinds:
             if issubclass(kind, nn.Module):
                 by_class[kind.__name__].append(name)
     names = {name for name, _ in modules}

@@ -9,8 +9,8 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from compressed_tensors.quantization import (
     QuantizationStatus,
     initialize_module_for_quantization,
 )
+from compressed_tensors.quantization.utils import is_module_quantized
 from loguru import logger
 from torch import Tensor, nn
 
@@ -38,8 +39,15 @@ from calipers.calibration.attention import (
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
+from calipers.calibration.experts import LinearExperts, find_fused_experts, separated_experts
 from calipers.calibration.targets import kind_of
-from calipers.checkpoint.tensors import checkpoint_tensors, loading_dtype, quantized_modules
+from calipers.checkpoint.loading import loading_experts
+from calipers.checkpoint.tensors import (
+    checkpoint_tensors,
+    loading_dtype,
+    quantized_modules,
+    stored_weight,
+)
 from calipers.checkpoint.twin import make_twin, plain_defaults
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
@@ -60,11 +68,14 @@ class LoadCheck:
         whole: Whether no choice of the quantized modules loads back, so that ignoring some of them
             is no way out.
         unchecked: Why it could not be checked; None where it was.
+        experts: Why transformers loads the checkpoint inside of `loading_experts` alone; None where
+            it needs no such help, or does not load even so.
     """
 
     problems: dict[str, str] = field(default_factory=dict)
     whole: bool = False
     unchecked: str | None = None
+    experts: str | None = None
 
 
 def find_load_problems(
@@ -99,7 +110,8 @@ def find_load_problems(
     with plain_defaults(), kept_attention_settings(), _quiet():
         try:
             twin = make_twin(model, attention_function(attention, schemes))
-            chosen = _schemes_of_twin(model, twin, schemes)
+            with separated_experts(twin):
+                chosen = _schemes_of_twin(model, twin, schemes)
             plain = _outputs(twin)
         except Exception as error:
             return LoadCheck(unchecked=f"no small twin could be made: {_kind_and_line(error)}")
@@ -111,15 +123,15 @@ def find_load_problems(
         )
         if key not in _KNOWN:
             try:
-                _KNOWN[key] = _try_kinds(twin, chosen, runs=not isinstance(plain, str))
+                _KNOWN[key] = _try_loaders(twin, chosen, runs=not isinstance(plain, str))
             except Exception as error:  # a full disk, say
                 return LoadCheck(unchecked=f"a small twin cannot be saved: {_kind_and_line(error)}")
-        found, whole = _KNOWN[key]
+        found, whole, experts = _KNOWN[key]
         if isinstance(plain, str) and not found:
             unrun = f"loads, but the twin cannot be run to compare its outputs: {plain}"
             return LoadCheck(unchecked=unrun)
     problems = {name: found[kind_of(name)] for name in schemes if kind_of(name) in found}
-    return LoadCheck(problems, whole)
+    return LoadCheck(problems, whole, experts=experts)
 
 
 def check_load(
@@ -142,7 +154,8 @@ def check_load(
     """
     inner = unwrap(model)
     config = resolve_config(scheme, ignore, scheme_options, kv_cache)
-    resolution = resolve_and_check(inner, config, on_unfit)
+    with separated_experts(inner):
+        resolution = resolve_and_check(inner, config, on_unfit)
     refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
 
 
@@ -164,13 +177,20 @@ def refuse_unloadable(
     check = find_load_problems(model, schemes)
     if check.unchecked is not None:
         logger.info("whether the checkpoint loads back could not be checked: {}", check.unchecked)
+    if check.experts is not None:
+        logger.warning(
+            "transformers loads this checkpoint inside `with calipers.loading_experts():` alone, "
+            "which takes its experts one by one, as they are stored and as engines read them; "
+            "without it: {}",
+            check.experts,
+        )
     if check.problems and not (skip and not check.whole):
         raise CheckpointError(_describe(model, check))
     return list(check.problems)
 
 
 #: What was found out in this process, by class, config, dtype and schemes of the twin.
-_KNOWN: dict[Any, tuple[dict[str, str], bool]] = {}
+_KNOWN: dict[Any, tuple[dict[str, str], bool, str | None]] = {}
 
 
 def _describe(model: nn.Module, check: LoadCheck) -> str:
@@ -229,17 +249,48 @@ def _schemes_of_twin(
         for place, (text, each) in zip(reversed(places), wanted.items(), strict=False):
             if text not in seen:
                 chosen[place] = each
+    known |= _inside_of_experts(twin)  # of which the model may have some, or none
     strange = [n for n, m in modules.items() if n not in known and not list(m.children())]
     if strange:
         raise CheckpointError(f"it has a module that the model lacks: {strange[0]}")
     return {name: chosen[name] for name in modules if name in chosen}
 
 
-def _try_kinds(
+def _inside_of_experts(model: nn.Module) -> set[str]:
+    return {
+        f"{name}.{inner}"
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts)
+        for inner, _ in module.named_modules()
+    }
+
+
+#: What a checkpoint is loaded in.
+_Loader = Callable[[], AbstractContextManager[None]]
+
+
+def _try_loaders(
     twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool
+) -> tuple[dict[str, str], bool, str | None]:
+    """As `_try_kinds`, and why experts need `loading_experts`, where that is what they need."""
+    if not find_fused_experts(twin):
+        return *_try_kinds(twin, schemes, nullcontext, runs=runs), None
+    plain = _try(twin, schemes, nullcontext, runs=runs)
+    if plain is None:
+        return {}, False, None
+    found, whole = _try_kinds(twin, schemes, loading_experts, runs=runs)
+    return found, whole, None if found else plain
+
+
+def _try_kinds(
+    twin: nn.Module,
+    schemes: Mapping[str, QuantizationScheme],
+    loader: _Loader,
+    *,
+    runs: bool,
 ) -> tuple[dict[str, str], bool]:
     """Kinds of modules that do not load back, with reasons; and whether that is all of them."""
-    reason = _try(twin, schemes, runs=runs)
+    reason = _try(twin, schemes, loader, runs=runs)
     if reason is None:
         return {}, False
     kinds = list(dict.fromkeys(kind_of(name) for name in schemes))
@@ -247,16 +298,16 @@ def _try_kinds(
     good: list[str] = []
     for kind in kinds:
         alone = {n: s for n, s in schemes.items() if kind_of(n) == kind}
-        why = _try(twin, alone, runs=runs)
+        why = _try(twin, alone, loader, runs=runs)
         if why is None:
             good.append(kind)
         else:
             found[kind] = why
-    if not found or (good and _try(twin, _only(schemes, good), runs=runs) is not None):
+    if not found or (good and _try(twin, _only(schemes, good), loader, runs=runs) is not None):
         # Each alone loads, but not all of them together: take up one after the other.
         kept: list[str] = []
         for kind in good:
-            why = _try(twin, _only(schemes, [*kept, kind]), runs=runs)
+            why = _try(twin, _only(schemes, [*kept, kind]), loader, runs=runs)
             if why is None:
                 kept.append(kind)
             else:
@@ -271,12 +322,19 @@ def _only(
     return {name: each for name, each in schemes.items() if kind_of(name) in kinds}
 
 
-def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool) -> str | None:
+def _try(
+    twin: nn.Module,
+    schemes: Mapping[str, QuantizationScheme],
+    loader: _Loader,
+    *,
+    runs: bool,
+) -> str | None:
     """Quantize a copy of the twin, save it and load it; why it does not come back, or None."""
     quantized = copy.deepcopy(twin)
     try:
-        for name, scheme in schemes.items():
-            _quantize(quantized, quantized.get_submodule(name), scheme)
+        with separated_experts(quantized):
+            for name, scheme in schemes.items():
+                _quantize(quantized, quantized.get_submodule(name), scheme)
         dtype = loading_dtype(quantized)
         tensors = checkpoint_tensors(quantized, dtype)
     except Exception:
@@ -286,11 +344,12 @@ def _try(twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bo
         try:
             kind: Any = type(twin)
             config: Any = twin.config
-            loaded = kind.from_pretrained(
-                folder,
-                local_files_only=True,
-                attn_implementation=config._attn_implementation,
-            ).eval()
+            with loader():
+                loaded = kind.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    attn_implementation=config._attn_implementation,
+                ).eval()
         except Exception as error:
             return f"loading raises {_kind_and_line(error)}"
         return _difference(quantized, loaded, tensors, exact=dtype is None, runs=runs)
@@ -311,10 +370,9 @@ def _difference(
         if name in state
         and not torch.equal(state[name].double(), tensor.to(state[name].dtype).double())
     ]
-    if wrong:
-        return f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}"
-    if not runs:
-        return None
+    different = _other_values(wrong) or _joined_experts(quantized, loaded)
+    if different is not None or not runs:
+        return different
     expected, found = _outputs(quantized), _outputs(loaded)
     if isinstance(expected, str):
         return None  # the fake-quantized model does not run: no matter of loading
@@ -327,6 +385,39 @@ def _difference(
     if exact and not apart <= _TOLERANCE:
         return f"loads with other outputs, by {apart:.0%} of their range"
     return None
+
+
+@torch.no_grad()
+def _joined_experts(quantized: nn.Module, loaded: nn.Module) -> str | None:
+    """What is wrong with experts that the loader has joined into one parameter, if anything."""
+    wrong = []
+    with separated_experts(loaded):
+        modules = dict(loaded.named_modules())
+        for name, module in quantized.named_modules():
+            found = modules.get(name)
+            inside = any(isinstance(modules.get(each), LinearExperts) for each in _around(name))
+            if not inside or not isinstance(found, nn.Linear) or is_module_quantized(found):
+                continue
+            expected = stored_weight(name, module).double()
+            apart = (found.weight.double() - expected).norm()
+            if not apart <= _TOLERANCE * expected.norm():  # NaN is wrong
+                wrong.append(f"{name}.weight")
+            scheme: Any = getattr(module, "quantization_scheme", None)
+            if scheme and (scheme.input_activations or scheme.output_activations):
+                return "experts come back as one parameter, whose inputs are not quantized"
+    return _other_values(wrong)
+
+
+def _other_values(wrong: list[str]) -> str | None:
+    return (
+        f"loaded with other values of {len(wrong)} tensors, such as {wrong[0]}" if wrong else None
+    )
+
+
+def _around(name: str) -> Iterator[str]:
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from calipers.calibration.experts import known_conversions
+
 __all__ = ["are_renamed", "checkpoint_names"]
 
 
@@ -16,7 +18,7 @@ def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     The two differ where transformers renames weights when it loads a model (multimodal models whose
     checkpoints are older than their classes); `save_pretrained` renames them back.
     """
-    conversions: Any = getattr(model, "_weight_conversions", None) or []
+    conversions = _conversions(model)
     inverted = [each.reverse_transform() for each in reversed(conversions)]
     found = {}
     for name in names:
@@ -33,12 +35,13 @@ def are_renamed(model: nn.Module) -> bool:
 
     False for what is no transformers model, and where the installed transformers cannot tell.
     """
-    try:
-        from transformers import PreTrainedModel
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ImportError:
-        return False
-    if not isinstance(model, PreTrainedModel):
-        return False
-    conversions: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
-    return bool(conversions)
+    return bool(known_conversions(model))
+
+
+def _conversions(model: nn.Module) -> list[Any]:
+    """What `save_pretrained` reverts: those used in loading, else those of the model's class."""
+    used: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        return used
+    known = known_conversions(model)
+    return [each for each in known if type(each).__name__ != "PrefixChange"]

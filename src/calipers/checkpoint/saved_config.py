@@ -21,6 +21,7 @@ from torch import nn
 
 from calipers._words import listing
 from calipers.calibration.attention import is_attention, is_state_scheme, sees_cache
+from calipers.calibration.experts import find_fused_experts
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint.names import checkpoint_names
 from calipers.checkpoint.tensors import module_format
@@ -202,6 +203,10 @@ def _ignored(
     ]
     stored = checkpoint_names(model, names)
     both = [each for name in names for each in (name, stored[name])]
+    # Loaders that know experts one by one know them as Linear layers.
+    fused = list(find_fused_experts(model)) if "Linear" in targets else []
+    for name, renamed in checkpoint_names(model, fused).items():
+        both += [rf"re:{re.escape(each)}\.\d+\." for each in (name, renamed)]
     # Routers are no Linear here, but one in vLLM: compressed-tensors knows them by class names.
     return [name for name in dict.fromkeys([*both, *upstream]) if name not in schemes]
 

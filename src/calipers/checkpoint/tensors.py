@@ -26,6 +26,7 @@ __all__ = [
     "loading_dtype",
     "module_format",
     "quantized_modules",
+    "stored_weight",
 ]
 
 
@@ -128,19 +129,34 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
         if kind in asked:
             continue
         asked.add(kind)
-        plain = _local_state(part.module)
-        state = _compress(part.prefix, plain, part.scheme, type(part.module))
-        try:
-            compressor = _compressor(part.scheme, type(part.module))
-            weight: Tensor = compressor.decompress(state, part.scheme)["weight"]
-        except Exception as error:
-            raise CheckpointError(
-                f"module {part.prefix} cannot be decompressed again: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if weight.dtype != plain["weight"].dtype:
+        weight = stored_weight(part.prefix, part.module)
+        if weight.dtype != _local_state(part.module)["weight"].dtype:
             return weight.dtype
     return None
+
+
+def stored_weight(name: str, module: nn.Module) -> Tensor:
+    """The weight that a loader makes of what a checkpoint stores for a module.
+
+    Args:
+        name: The module's name in the model.
+        module: A Linear or an Embedding, quantized and frozen or not.
+
+    Raises:
+        CheckpointError: It cannot be compressed, or not be decompressed again.
+    """
+    state = _local_state(module)
+    if not is_module_quantized(module):
+        return state["weight"]
+    scheme = module.quantization_scheme
+    compressed = _compress(name, state, scheme, type(module))
+    try:
+        weight: Tensor = _compressor(scheme, type(module)).decompress(compressed, scheme)["weight"]
+    except Exception as error:
+        raise CheckpointError(
+            f"module {name} cannot be decompressed again: {type(error).__name__}: {error}"
+        ) from error
+    return weight
 
 
 def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:

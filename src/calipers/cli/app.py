@@ -10,6 +10,7 @@ from calipers import __version__
 from calipers.cli.calibrate import calibrate
 from calipers.cli.commands import CONTEXT, Command, Group
 from calipers.cli.compare import compare
+from calipers.cli.coverage import coverage
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
 from calipers.cli.evaluate import evaluate
@@ -45,5 +46,5 @@ def _main(
     pass
 
 
-for _command in (calibrate, evaluate, compare, demo, observers, schemes, doctor):
+for _command in (calibrate, evaluate, compare, coverage, demo, observers, schemes, doctor):
     app.command(cls=Command, context_settings=CONTEXT)(_command)

@@ -16,6 +16,8 @@ from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
 from calipers.calibration.config import KV_CACHES, has_free_group_size
+from calipers.calibration.experts import separate_experts
+from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.module_checks import find_shape_problems
 from calipers.calibration.plan import (
     ObserverChoice,
@@ -26,6 +28,7 @@ from calipers.calibration.plan import (
 from calipers.calibration.report import (
     shadow_cells,
     shadow_headings,
+    summarize_coverage,
     summarize_left_alone,
     summarize_modules,
     summarize_shadows,
@@ -121,6 +124,20 @@ def calibrate(
             "Default: error with --data, fallback with the embedded text."
         ),
     ] = None,
+    on_few_tokens: Annotated[
+        str,
+        typer.Option(
+            help="Experts that see few tokens: shrink (mix their statistics with those of all "
+            "experts of the layer), pooled (take those), own or error."
+        ),
+    ] = "shrink",
+    enough_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens from which an expert stands alone.")
+    ] = ENOUGH_TOKENS,
+    all_experts: Annotated[
+        bool,
+        typer.Option("--all-experts", help="Let every expert see every token while calibrating."),
+    ] = False,
     on_unfit: Annotated[
         str,
         typer.Option(
@@ -186,6 +203,11 @@ def calibrate(
         judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
         missing = on_missing or ("error" if texts is None or texts.given else "fallback")
         check_choice("on_missing", missing, OnMissing)
+        policy = ExpertPolicy(
+            on_few_tokens,  # type: ignore[arg-type]  # checked there
+            enough_tokens,
+            all_experts,
+        )
         options.load_plugins(plugin)
         chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
@@ -194,6 +216,7 @@ def calibrate(
         choice = ObserverChoice(observer, activation_observer, chosen, texts is not None, shadows)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
+        put_experts_back = separate_experts(loaded)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
         if no_text is not None:
             texts = judged_texts = None
@@ -227,7 +250,15 @@ def calibrate(
         size_before = loaded.get_memory_footprint()
         before = None if judged is None else measure(loaded, judged.batches, progress)
         batches = None if read is None else model_inputs(read.batches, loaded)
-        report = run_plan(loaded, plan, batches, missing, progress)  # type: ignore[arg-type]
+        report = run_plan(
+            loaded,
+            plan,
+            batches,
+            missing,  # type: ignore[arg-type]  # checked above
+            progress,
+            experts=policy,
+        )
+        put_experts_back()
         after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None if before is None or after is None else compare_measured(before, after)
         if out is not None:
@@ -378,6 +409,7 @@ def print_result(
         ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
         ("peak memory", decimal(result["peak_memory_bytes"])),
         ("quantized", f"{report.quantized_share:.1%} of the projection weights"),
+        *(("experts", text) for text in summarize_coverage(report.coverage)),
         *(("left unquantized", text) for text in summarize_left_alone(report.left_alone)),
         ("checkpoint", result["out"] or "not written (no --out)"),
     ]

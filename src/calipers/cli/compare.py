@@ -17,6 +17,7 @@ from torch import Tensor
 from calipers.calibration import calibrate, resolve_config
 from calipers.calibration.batches import Progress
 from calipers.calibration.config import has_free_group_size
+from calipers.calibration.experts import separated_experts
 from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint import compressed_size
@@ -123,16 +124,12 @@ def compare(
             resolve_config(run.scheme, patterns)
         loaded = load_model(path, device=device, dtype=dtype)
         size_note = None
-        if scheme is None and group_size is None and on_unfit == "error":
-            group_size, size_note = choose_group_size(loaded, patterns)
-            runs = plan_runs(schemes, observers, option or [], group_size)
-        for run in runs:
-            choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
-            try:
-                unfit: Any = on_unfit  # checked there
-                plan_observers(loaded, run.scheme, choice, patterns, unfit, run.scheme_options)
-            except CalipersError as error:
-                raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
+        with separated_experts(loaded):
+            if scheme is None and group_size is None and on_unfit == "error":
+                group_size, size_note = choose_group_size(loaded, patterns)
+                runs = plan_runs(schemes, observers, option or [], group_size)
+            for run in runs:
+                _check(loaded, run, activation_observer, patterns, on_unfit)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
         read = texts.read(tokenizer, length, samples)
@@ -160,6 +157,17 @@ def compare(
         print_json(comparison_json(comparison))
     else:
         print_comparison(f"{name}, quantized and judged", comparison)
+
+
+def _check(
+    model: Any, run: Run, activation_observer: str | None, ignore: Sequence[str], on_unfit: Any
+) -> None:
+    """Refuse what the model cannot take before anything is run."""
+    choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
+    try:
+        plan_observers(model, run.scheme, choice, ignore, on_unfit, run.scheme_options)
+    except CalipersError as error:
+        raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from calipers._quiet import no_progress_bars
+from calipers.checkpoint.loading import loading_experts
 from calipers.errors import CalipersError
 
 __all__ = ["load_model", "load_tokenizer", "peak_memory_bytes"]
@@ -52,7 +53,7 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
     kind: Any = AutoModel if _is_bare(path) else AutoModelForCausalLM
-    with no_progress_bars():
+    with no_progress_bars(), loading_experts():
         model, info = kind.from_pretrained(
             path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),

@@ -33,7 +33,9 @@ class TokenMask:
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = tuple(mask.shape)
-        index = _as_bool(mask).flatten().nonzero().flatten()
+        keep = _as_bool(mask).flatten()
+        index = keep.nonzero().flatten()
+        self._keep = keep
         self.count = index.numel()
         self._home = index.device
         self._indices = {index.device: index}
@@ -54,6 +56,10 @@ class TokenMask:
         if device not in self._indices:
             self._indices[device] = self._indices[self._home].to(device)
         return value.index_select(0, self._indices[device])
+
+    def among(self, tokens: Tensor) -> TokenMask:
+        """The mask of some of the tokens, by their places among all of them, in this order."""
+        return TokenMask(self._keep[tokens.to(self._keep.device)].unsqueeze(0))
 
     def _starts(self, shape: torch.Size) -> bool:
         return len(shape) > 2 and shape[:2] == self.shape

@@ -20,6 +20,7 @@ from calibration.tiny_models import hidden_batches, picture, tiny_llama, tiny_mo
 from calipers import CalibrationReport, CalipersError, MissingDataError, attach, calibrate
 from calipers.calibration import ModuleReport, ShadowReport
 from calipers.calibration.held_out import TOKENS, Samples, is_held_out
+from calipers.calibration.shadows import Shadows
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen
 from calipers.observers.input_moments import InputMoments
@@ -558,6 +559,27 @@ def test_nonsense_is_refused_before_any_work(kwargs: dict[str, Any], match: str)
     with pytest.raises(ValueError, match=match):
         calibrate(model, data=token_batches(2), **given)
     assert picture(model) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        ("mse", ["mse"]),
+        ("mse,imatrix-MSE", ["mse", "imatrix_mse"]),
+        (
+            "mse:norm=2,grid=10, optimal:objective=mse",
+            ["mse:norm=2,grid=10", "optimal:objective=mse"],
+        ),
+        (["mse:grid=10", "minmax,memoryless_mse"], ["mse:grid=10", "minmax", "memoryless_mse"]),
+        ((), []),
+    ],
+)
+def test_names_stand_in_lists_or_between_commas(given: Any, labels: list[str]) -> None:
+    read = Shadows.read(weight=given)
+    assert [each.label for each in read.weight] == labels
+    again = Shadows.read(weight=[each.label for each in read.weight])
+    assert again == read
+    assert bool(read) is bool(labels)
 
 
 def test_a_shadow_that_needs_data_is_refused_without_any() -> None:

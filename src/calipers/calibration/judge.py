@@ -220,7 +220,7 @@ def _activation_error(tensor: ObservedTensor, answer: _Answer, tokens: Tensor) -
             tokens, tensor.args, tensor.module, global_scale=shared
         )
     quantized = fake_quantize(tokens, scale, zero_point, tensor.args, shared)
-    error = _sum_of_squares(tokens.float() - quantized.float())
+    error = _sum_of_squares(tokens.double() - quantized.double())
     total = _sum_of_squares(tokens)
     if total == 0.0:
         return math.inf if error else 0.0

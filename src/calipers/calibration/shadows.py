@@ -33,13 +33,16 @@ class Shadow:
         """Read "NAME" or "NAME:KEY=VALUE,...".
 
         Raises:
-            CalipersError: No text, or an option that is not of that form.
+            CalipersError: An option that is not of that form.
         """
-        if not isinstance(text, str):
-            raise CalipersError(f"{argument}: expected names of observers, got {text!r}")
         name, _, own = text.partition(":")
         options = read_options(own.split(","), f"{argument} {text!r}") if own else {}
         return cls(name.strip().lower().replace("-", "_"), options)
+
+    @property
+    def label(self) -> str:
+        """What `read` takes to read it again."""
+        return _label(self.name, self.options)
 
     def check(self, argument: str) -> None:
         """Refuse a name or an option that there is not.
@@ -156,14 +159,14 @@ class Shadows:
             alike = [own for base, own in tensors if (base == "weight") is of_weights]
             used = {observer_label(each) for own in alike for each in own[1:]}
             for shadow in wanted:
-                label = _label(shadow.name, shadow.options)
+                label = shadow.label
                 if label in used:
                     continue
                 what = "weights" if of_weights else "static activations or states"
                 why = f"the scheme quantizes no {what}"
                 if alike:
-                    why = f"it is the observer of {what} already, or none of them has inputs"
-                    why = f"{what} have that observer already" if not of_weights else why
+                    why = f"{what} have that observer already"
+                    why += ", or have no inputs that it could weigh by" * of_weights
                 raise CalipersError(f"{argument} {label!r} would look at nothing: {why}")
 
     def recorded_args(self, base_name: str, args: QuantizationArgs) -> QuantizationArgs:
@@ -183,15 +186,29 @@ class Shadows:
 
 def _read_all(given: str | Iterable[str], argument: str) -> tuple[Shadow, ...]:
     texts = [given] if isinstance(given, str) else list(given)
-    shadows = tuple(Shadow.read(text, argument) for text in texts)
+    singles = [each for text in texts for each in _split(text, argument)]
+    shadows = tuple(Shadow.read(text, argument) for text in singles)
     seen: set[str] = set()
     for shadow in shadows:
         shadow.check(argument)
-        label = _label(shadow.name, shadow.options)
+        label = shadow.label
         if label in seen:
             raise CalipersError(f"{argument} {label!r} is given twice")
         seen.add(label)
     return shadows
+
+
+def _split(text: str, argument: str) -> list[str]:
+    """Observers of a list with commas, which stand between the options of one as well."""
+    if not isinstance(text, str):
+        raise CalipersError(f"{argument}: expected names of observers, got {text!r}")
+    found: list[str] = []
+    for piece in text.split(","):
+        if found and ":" in found[-1] and "=" in piece and ":" not in piece.partition("=")[0]:
+            found[-1] += f",{piece}"
+        else:
+            found.append(piece.strip())
+    return found
 
 
 def observer_label(observer: Observer) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from compressed_tensors.quantization import (
 )
 from torch import Tensor, nn
 
+from calibration.test_offload import offloaded
 from calibration.tiny_models import hidden_batches, picture, tiny_llama, tiny_moe, token_batches
 from calipers import CalibrationReport, CalipersError, MissingDataError, attach, calibrate
 from calipers.calibration import ModuleReport, ShadowReport
@@ -394,6 +396,41 @@ def test_a_batch_that_fails_leaves_no_sample() -> None:
     samples.see(Seen("input", torch.tensor([[1.0, math.nan], [1.0, 2.0]]), 2, False))
     samples.end_batch()
     assert samples.of("input").tokens.tolist() == [[1.0, 2.0]]  # type: ignore[union-attr]
+
+
+def test_padding_judges_nobody() -> None:
+    model = tiny_llama()
+    batches = token_batches(3)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    seen: list[Tensor] = []
+    name = "model.layers.0.mlp.gate_proj"
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with attach(model, "W4A16", shadow="mse") as run:
+        run.run([{**batch, "attention_mask": mask} for batch in batches])
+        (own,) = [each for each in run.observed if each.name == name]
+        assert torch.equal(own.samples.of("input").tokens, seen[1][mask.bool()])
+        assert own.tokens == 2 * 13
+    hook.remove()
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_models_are_judged_alike(where: str, tmp_path: Path) -> None:
+    models = tiny_llama(), offloaded(tiny_llama(), where, tmp_path / "weights")
+    shadows = {"shadow": ("memoryless_minmax", "imatrix_mse"), "activation_shadow": "histogram"}
+    plain, report = (
+        calibrate(each, "NVFP4", data=token_batches(3), pick="best", **shadows) for each in models
+    )
+    assert plain.modules == report.modules
+    for name, value in qparams(models[0]).items():
+        assert torch.equal(models[1].get_parameter(name).float(), value.float()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_kept_in_the_dtype_they_came_in(dtype: torch.dtype) -> None:
+    with attach(linear(64, 8).to(dtype), "FP8", shadow="mse") as run:
+        run.run([each.to(dtype) for each in inputs(2)])
+        assert run.observed[0].samples.of("input").tokens.dtype == dtype
 
 
 def test_a_failed_batch_counts_nowhere_and_the_next_takes_its_number() -> None:

@@ -450,7 +450,7 @@ def warm_tables(found: list[Json], on_gpu: bool) -> dict[str, Table]:
         "search": Table(
             [
                 ["range search", "case", "{}"],
-                ["llmcompressor ms", "theirs_ms", "{:.4g}"],
+                ["llmcompressor ms", "theirs_ms", "{:,.0f}"],
                 *both,
                 ["ratio", "theirs_over_ours", "{:.1f}"],
                 ["wanted", "at_least", "{:g}"],

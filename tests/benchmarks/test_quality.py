@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ def test_activations_and_oracles_are_measured(
     run = importlib.import_module("benchmarks.quality.run")
     assert run.main([*parts, *threads, "--json", str(out)]) == 0
     found = json.loads(out.read_text())
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"] == importlib.metadata.version("torch")
     activations, oracles = (found["tables"][name]["rows"] for name in ("activations", "oracles"))
     assert max(row["histogram"] for row in activations) < 0.3
     assert max(row["static_minmax"] for row in activations) > 10

@@ -33,6 +33,10 @@ def find_fused_groups(names: Iterable[str]) -> list[list[str]]:
     Returns:
         Every name once, in groups in the order of their first members; members are siblings
         under one parent. A group may lack members; a module that is never fused stands alone.
+
+    Example:
+        >>> find_fused_groups(["a.q_proj", "a.v_proj", "a.o_proj", "b.q_proj"])
+        [['a.q_proj', 'a.v_proj'], ['a.o_proj'], ['b.q_proj']]
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:

@@ -62,6 +62,15 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
 
     Raises:
         ValueError: Arguments missing or of the wrong type; an option that is unknown or invalid.
+
+    Example:
+        >>> from compressed_tensors.quantization import QuantizationArgs
+        >>> from calipers.observers import Observer
+        >>> args = QuantizationArgs(num_bits=4, strategy="group", group_size=2)
+        >>> observer = Observer.load_from_registry("memoryless_minmax", "weight", args)
+        >>> scale, zero_point = observer(torch.tensor([[0.0, 7.5, -3.75, 1.0]]))
+        >>> scale, zero_point
+        (tensor([[1.0000, 0.5000]]), tensor([[0, 0]], dtype=torch.int8))
     """
 
     #: Whether a weight observer wants to see the inputs of its module first.

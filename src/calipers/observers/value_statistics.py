@@ -217,6 +217,16 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         Raises:
             ValueError: Another class, other quantization arguments, or statistics of another shape;
                 nothing is changed then.
+
+        Example:
+            >>> from calipers.observers import StaticMinMaxObserver
+            >>> args = QuantizationArgs(num_bits=8, strategy="tensor")
+            >>> first, second = (StaticMinMaxObserver("input", args) for _ in range(2))
+            >>> first.observe(torch.tensor([[-1.0, 2.0]]))
+            >>> second.observe(torch.tensor([[-3.0, 1.0]]))
+            >>> first.merge(second)
+            >>> first.get_range()
+            (tensor([-3.]), tensor([2.]))
         """
         if type(other) is not type(self) or other.args != self.args:
             raise ValueError(

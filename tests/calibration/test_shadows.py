@@ -525,7 +525,7 @@ def test_modules_without_data_have_a_fallback_and_shadows_that_can() -> None:
 
 
 def test_experts_of_few_tokens_lend_shadows_what_the_first_is_lent() -> None:
-    model, alone, batches = tiny_moe((0, 1)), tiny_moe((0, 1)), hidden_batches(4)
+    model, alone, batches = tiny_moe((0, 1)), tiny_moe((0, 1)), hidden_batches(4)  # of 4 experts
     options = {"on_missing": "fallback", "enough_tokens": 50}
     shadows = {"shadow": "optimal", "activation_shadow": "histogram", "pick": "best"}
     report = calibrate(model, "FP8", "imatrix_mse", batches, **shadows, **options)
@@ -543,6 +543,9 @@ def test_experts_of_few_tokens_lend_shadows_what_the_first_is_lent() -> None:
         assert row.shadows["input"][1].error is None
         assert chosen(report, row.name, "input") == "static_minmax"
     assert "optimal" in winners.values()
+    unseen = report["layers.0.experts.3.up_proj"]
+    assert unseen.tokens == 0
+    assert [row.judged_by for row in unseen.shadows["weight"]] == ["weight", "weight"]
 
 
 def test_embeddings_have_no_inputs() -> None:

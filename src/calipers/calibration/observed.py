@@ -49,12 +49,7 @@ class ObservedTensor:
     shared: Callable[[], Observer] | None = None
     share: float = 0.0
     lent: Observer | None = None
-    _fed: list[Observer] = field(init=False, repr=False, default_factory=list)
-
-    def __post_init__(self) -> None:
-        if self.base_name == "weight":
-            # One by itself has nothing to share; several read the same sums, fed once.
-            self._fed = share_moments([o for o in self.observers if not _hooks_itself(o)])
+    _fed: list[Observer] | None = field(default=None, init=False, repr=False)
 
     @property
     def full_name(self) -> str:
@@ -99,10 +94,16 @@ class ObservedTensor:
         seen = observer.has_global_statistics if local else observer.has_statistics
         return None if seen else "its observer saw no value"
 
+    def share_moments(self) -> None:
+        """Let the observers of a weight read the same sums over its inputs, which are fed once."""
+        self._fed = share_moments([each for each in self.observers if not _hooks_itself(each)])
+
     def see(self, value: Tensor) -> None:
         """Let the observers take in a value of the side of the module that they learn from."""
         if self.base_name == "weight":
-            for observer in self._fed:
+            if self._fed is None:
+                self.share_moments()
+            for observer in self._fed or ():
                 observer.observe_input(value)
             return
         for observer in self.observers:
@@ -174,6 +175,8 @@ class ObservedModule:
         self._attached = True
         for base_name, observer in self.observers.items():
             self.module.register_module(f"{base_name}_observer", observer)
+        if "weight" in self.tensors:
+            self.tensors["weight"].share_moments()
         for observer in self._weight_observers:
             if _hooks_itself(observer):
                 observer.attach(self.module)

@@ -29,6 +29,7 @@ from calipers.calibration.plan import (
 )
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing
+from calipers.calibration.shadows import Pick, Shadows
 from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model
 
@@ -57,6 +58,9 @@ def calibrate(
     all_experts: bool = False,
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
+    shadow: str | Iterable[str] = (),
+    activation_shadow: str | Iterable[str] = (),
+    pick: Pick = "first",
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -99,6 +103,14 @@ def calibrate(
             config. Needs data.
         only: "language" quantizes the language part alone of a model that sees or hears as well:
             towers and projectors are left as they are. None for the whole model.
+        shadow: Other observers of weights that see the same in the same pass, each "NAME" or
+            "NAME:KEY=VALUE,..." with options of its own. The report has the error of all. One batch
+            in eight, the second first, is held out from all observers and judges them; one batch
+            alone does both. Data that is given is run, whether or not an observer needs any.
+        activation_shadow: Likewise of static activations, attention states and inputs of NVFP4.
+        pick: "first" writes the scales of the observer that was chosen, "best" in each module those
+            with the least error; layers that share a global scale have one observer, by the sum of
+            their errors.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -110,7 +122,8 @@ def calibrate(
             it did not reach, see `Calibration.freeze`.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
             model.
-        ValueError: An unknown observer, an unknown or invalid option.
+        ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
+            nothing.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -126,7 +139,11 @@ def calibrate(
     check_choice("on_missing", on_missing, OnMissing)
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     choice = ObserverChoice(
-        observer, activation_observer, dict(observer_options or {}), data is not None
+        observer,
+        activation_observer,
+        dict(observer_options or {}),
+        data is not None,
+        Shadows.read(shadow, activation_shadow, pick),
     )
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
@@ -204,6 +221,9 @@ def attach(
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
+    shadow: str | Iterable[str] = (),
+    activation_shadow: str | Iterable[str] = (),
+    pick: Pick = "first",
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -227,6 +247,9 @@ def attach(
         scheme_options: As in `calibrate`.
         kv_cache: As in `calibrate`.
         only: As in `calibrate`.
+        shadow: As in `calibrate`.
+        activation_shadow: As in `calibrate`.
+        pick: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -238,7 +261,12 @@ def attach(
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
     _expect_model(model, "calipers.attach(model, ...)")
-    choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
+    choice = ObserverChoice(
+        observer,
+        activation_observer,
+        dict(observer_options or {}),
+        shadows=Shadows.read(shadow, activation_shadow, pick),
+    )
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))

@@ -26,6 +26,7 @@ from calipers.calibration.few_tokens import (
     settle_few_tokens,
 )
 from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.held_out import is_held_out
 from calipers.calibration.missing import (
     find_missing,
     missing_data_error,
@@ -79,7 +80,7 @@ class Calibration:
         self.batches = 0
         self._plan = plan
         self._update = UpdateState()
-        self._tokens_given = self._tokens_counted = 0
+        self._tokens_given = self._tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
@@ -237,6 +238,7 @@ class Calibration:
             quantized_share=share,
             seconds=self._seconds,
             batches=self.batches,
+            held_out=self._held_out,
             tokens_given=self._tokens_given,
             tokens_counted=self._tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
@@ -308,10 +310,11 @@ class Calibration:
         with ExitStack() as stack:
             for each in self.observed:
                 if each.wants_data:
-                    stack.enter_context(each.whole_batch())
+                    stack.enter_context(each.whole_batch(self.batches))
             stack.enter_context(self._calls.whole())
             stack.enter_context(token_mask(masked.mask))
             yield
+        self._held_out += bool(self._plan.choice.shadows) and is_held_out(self.batches)
         self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from compressed_tensors.quantization import QuantizationConfig
 from rich.filesize import decimal
 
@@ -28,11 +27,15 @@ from calipers.calibration.plan import (
     without_modules,
 )
 from calipers.calibration.report import (
+    shadow_cells,
+    shadow_headings,
     summarize_coverage,
     summarize_left_alone,
     summarize_modules,
+    summarize_shadows,
 )
 from calipers.calibration.session import OnMissing
+from calipers.calibration.shadows import Shadows, read_options
 from calipers.calibration.targets import resolve_modules, schemes_by_target
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
@@ -85,6 +88,28 @@ def calibrate(
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
     activation_observer: options.ActivationObserver = None,
+    shadow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another observer of weights, with options of its own, that sees the same in the "
+            "same pass: the report compares all of them on batches held out. May be repeated.",
+        ),
+    ] = None,
+    activation_shadow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another observer of static activations and of the cache; may be repeated.",
+        ),
+    ] = None,
+    pick: Annotated[
+        str,
+        typer.Option(
+            help="Whose scales are written where there are shadows: first (the observer's) or best "
+            "(in each module those of the least error)."
+        ),
+    ] = "first",
     plugin: options.Plugins = None,
     data: options.DataFile = None,
     no_data: Annotated[
@@ -160,6 +185,8 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
 
+      calipers calibrate ./Llama-3-8B --shadow imatrix_mse --shadow mse --pick best
+
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
 
       calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
@@ -190,7 +217,8 @@ def calibrate(
         chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
-        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None)
+        shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
+        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None, shadows)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
         put_experts_back = separate_experts(loaded)
@@ -363,6 +391,10 @@ def print_result(
         ],
         right=("count", "bits", "tokens"),
     )
+    shadows = shadow_cells(summarize_shadows(report.modules))
+    if shadows:
+        heads = shadow_headings(report.modules)
+        print_table("Observers of the same tensors", heads, shadows, right=heads[2:])
     rows = [(row.name, f"{row.weight_error:.4f}") for row in report.worst(worst)]
     if rows and len(report.modules) > 1:
         print_table("The largest weight errors", ("module", error), rows, right=(error,))
@@ -398,13 +430,4 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     Raises:
         CalipersError: One without a key or an equals sign, or of a value that is no scalar.
     """
-    found = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise CalipersError(f"--option: expected key=value, got {item!r}")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise CalipersError(f"--option: cannot read the value of {item!r}") from None
-    return found
+    return read_options(given, "--option")

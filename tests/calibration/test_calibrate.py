@@ -132,6 +132,7 @@ def test_the_report_is_ready_for_json():
         "tokens_given",
         "tokens_counted",
         "unmasked",
+        "held_out",
         "coverage",
     }
     assert read["batches"] == 2
@@ -149,6 +150,7 @@ def test_the_report_is_ready_for_json():
         "activations": "static",
         "shared": 0.0,
         "states": [],
+        "shadows": {},
     }
 
 

@@ -118,6 +118,31 @@ def test_text_to_checkpoint_with_most_options(
     assert 1e-4 < difference < 0.5
 
 
+def test_shadows(calipers: Calipers, llama: Path, texts: Path) -> None:
+    given = ("--scheme", "FP8", "--samples", 3, "--sequence-length", 16, "--no-eval")
+    given += ("--data", texts / "text.txt", "--observer", "memoryless_minmax", "--pick", "best")
+    given += ("--shadow", "optimal:objective=hessian", "--shadow", "Imatrix-MSE:norm=2,grid=10")
+    given += ("--activation-shadow", "histogram")
+    result = succeeded(calipers("calibrate", llama, *given, "--json"))
+    assert result["calibration"]["held_out"] == 0  # one batch
+    for row in modules(result).values():
+        weights, inputs = row["shadows"]["weight"], row["shadows"]["input"]
+        assert [each["observer"] for each in weights] == [
+            "memoryless_minmax",
+            "optimal:objective=hessian",
+            "imatrix_mse:norm=2,grid=10",
+        ]
+        assert [each["observer"] for each in inputs] == ["static_minmax", "histogram"]
+        for rows in (weights, inputs):
+            best = min(rows, key=lambda each: each["error"])
+            assert [each for each in rows if each["chosen"]] == [best]
+            assert best["judged_by"] == "in-sample"
+    shown = calipers("calibrate", llama, *given)
+    assert shown.exit_code == 0
+    assert "in-sample error" in shown.stdout
+    assert "optimal:objective=hessian" in shown.stdout
+
+
 def test_defaults(calipers: Calipers, llama: Path) -> None:
     """Nothing but a model: text of our own, the observer `optimal`, and a verdict."""
     result = succeeded(calipers("calibrate", llama, "--json"))
@@ -491,6 +516,10 @@ def test_a_model_put_aside_by_a_killed_save_is_put_back(
             "unknown option 'normm' (did you mean 'norm'?)",
         ),
         (("--option", "norm"), "expected key=value, got 'norm'"),
+        (("--shadow", "mze"), "unknown observer 'mze'"),
+        (("--shadow", "mse:grid"), "shadow 'mse:grid': expected key=value, got 'grid'"),
+        (("--pick", "best"), "pick='best' needs other observers"),
+        (("--pick", "last", "--shadow", "mse"), "pick must be one of first, best, got 'last'"),
         (("--observer", "memoryless_mse", "--option", "norm=-1"), "norm=-1"),
         (("--ignore", "lm_haed"), "lm_haed"),
         (("--data", "missing.txt"), "missing.txt: no such file"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from calipers.calibration import CalibrationReport, ModuleReport
+from calipers.calibration import CalibrationReport, ModuleReport, ShadowReport
 from calipers.calibration.targets import LeftAlone
 from calipers.cli import calibrate, demo, doctor, listings
 from calipers.cli.compare import Run, RunResult
@@ -43,7 +44,18 @@ def report() -> CalibrationReport:
     return CalibrationReport(rows, [], left, 0.9834, 45.1, 128)
 
 
-def calibrated(change: Difference | OutputError | None) -> Print:
+def with_shadows() -> CalibrationReport:
+    observers = ("optimal", "memoryless_minmax", "optimal:objective=hessian")
+    rows = [ShadowReport(o, 0.012 + i / 1000, i == 0, "held-out") for i, o in enumerate(observers)]
+    inputs = [ShadowReport(o, 0.0007, o == "histogram", "held-out") for o in ("mse", "histogram")]
+    given = report()
+    modules = [replace(m, shadows={"weight": rows, "input": inputs}) for m in given.modules]
+    return replace(given, modules=modules, held_out=16)
+
+
+def calibrated(
+    change: Difference | OutputError | None, given: CalibrationReport | None = None
+) -> Print:
     result: dict[str, Any] = {
         "model": "./SmolLM2-135M",
         "scheme": "W4A16",
@@ -61,7 +73,7 @@ def calibrated(change: Difference | OutputError | None) -> Print:
     }
     note = "64, since 128 does not divide the columns of 180 of 210 modules"
     text = (None, None) if change is None else (DATA, JUDGED)
-    return lambda: calibrate.print_result(result, report(), 5, note, *text, change)
+    return lambda: calibrate.print_result(result, given or report(), 5, note, *text, change)
 
 
 def shown_demo(monkeypatch: pytest.MonkeyPatch) -> Print:
@@ -114,6 +126,7 @@ COMMANDS: dict[str, Callable[[pytest.MonkeyPatch], Print]] = {
     "calibrate": lambda _: calibrated(Difference(0.1846, 0.0084)),
     "calibrate-outputs": lambda _: calibrated(OutputError(0.405, 0.0143, 77, 34790)),
     "calibrate-no-text": lambda _: calibrated(None),
+    "calibrate-shadows": lambda _: calibrated(Difference(0.1846, 0.0084), with_shadows()),
     "demo": shown_demo,
     "doctor": shown_doctor,
     "observers": shown_observers,

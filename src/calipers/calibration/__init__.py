@@ -10,6 +10,7 @@ from calipers.calibration.report import (
     ExpertCoverage,
     LeftAlone,
     ModuleReport,
+    ShadowReport,
 )
 from calipers.calibration.session import Calibration
 
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertCoverage",
     "LeftAlone",
     "ModuleReport",
+    "ShadowReport",
     "attach",
     "calibrate",
     "check_scheme",

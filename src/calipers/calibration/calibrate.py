@@ -19,6 +19,7 @@ from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.experts import change_when_joined, separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -28,6 +29,7 @@ from calipers.calibration.plan import (
 )
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing
+from calipers.calibration.shadows import Pick, Shadows
 from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model
 
@@ -55,6 +57,10 @@ def calibrate(
     enough_tokens: int = ENOUGH_TOKENS,
     all_experts: bool = False,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
+    shadow: str | Iterable[str] = (),
+    activation_shadow: str | Iterable[str] = (),
+    pick: Pick = "first",
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -82,7 +88,8 @@ def calibrate(
             "global scales", "weights" and "activations"; `total` is None where it is not known. The
             last three take turns: one group of layers that engines fuse after the other.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
-        tokenizer: The model's tokenizer, for text.
+        tokenizer: The model's tokenizer, for text; or its processor, through which samples with
+            "images", "videos" or "audio" beside their "text" go, or with such parts in "messages".
         samples: Most sequences of text.
         sequence_length: Most tokens of a sequence of text; never more than the positions that the
             model's config names.
@@ -94,6 +101,16 @@ def calibrate(
         kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
             "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
             config. Needs data.
+        only: "language" quantizes the language part alone of a model that sees or hears as well:
+            towers and projectors are left as they are. None for the whole model.
+        shadow: Other observers of weights that see the same in the same pass, each "NAME" or
+            "NAME:KEY=VALUE,..." with options of its own. The report has the error of all. One batch
+            in eight, the second first, is held out from all observers and judges them; one batch
+            alone does both. Data that is given is run, whether or not an observer needs any.
+        activation_shadow: Likewise of static activations, attention states and inputs of NVFP4.
+        pick: "first" writes the scales of the observer that was chosen, "best" in each module those
+            with the least error; layers that share a global scale have one observer, by the sum of
+            their errors.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -105,7 +122,8 @@ def calibrate(
             it did not reach, see `Calibration.freeze`.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
             model.
-        ValueError: An unknown observer, an unknown or invalid option.
+        ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
+            nothing.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -121,11 +139,17 @@ def calibrate(
     check_choice("on_missing", on_missing, OnMissing)
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     choice = ObserverChoice(
-        observer, activation_observer, dict(observer_options or {}), data is not None
+        observer,
+        activation_observer,
+        dict(observer_options or {}),
+        data is not None,
+        Shadows.read(shadow, activation_shadow, pick),
     )
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         _tell_of_loader(model, plan)
         if data is None:
             refuse_without_data(plan)
@@ -196,6 +220,10 @@ def attach(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
+    shadow: str | Iterable[str] = (),
+    activation_shadow: str | Iterable[str] = (),
+    pick: Pick = "first",
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -218,6 +246,10 @@ def attach(
         on_unfit: As in `calibrate`.
         scheme_options: As in `calibrate`.
         kv_cache: As in `calibrate`.
+        only: As in `calibrate`.
+        shadow: As in `calibrate`.
+        activation_shadow: As in `calibrate`.
+        pick: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -229,12 +261,19 @@ def attach(
         ValueError: An unknown or invalid option. Nothing has been attached then.
     """
     _expect_model(model, "calipers.attach(model, ...)")
-    choice = ObserverChoice(observer, activation_observer, dict(observer_options or {}))
+    choice = ObserverChoice(
+        observer,
+        activation_observer,
+        dict(observer_options or {}),
+        shadows=Shadows.read(shadow, activation_shadow, pick),
+    )
     inner = unwrap(model)
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
         wrappers.enter_context(separated_experts(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.few_tokens import lent_statistics
 from calipers.calibration.fused import find_fused_groups
 from calipers.calibration.global_scales import borrowed_memory, shared_global_scale, weight_of
+from calipers.calibration.judge import Verdict, judge
 from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.plan import ObserverChoice, needs_observer
 from calipers.calibration.report import ModuleReport
@@ -67,12 +68,13 @@ def freeze_modules(
             group = [by_name[name] for name in names]
             work.initialize(group)
             with lent_statistics(group):
+                work.judge(group)
                 work.write_global_scales(group)
                 errors |= work.write_weights(group)
                 work.write_activations(group)
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
-    return [_report(each, errors.get(each.name)) for each in observed]
+    return [_report(each, errors.get(each.name), work.verdicts) for each in observed]
 
 
 class _Work:
@@ -90,6 +92,8 @@ class _Work:
         #: Schemes as recorded on modules: those of one scheme share one object, as after
         #: `apply_quantization_config`.
         self._recorded: dict[int, QuantizationScheme] = {}
+        #: Of tensors that several observers looked at.
+        self.verdicts: dict[str, Verdict] = {}
 
     def initialize(self, group: Sequence[ObservedModule]) -> None:
         """Empty qparams on every module, with the observers that were really used in its scheme."""
@@ -100,11 +104,17 @@ class _Work:
                 for base_name, kind in TENSORS.items():
                     args = getattr(scheme, kind.field)
                     if args is not None and needs_observer(args):
-                        setattr(scheme, kind.field, self._choice.recorded_args(base_name, args))
+                        recorded = self._choice.recorded_args(base_name, args)
+                        recorded = self._choice.shadows.recorded_args(base_name, recorded)
+                        setattr(scheme, kind.field, recorded)
             if each.is_attention:
                 initialize_attention(each.module, scheme)
             else:
                 initialize_module_for_quantization(each.module, scheme)
+
+    def judge(self, group: Sequence[ObservedModule]) -> None:
+        """Let several observers answer where there are several, before anything is written."""
+        self.verdicts |= judge(group, self._choice.shadows.pick)
 
     def write_global_scales(self, group: Sequence[ObservedModule]) -> None:
         """One global scale for each tensor that the members have in common, where it has one."""
@@ -112,7 +122,9 @@ class _Work:
             own = [each.tensors[base_name] for each in group if base_name in each.tensors]
             own = [tensor for tensor in own if has_global_scale(tensor.args)]
             if own:
-                shared = shared_global_scale(own)
+                verdict = self.verdicts.get(own[0].full_name)
+                shared = verdict.global_scale if verdict else shared_global_scale(own)
+                assert shared is not None
                 for tensor in own:
                     write_qparam(tensor, "global_scale", shared)
         self._tell("global scales", group)
@@ -125,9 +137,11 @@ class _Work:
             if tensor is None:
                 continue
             weight = weight_of(tensor)
-            with borrowed_memory(tensor.deciding):
-                tensor.deciding.observe(weight)
-                _write_pair(tensor)
+            verdict = self.verdicts.get(tensor.full_name)
+            with borrowed_memory(tensor.deciding, needed=verdict is None):
+                if verdict is None:
+                    tensor.deciding.observe(weight)
+                _write_pair(tensor, verdict)
             errors[each.name] = measure_weight_error(
                 weight,
                 each.module.get_parameter("weight_scale"),
@@ -143,7 +157,7 @@ class _Work:
         for each in group:
             for base_name, tensor in each.tensors.items():
                 if base_name != "weight" and not tensor.args.dynamic:
-                    _write_pair(tensor)
+                    _write_pair(tensor, self.verdicts.get(tensor.full_name))
             self._tell("activations", [each])
 
     def _tell(self, stage: str, done: Sequence[ObservedModule]) -> None:
@@ -153,19 +167,31 @@ class _Work:
                 self._progress(stage, self._done[stage], self._totals[stage])
 
 
-def _write_pair(tensor: ObservedTensor) -> None:
-    scale, zero_point = tensor.deciding.get_qparams()
+def _write_pair(tensor: ObservedTensor, verdict: Verdict | None) -> None:
+    if verdict is None:
+        scale, zero_point = tensor.deciding.get_qparams()
+    else:
+        scale, zero_point = verdict.scale, verdict.zero_point
     if scale is None or zero_point is None:
         raise CalipersError(f"{tensor.deciding.name}: the observer gave no scale")
     write_qparam(tensor, "scale", scale)
     write_qparam(tensor, "zero_point", zero_point)
 
 
-def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:
-    chosen = {name: observer.args.observer for name, observer in each.observers.items()}
+def _report(
+    each: ObservedModule, weight_error: float | None, verdicts: Mapping[str, Verdict]
+) -> ModuleReport:
+    judged = {name: verdicts.get(tensor.full_name) for name, tensor in each.tensors.items()}
+    other = {name: found.observer for name, found in judged.items() if found and not found.is_first}
+    deciding = each.observers | other
+    chosen = {name: observer.args.observer for name, observer in deciding.items()}
     weights = each.scheme.weights
     activations = chosen.keys() - {"weight"}
-    fallback = tuple(name for name, tensor in each.tensors.items() if tensor.fallback is not None)
+    fallback = tuple(
+        name
+        for name, tensor in each.tensors.items()
+        if tensor.fallback is not None and name not in other
+    )
     for base_name in fallback:
         logger.warning("{}.{} saw no data: the fallback was used", each.name, base_name)
     return ModuleReport(
@@ -178,10 +204,11 @@ def _report(each: ObservedModule, weight_error: float | None) -> ModuleReport:
         fallback=fallback,
         objective=None
         if "weight" in fallback
-        else getattr(each.weight_observer, "objective", None),
+        else getattr(deciding.get("weight"), "objective", None),
         activations=_activations(each.scheme),
         shared=max((tensor.share for tensor in each.tensors.values()), default=0.0),
         states=tuple(name for name in STATES if name in each.tensors),
+        shadows={name: found.rows for name, found in judged.items() if found},
     )
 
 

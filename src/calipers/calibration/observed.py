@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,9 +10,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
 
 from calipers.calibration.attention import STATES
+from calipers.calibration.held_out import Samples
 from calipers.calibration.targets import TENSORS
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
+from calipers.observers.input_moments import share_moments
 from calipers.observers.statistics import UpdateState
 
 __all__ = ["ObservedModule", "ObservedTensor"]
@@ -47,6 +49,7 @@ class ObservedTensor:
     shared: Callable[[], Observer] | None = None
     share: float = 0.0
     lent: Observer | None = None
+    _fed: list[Observer] | None = field(default=None, init=False, repr=False)
 
     @property
     def full_name(self) -> str:
@@ -66,12 +69,15 @@ class ObservedTensor:
     @property
     def wants_data(self) -> bool:
         """Whether it needs batches to run through the model."""
-        return self.base_name != "weight" or any(each.needs_data for each in self.observers)
+        # of several observers of a weight data tells which is best
+        several = len(self.observers) > 1
+        return several or self.base_name != "weight" or self.observer.needs_data
 
     @property
     def can_share(self) -> bool:
-        """Whether all that the first observer knows is in its state, so that it can be mixed."""
-        return not _hooks_itself(self.observer)
+        """Whether the first observer learns from data, all of it in its state: it can be mixed."""
+        learns = self.base_name != "weight" or self.observer.needs_data
+        return learns and not _hooks_itself(self.observer)
 
     @property
     def lacks(self) -> str | None:
@@ -88,13 +94,20 @@ class ObservedTensor:
         seen = observer.has_global_statistics if local else observer.has_statistics
         return None if seen else "its observer saw no value"
 
+    def share_moments(self) -> None:
+        """Let the observers of a weight read the same sums over its inputs, which are fed once."""
+        self._fed = share_moments([each for each in self.observers if not _hooks_itself(each)])
+
     def see(self, value: Tensor) -> None:
         """Let the observers take in a value of the side of the module that they learn from."""
-        for observer in self.observers:
-            if self.base_name != "weight":
-                (observer.observe_global if self.args.dynamic else observer.observe)(value)
-            elif observer.needs_data and not _hooks_itself(observer):
+        if self.base_name == "weight":
+            if self._fed is None:
+                self.share_moments()
+            for observer in self._fed or ():
                 observer.observe_input(value)
+            return
+        for observer in self.observers:
+            (observer.observe_global if self.args.dynamic else observer.observe)(value)
 
 
 @dataclass(eq=False)
@@ -110,6 +123,8 @@ class ObservedModule:
             counted where data is observed.
         unmasked: Whether it saw, in a batch with a mask, a value that is not arranged by token
             (those of a routed expert), all of which counted.
+        samples: Tokens of batches that are held out from the observers, where several of them are
+            to be judged.
     """
 
     name: str
@@ -118,6 +133,7 @@ class ObservedModule:
     tensors: dict[str, ObservedTensor]
     tokens: int = 0
     unmasked: bool = False
+    samples: Samples | None = None
     _attached: bool = False
     _update: UpdateState = field(default_factory=UpdateState)
 
@@ -150,12 +166,19 @@ class ObservedModule:
         # A layer is counted by its inputs, even where it is watched for its outputs alone.
         return sorted(sides if self.is_attention else {"input", *sides})
 
+    @property
+    def _weight_observers(self) -> list[Observer]:
+        return self.tensors["weight"].observers if "weight" in self.tensors else []
+
     def attach(self) -> None:
-        """Add the observers as submodules `{base_name}_observer`, and the hooks."""
+        """Add the first observers as submodules `{base_name}_observer`, and the hooks."""
         self._attached = True
         for base_name, observer in self.observers.items():
             self.module.register_module(f"{base_name}_observer", observer)
-            if base_name == "weight" and _hooks_itself(observer):
+        if "weight" in self.tensors:
+            self.tensors["weight"].share_moments()
+        for observer in self._weight_observers:
+            if _hooks_itself(observer):
                 observer.attach(self.module)
         for side in self._sides:
             add_hook(self.module, side, self._see)
@@ -164,8 +187,8 @@ class ObservedModule:
         """Stop observing; the observers stay."""
         if self._attached:
             remove_hooks(self.module, self)
-            if self.weight_observer is not None:
-                self.weight_observer.detach(self.module)
+            for observer in self._weight_observers:
+                observer.detach(self.module)
 
     def detach(self) -> None:
         """Remove hooks and observers; nothing of them stays on the module."""
@@ -176,6 +199,10 @@ class ObservedModule:
         self._attached = False
 
     def _see(self, seen: Seen) -> None:
+        if self.samples is not None:
+            self.samples.see(seen)
+            if self.samples.held_out:
+                return
         self.unmasked = self.unmasked or seen.unmasked
         if seen.side in _COUNTED:
             with self._update.lock:
@@ -185,21 +212,41 @@ class ObservedModule:
                 each.see(seen.value)
 
     @contextmanager
-    def whole_batch(self) -> Iterator[None]:
-        """Let a batch count at the end of the block, or, where that raises, not at all."""
+    def whole_batch(self, number: int = 0) -> Iterator[None]:
+        """Let a batch count at the end of the block, or, where that raises, not at all.
+
+        Args:
+            number: How many batches came before. Where there are `samples`, it decides whether
+                this one is held out from the observers.
+        """
         before = self.tokens, self.unmasked
         observers = [observer for each in self.tensors.values() for observer in each.observers]
+        samples = self.samples
+        held_out = False
         try:
             for observer in observers:
                 observer.begin_batch()
+            if samples is not None:
+                samples.begin_batch(number)
+                held_out = samples.held_out
             yield
         except BaseException:
-            self.tokens, self.unmasked = before
-            for observer in observers:
-                observer.undo_batch()
+            self._undo_batch(observers, before)
+            if samples is not None:
+                samples.undo_batch()
             raise
+        if samples is not None:
+            samples.end_batch()
+        if held_out:
+            self._undo_batch(observers, before)  # some set hooks of their own
+            return
         for observer in observers:
             observer.end_batch()
+
+    def _undo_batch(self, observers: Sequence[Observer], before: tuple[int, bool]) -> None:
+        self.tokens, self.unmasked = before
+        for observer in observers:
+            observer.undo_batch()
 
 
 def _hooks_itself(observer: Observer) -> bool:

@@ -15,8 +15,11 @@ from calipers.calibration.architectures import has_fused_experts
 from calipers.calibration.attention import STATES
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
+from calipers.calibration.held_out import Samples
 from calipers.calibration.observed import ObservedModule, ObservedTensor
-from calipers.calibration.targets import Reason, Resolution, Target
+from calipers.calibration.parts import Only
+from calipers.calibration.shadows import Shadows
+from calipers.calibration.targets import TENSORS, Reason, Resolution, Target
 from calipers.errors import CalipersError, MissingDataError
 from calipers.observers import Observer
 from calipers.observers.options import check_option_names
@@ -51,12 +54,14 @@ class ObserverChoice:
         activation: Observer of static activations; None takes the scheme's, else "static_minmax".
         options: Options of the weight observers, over those of the scheme.
         has_data: Whether batches will be run.
+        shadows: Which observers look at each tensor beside these.
     """
 
     weight: str | None = None
     activation: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     has_data: bool = False
+    shadows: Shadows = field(default_factory=Shadows)
 
     def check(self) -> None:
         """Refuse what needs no model to be known as wrong, before anything is done to one.
@@ -160,6 +165,7 @@ def plan_observers(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
 
@@ -169,11 +175,12 @@ def plan_observers(
     choice.check()
     _refuse_twice(model)
     config = resolve_config(scheme, ignore, scheme_options, kv_cache)
-    resolution = resolve_and_check(model, config, on_unfit)
+    resolution = resolve_and_check(model, config, on_unfit, only)
     _warn_of_fused_experts(model)
-    return Plan(
-        config, resolution, [_observed(each, choice) for each in resolution.targets], choice
-    )
+    observed = [_observed(each, choice) for each in resolution.targets]
+    tensors = [tensor for each in observed for tensor in each.tensors.values()]
+    choice.shadows.refuse_unused((each.base_name, each.observers) for each in tensors)
+    return Plan(config, resolution, observed, choice)
 
 
 def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
@@ -196,10 +203,11 @@ def refuse_without_data(plan: Plan) -> None:
         kind = type(tensor.observer).__name__
         if tensor.base_name != "weight":
             why = f"{_what(tensor)} are quantized statically ({kind} must see them)"
-        elif tensor.wants_data:
-            why = f"{kind} weighs weights by their layer's inputs"
         else:
-            continue
+            asking = [type(each).__name__ for each in tensor.observers if each.needs_data]
+            if not asking:
+                continue
+            why = f"{asking[0]} weighs weights by their layer's inputs"
         reasons.setdefault(why, []).append(tensor.name)
     if reasons:
         lines = [
@@ -226,18 +234,19 @@ def _what(tensor: ObservedTensor) -> str:
 
 def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
     """A target with its observers, attached to nothing."""
-    tensors = {
-        base_name: ObservedTensor(
-            target.name,
-            target.module,
-            base_name,
-            args,
-            [choice.build(target.name, base_name, args, target.module)],
-        )
-        for base_name, args in target.args.items()
-        if needs_observer(args)
-    }
-    return ObservedModule(target.name, target.module, target.scheme, tensors)
+    tensors = {}
+    for base_name, args in target.args.items():
+        if needs_observer(args):
+            where = (target.name, base_name, args, target.module)
+            first = choice.build(*where)
+            observers = [first, *choice.shadows.build(*where, first)]
+            tensors[base_name] = ObservedTensor(
+                target.name, target.module, base_name, args, observers
+            )
+    # Batches are held out from all modules alike, sampled where there is something to judge.
+    judged = {TENSORS[name].side for name, each in tensors.items() if len(each.observers) > 1}
+    samples = Samples(judged) if choice.shadows else None
+    return ObservedModule(target.name, target.module, target.scheme, tensors, samples=samples)
 
 
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
-from math import inf, isnan
+from math import exp, inf, isnan, log
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressed_tensors.offload import disable_onloading
@@ -26,11 +26,38 @@ __all__ = [
     "KindSummary",
     "LeftAlone",
     "ModuleReport",
+    "ShadowReport",
+    "ShadowSummary",
     "quantized_share",
+    "shadow_cells",
+    "shadow_headings",
     "summarize_coverage",
     "summarize_left_alone",
     "summarize_modules",
+    "summarize_shadows",
+    "with_shares",
 ]
+
+
+@dataclass(frozen=True)
+class ShadowReport:
+    """One of several observers that looked at the same tensor.
+
+    Attributes:
+        observer: Its name, with its options: "optimal:objective=hessian".
+        error: Squared error over the size of what was quantized, of a weight over that of the
+            layer's output: ||X (W - fakequant(W))'||^2 / ||X W'||^2 with inputs X; without inputs
+            ||W - fakequant(W)||^2 / ||W||^2. None where it had no data, or nothing to be judged by.
+        chosen: Whether its scales were written.
+        judged_by: "held-out", values of batches that no observer saw; "in-sample", values that the
+            observers saw as well, where no other batch reached the module; "weight", the weight
+            itself, where its inputs are not known.
+    """
+
+    observer: str
+    error: float | None
+    chosen: bool
+    judged_by: Literal["held-out", "in-sample", "weight"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +83,8 @@ class ModuleReport:
             from all experts of the layer.
         states: "q", "k", "v": the states of an attention module that are quantized, with stored
             scales, by the observer of activations; none of a layer.
+        shadows: By base name ("weight", "input", "k" ...) all observers of the tensor, the one that
+            was asked for first; empty where there is no other.
     """
 
     name: str
@@ -69,6 +98,7 @@ class ModuleReport:
     activations: Literal["static", "local", "dynamic"] | None = None
     shared: float = 0.0
     states: tuple[str, ...] = ()
+    shadows: dict[str, list[ShadowReport]] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -117,6 +147,7 @@ class CalibrationReport:
             heads do not count. 1.0 where the model holds none.
         seconds: Wall-clock time spent in running batches and freezing.
         batches: Batches that the model took; 0 where no observer needed data.
+        held_out: Those of them that no observer saw, since several are judged by them.
         tokens_given: Tokens of the batches whose attention mask was used.
         tokens_counted: Those of them that counted: all but padding.
         unmasked: Names of modules whose values are not arranged by token in such a batch (routed
@@ -134,6 +165,7 @@ class CalibrationReport:
     tokens_given: int = 0
     tokens_counted: int = 0
     unmasked: list[str] = field(default_factory=list)
+    held_out: int = 0
     coverage: list[ExpertCoverage] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> ModuleReport:
@@ -157,7 +189,7 @@ class CalibrationReport:
     def _why_none(self, name: object) -> str:
         for each in self.left_alone:
             if each.name == name:
-                return f": it was left alone ({each.reason})"
+                return f": it was left alone ({each.why})"
         near = did_you_mean(name, [row.name for row in self.modules])
         return f".{near}" if near else ""
 
@@ -218,23 +250,42 @@ def _badness(row: ModuleReport) -> float:
     return inf if error is None or isnan(error) else error
 
 
+#: These do not count as left out.
+_NO_REST = ("output head", "quantized before")
+
+
 def quantized_share(
     modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
 ) -> float:
     """Share of the projection weights outside of output heads that is quantized, from 0 to 1."""
+    done = _quantized(modules, model, left_alone)
+    rest = sum(each.weights for each in left_alone if each.reason not in _NO_REST)
+    return done / (done + rest) if done + rest else 1.0
+
+
+def with_shares(
+    modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
+) -> list[LeftAlone]:
+    """The records with the `share` of each."""
+    rest = sum(each.weights for each in left_alone if each.reason not in _NO_REST)
+    total = _quantized(modules, model, left_alone) + rest
+    return [
+        each if each.reason in _NO_REST else replace(each, share=each.weights / max(total, 1))
+        for each in left_alone
+    ]
+
+
+def _quantized(
+    modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
+) -> int:
+    """Projection weights that are quantized, by this calibration or before."""
     with disable_onloading():
         done = sum(
             projection_weights(model.get_submodule(each.name))
             for each in modules
             if each.weight_bits is not None
         )
-    done += sum(each.weights for each in left_alone if each.reason == "quantized before")
-    rest = sum(
-        each.weights
-        for each in left_alone
-        if each.reason not in ("output head", "quantized before")
-    )
-    return done / (done + rest) if done + rest else 1.0
+    return done + sum(each.weights for each in left_alone if each.reason == "quantized before")
 
 
 _COLUMNS = 80
@@ -242,6 +293,8 @@ _COLUMNS = 80
 _KINDS = 8
 _WORST = 5
 _LEFT_ALONE = 3
+#: Of several observers of the same tensors, whose table takes the place of others.
+_SHADOWS, _WORST_BESIDE_SHADOWS = 6, 3
 _HEADINGS = ["modules", "count", "weight error (max)", "observer", "bits", "activations"]
 
 
@@ -301,15 +354,80 @@ def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
     return summaries
 
 
+@dataclass(frozen=True)
+class ShadowSummary:
+    """One of several observers, over all tensors that it looked at with others.
+
+    Attributes:
+        tensors: "weights" or "activations", states of attention among these.
+        observer: With its options.
+        error: Geometric mean of its errors; None where it has none.
+        judged: Tensors that it has an error of.
+        best: On how many of them no other observer has a smaller error, or the same before it.
+        chosen: On how many its scales were written.
+    """
+
+    tensors: str
+    observer: str
+    error: float | None
+    judged: int
+    best: int
+    chosen: int
+
+
+def summarize_shadows(modules: Iterable[ModuleReport]) -> list[ShadowSummary]:
+    """One summary for each of several observers of weights, then of activations."""
+    found: dict[tuple[str, str], list[tuple[ShadowReport, bool]]] = {}
+    for base_name, rows in (pair for each in modules for pair in each.shadows.items()):
+        judged = [row for row in rows if row.error is not None]
+        best = min(judged, key=_shadow_badness, default=None)
+        tensors = "weights" if base_name == "weight" else "activations"
+        for row in rows:
+            found.setdefault((tensors, row.observer), []).append((row, row is best))
+    summaries = []
+    for (tensors, observer), pairs in sorted(
+        found.items(), key=lambda pair: pair[0][0] != "weights"
+    ):
+        errors = [row.error for row, _ in pairs if row.error is not None]
+        summaries.append(
+            ShadowSummary(
+                tensors,
+                observer,
+                error=_geometric_mean(errors) if errors else None,
+                judged=len(errors),
+                best=sum(best for _, best in pairs),
+                chosen=sum(row.chosen for row, _ in pairs),
+            )
+        )
+    return summaries
+
+
+def _shadow_badness(row: ShadowReport) -> float:
+    return inf if row.error is None or isnan(row.error) else row.error
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return 0.0 if 0.0 in values else exp(sum(map(log, values)) / len(values))
+
+
+def shadow_headings(modules: Iterable[ModuleReport]) -> list[str]:
+    """The heads of a table of several observers, which say what the errors were measured on."""
+    kinds = {row.judged_by for each in modules for rows in each.shadows.values() for row in rows}
+    error = f"{kinds.pop()} error" if len(kinds) == 1 else "error"
+    return ["observers", "tensors", error, "best", "chosen"]
+
+
 def summarize_left_alone(left_alone: Iterable[LeftAlone]) -> list[str]:
     """One line for all modules whose names differ by numbers alone and that share a reason."""
-    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, str], list[LeftAlone]] = defaultdict(list)
     for each in left_alone:
-        kinds[kind_of(each.name), each.reason].append(each.name)
-    return [
-        f"{names[0]}: {reason}" if len(names) == 1 else f"{kind} ({len(names)}): {reason}"
-        for (kind, reason), names in kinds.items()
-    ]
+        kinds[kind_of(each.name), each.why].append(each)
+    lines = []
+    for (kind, why), members in kinds.items():
+        name = members[0].name if len(members) == 1 else f"{kind} ({len(members)})"
+        share = sum(each.share for each in members)
+        lines.append(f"{name}: {why}" + (f" ({share:.1%})" if share else ""))
+    return lines
 
 
 def summarize_coverage(coverage: Sequence[ExpertCoverage]) -> list[str]:
@@ -327,13 +445,19 @@ def report_text(report: CalibrationReport) -> str:
     """At most 24 lines of at most 80 columns: the kinds, the worst modules, what was left alone."""
     lines = [_headline(report)]
     kinds = summarize_modules(report.modules)
+    shadows = _shadow_lines(report)
+    most, bad = _KINDS, _WORST
+    if shadows:
+        bad = _WORST_BESIDE_SHADOWS
+        most = min(_KINDS, _KINDS + _WORST - bad - len(shadows))
     if kinds:
-        rows = [_HEADINGS, *(_cells(each) for each in kinds[:_KINDS])]
+        rows = [_HEADINGS, *(_cells(each) for each in kinds[:most])]
         shared, rows = _without_shared(rows)
         lines += [_shorten(shared, _COLUMNS)] if shared else []
         lines += _table(rows)
-        lines += _more(len(kinds) - _KINDS, "kinds of modules")
-    worst = report.worst(_WORST)
+        lines += _more(len(kinds) - most, "kinds of modules")
+    lines += shadows
+    worst = report.worst(bad)
     if len(report.modules) > 1 and worst:
         lines.append("largest weight errors")
         width = max(len(each.name) for each in worst)
@@ -347,11 +471,36 @@ def report_text(report: CalibrationReport) -> str:
     return "\n".join(lines)
 
 
+def _shadow_lines(report: CalibrationReport) -> list[str]:
+    """How several observers of the same tensors compare; empty without shadows."""
+    summaries = summarize_shadows(report.modules)
+    if not summaries:
+        return []
+    rows = [shadow_headings(report.modules), *shadow_cells(summaries[:_SHADOWS])]
+    return [*_table(rows), *_more(len(summaries) - _SHADOWS, "observers (see shadows)")]
+
+
+def shadow_cells(summaries: Iterable[ShadowSummary]) -> list[list[str]]:
+    """The rows of a table of several observers."""
+    return [
+        [
+            each.observer,
+            each.tensors,
+            "-" if each.error is None else f"{each.error:.3g}",
+            f"{each.best} of {each.judged}",
+            str(each.chosen),
+        ]
+        for each in summaries
+    ]
+
+
 def report_html(report: CalibrationReport) -> str:
     """The same as tables, for notebooks; not cut to a screen, but for the worst modules."""
     parts = [f"<p>{escape(_headline(report))}</p>"]
     kinds = [_cells(each) for each in summarize_modules(report.modules)]
     parts.append(_html_table(_HEADINGS, kinds))
+    shadows = shadow_cells(summarize_shadows(report.modules))
+    parts.append(_html_table(shadow_headings(report.modules), shadows))
     worst = [[m.name, f"{m.weight_error:.4f}"] for m in report.worst(_WORST)]
     parts.append(_html_table(["largest weight errors", ""], worst))
     parts += [f"<p>{escape(each)}</p>" for each in summarize_coverage(report.coverage)]

@@ -26,6 +26,7 @@ from calipers.calibration.few_tokens import (
     settle_few_tokens,
 )
 from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.held_out import is_held_out
 from calipers.calibration.missing import (
     find_missing,
     missing_data_error,
@@ -34,7 +35,7 @@ from calipers.calibration.missing import (
 )
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
-from calipers.calibration.report import CalibrationReport, quantized_share
+from calipers.calibration.report import CalibrationReport, quantized_share, with_shares
 from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
@@ -79,7 +80,7 @@ class Calibration:
         self.batches = 0
         self._plan = plan
         self._update = UpdateState()
-        self._tokens_given = self._tokens_counted = 0
+        self._tokens_given = self._tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
@@ -233,10 +234,11 @@ class Calibration:
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
-            left_alone=left_alone,
+            left_alone=with_shares(rows, self.model, left_alone),
             quantized_share=share,
             seconds=self._seconds,
             batches=self.batches,
+            held_out=self._held_out,
             tokens_given=self._tokens_given,
             tokens_counted=self._tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
@@ -281,10 +283,10 @@ class Calibration:
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
-            raise missing_data_error(missing, self.batches, tried_fallback=False)
+            raise missing_data_error(missing, self.batches, self.model, tried_fallback=False)
         left = set_fallbacks(observed, missing)
         if left:
-            raise missing_data_error(left, self.batches, tried_fallback=True)
+            raise missing_data_error(left, self.batches, self.model, tried_fallback=True)
         return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
@@ -308,10 +310,11 @@ class Calibration:
         with ExitStack() as stack:
             for each in self.observed:
                 if each.wants_data:
-                    stack.enter_context(each.whole_batch())
+                    stack.enter_context(each.whole_batch(self.batches))
             stack.enter_context(self._calls.whole())
             stack.enter_context(token_mask(masked.mask))
             yield
+        self._held_out += bool(self._plan.choice.shadows) and is_held_out(self.batches)
         self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted

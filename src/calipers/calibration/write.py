@@ -21,7 +21,7 @@ from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
 from calipers.grouping import chunk_size
 
-__all__ = ["measure_weight_error", "undo_on_error", "write_qparam"]
+__all__ = ["measure_output_error", "measure_weight_error", "undo_on_error", "write_qparam"]
 
 # compressed-tensors puts these on the instance: the quantized forward, and the one that an
 # offloaded module calls
@@ -132,6 +132,43 @@ def measure_weight_error(
     if total == 0.0:
         return math.inf if error else 0.0
     return math.sqrt(error / total)
+
+
+@torch.no_grad()
+def measure_output_error(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    args: QuantizationArgs,
+    global_scale: torch.Tensor | None,
+    inputs: torch.Tensor,
+) -> float:
+    """Relative squared error ||X (W - fakequant(W))'||^2 / ||X W'||^2 of what a layer computes.
+
+    Products are float32, a few rows of the weight at a time, their squares float64.
+
+    Args:
+        weight: Shape (rows, columns).
+        scale: As in `measure_weight_error`, and so are the next three.
+        zero_point: Or None.
+        args: The weight's arguments.
+        global_scale: Shape (1,), or None.
+        inputs: X, shape (tokens, columns).
+
+    Returns:
+        The error, >= 0; as in `measure_weight_error` for outputs that are all zero.
+    """
+    inputs = inputs.to(weight.device).float()
+    error = total = 0.0
+    for rows, groups in _pieces(weight, args):
+        piece = weight[rows]
+        zero = None if zero_point is None else zero_point[groups]
+        quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
+        error += _sum_of_squares(inputs @ (piece.float() - quantized.float()).T)
+        total += _sum_of_squares(inputs @ piece.float().T)
+    if total == 0.0:
+        return math.inf if error else 0.0
+    return error / total
 
 
 def _pieces(weight: torch.Tensor, args: QuantizationArgs) -> Iterator[tuple[slice, slice]]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from compressed_tensors.quantization import QuantizationConfig
 from rich.filesize import decimal
 
@@ -20,6 +19,7 @@ from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.module_checks import find_shape_problems
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     plan_observers,
@@ -27,11 +27,15 @@ from calipers.calibration.plan import (
     without_modules,
 )
 from calipers.calibration.report import (
+    shadow_cells,
+    shadow_headings,
     summarize_coverage,
     summarize_left_alone,
     summarize_modules,
+    summarize_shadows,
 )
 from calipers.calibration.session import OnMissing
+from calipers.calibration.shadows import Shadows, read_options
 from calipers.calibration.targets import resolve_modules, schemes_by_target
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
@@ -84,6 +88,28 @@ def calibrate(
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
     activation_observer: options.ActivationObserver = None,
+    shadow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another observer of weights, with options of its own, that sees the same in the "
+            "same pass: the report compares all of them on batches held out. May be repeated.",
+        ),
+    ] = None,
+    activation_shadow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE,...]",
+            help="Another observer of static activations and of the cache; may be repeated.",
+        ),
+    ] = None,
+    pick: Annotated[
+        str,
+        typer.Option(
+            help="Whose scales are written where there are shadows: first (the observer's) or best "
+            "(in each module those of the least error)."
+        ),
+    ] = "first",
     plugin: options.Plugins = None,
     data: options.DataFile = None,
     no_data: Annotated[
@@ -92,6 +118,7 @@ def calibrate(
     samples: options.DataSamples = 128,
     sequence_length: options.SequenceLength = 512,
     ignore: options.Ignore = None,
+    only: options.OnlyPart = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
@@ -158,7 +185,11 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
 
+      calipers calibrate ./Llama-3-8B --shadow imatrix_mse --shadow mse --pick best
+
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
+
+      calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
 
       calipers calibrate --plugin my_observers.py --observer my_observer
     """
@@ -181,11 +212,13 @@ def calibrate(
             enough_tokens,
             all_experts,
         )
+        part = options.known_part(only)
         options.load_plugins(plugin)
         chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
-        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None)
+        shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
+        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None, shadows)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
         put_experts_back = separate_experts(loaded)
@@ -195,7 +228,7 @@ def calibrate(
             choice = replace(choice, has_data=False)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
-            group_size, size_note = choose_group_size(loaded, patterns)
+            group_size, size_note = choose_group_size(loaded, patterns, part)
         plan = plan_observers(
             loaded,
             scheme or DEFAULT_SCHEME,
@@ -204,6 +237,7 @@ def calibrate(
             on_unfit,  # type: ignore[arg-type]  # checked there
             sized(group_size),
             kv_cache,
+            part,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -288,13 +322,15 @@ def sized(group_size: int | None) -> dict[str, Any]:
     return {} if group_size is None else {"group_size": group_size}
 
 
-def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
+def choose_group_size(
+    model: Any, patterns: tuple[str, ...], only: Only | None = None
+) -> tuple[int | None, str | None]:
     """A group size for the default scheme, where its own does not fit all modules.
 
     Returns:
         The size, and what to say about it; None and None where the scheme's own fits, or none does.
     """
-    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns)).targets
+    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns), only).targets
     unfit = [each.name for each in targets if any(find_shape_problems(each))]
     size = suggest_group_size(targets) if unfit else None
     if size is None:
@@ -355,6 +391,10 @@ def print_result(
         ],
         right=("count", "bits", "tokens"),
     )
+    shadows = shadow_cells(summarize_shadows(report.modules))
+    if shadows:
+        heads = shadow_headings(report.modules)
+        print_table("Observers of the same tensors", heads, shadows, right=heads[2:])
     rows = [(row.name, f"{row.weight_error:.4f}") for row in report.worst(worst)]
     if rows and len(report.modules) > 1:
         print_table("The largest weight errors", ("module", error), rows, right=(error,))
@@ -390,13 +430,4 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     Raises:
         CalipersError: One without a key or an equals sign, or of a value that is no scalar.
     """
-    found = {}
-    for item in given:
-        key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise CalipersError(f"--option: expected key=value, got {item!r}")
-        try:
-            found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise CalipersError(f"--option: cannot read the value of {item!r}") from None
-    return found
+    return read_options(given, "--option")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import ClassVar, cast
 
@@ -23,7 +23,7 @@ from calipers.observers.statistics import (
 )
 from calipers.ranges.input_gram import ColumnGroups, rank_for, sketch
 
-__all__ = ["InputMoments", "InputObserver"]
+__all__ = ["InputMoments", "InputObserver", "share_moments"]
 
 #: Column sums of x^2 of a batch that float32 holds with room for products of other columns: beyond
 #: them the batch is summed in float64.
@@ -227,9 +227,14 @@ class InputObserver(Observer):
         copied.__dict__.update(self.__getstate__(), moments=copy.copy(self.moments))
         return copied
 
+    @property
+    def wanted_products(self) -> Callable[[int], ColumnGroups] | None:
+        """The columns whose products are summed too, for a number of columns; None for none."""
+        return None
+
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch of the module's inputs to the moments; see `InputMoments.observe`."""
-        self.moments.observe(inputs, mask)
+        """Add what is wanted of a batch of the module's inputs to the moments."""
+        self.moments.observe(inputs, mask, self.wanted_products)
 
     def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
         """As `Observer.check_state`; the sums must be of as many columns as the weight has."""
@@ -247,6 +252,34 @@ class InputObserver(Observer):
         if self.base_name != "weight":
             return f"weighs errors of weights only, not of {self.base_name!r}"
         return self.moments.problem(shape)
+
+
+def share_moments(observers: Sequence[Observer]) -> list[Observer]:
+    """Let observers of one weight hold the same moments, of which each input is fed once.
+
+    Args:
+        observers: Any, with equal arguments. Those stand alone that take in inputs in a way of
+            their own.
+
+    Returns:
+        Those to feed with inputs, of the observers that want any (`needs_data`).
+    """
+    sharing = [
+        each
+        for each in observers
+        if isinstance(each, InputObserver)
+        and each.needs_data
+        and type(each).observe_input is InputObserver.observe_input
+    ]
+    # what is summed for one that wants products holds all that the others read
+    feeder = next((each for each in sharing if each.wanted_products is not None), None)
+    feeder = feeder or next(iter(sharing), None)
+    for each in sharing:
+        assert feeder is not None
+        each.moments = feeder.moments
+    return [
+        each for each in observers if each.needs_data and (each is feeder or each not in sharing)
+    ]
 
 
 def _sum(past: Tensor | None, current: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -122,10 +122,10 @@ class OptimalObserver(InputObserver):
         """Whether any token has been seen; True where none is wanted."""
         return self.objective == "mse" or super().has_data
 
-    def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
-        """Add what the objective needs of a batch of the module's inputs to the moments."""
-        products = self._column_groups if self.objective == "hessian" else None
-        self.moments.observe(inputs, mask, products)
+    @property
+    def wanted_products(self) -> Callable[[int], ColumnGroups] | None:
+        """Those of the columns that share a scale, for "hessian"."""
+        return self._column_groups if self.objective == "hessian" else None
 
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""

@@ -1,0 +1,134 @@
+"""`Samples`: tokens of a module's values that observers are judged by, of batches held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calipers.memory import plain_tensor
+from calipers.observers.hooks import Seen
+
+__all__ = ["TOKENS", "Sample", "Samples", "is_held_out"]
+
+#: Tokens kept of each value.
+TOKENS = 64
+#: Batches that they are taken from, at most.
+_CHUNKS = 16
+#: One batch in so many is held out.
+_EVERY = 8
+
+
+def is_held_out(number: int) -> bool:
+    """Whether a batch is held out, by its number from 0: the second, the tenth, and so on.
+
+    The second rather than the last: how many there will be is not known of a generator.
+    """
+    return number % _EVERY == 1
+
+
+class Sample(NamedTuple):
+    """Tokens of one value.
+
+    Args:
+        tokens: Shape (tokens, features), of an attention state (tokens, heads, head_dim).
+        held_out: Whether they are of batches that no observer saw.
+    """
+
+    tokens: Tensor
+    held_out: bool
+
+
+@dataclass
+class _Kept:
+    """Tokens of one side: a chunk of each batch, or of every second, fourth ... of very many."""
+
+    held_out: bool
+    chunks: list[Tensor] = field(default_factory=list)
+    _batches: int = 0
+    _stride: int = 1
+
+    def add(self, tokens: Tensor) -> None:
+        self._batches += 1
+        if (self._batches - 1) % self._stride:
+            return
+        self.chunks.append(tokens)
+        if len(self.chunks) > _CHUNKS:
+            self.chunks = self.chunks[::2]
+            self._stride *= 2
+        most = TOKENS // len(self.chunks)
+        self.chunks = [_spread(each, most) for each in self.chunks]
+
+
+class Samples:
+    """Tokens of the values of one module, by side, evenly spread over the batches held out.
+
+    Until a batch that is held out shows a value, tokens of the first that the observers saw stand
+    in for it.
+
+    Args:
+        sides: The sides whose tokens are wanted.
+
+    Attributes:
+        held_out: Whether the batch that runs is held out.
+    """
+
+    def __init__(self, sides: Iterable[str]) -> None:
+        self.held_out = False
+        self._sides = frozenset(sides)
+        self._kept: dict[str, _Kept] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
+
+    def begin_batch(self, number: int) -> None:
+        """Start a batch; until it ends nothing of it is kept."""
+        self.held_out = is_held_out(number)
+        self._waiting = {}
+
+    def see(self, seen: Seen) -> None:
+        """Take tokens of a value, where they are wanted."""
+        if seen.side in self._sides and (self.held_out or seen.side not in self._kept):
+            value = plain_tensor(seen.value)
+            by_token = _by_token(value, state=seen.side in ("q", "k", "v"))
+            self._waiting.setdefault(seen.side, []).append(_spread(by_token))
+
+    def end_batch(self) -> None:
+        """Keep what the batch showed."""
+        for side, chunks in self._waiting.items():
+            if side not in self._kept or self._kept[side].held_out != self.held_out:
+                self._kept[side] = _Kept(self.held_out)
+            self._kept[side].add(_spread(torch.cat(chunks)))
+        self._waiting = {}
+
+    def undo_batch(self) -> None:
+        """Forget what came since `begin_batch`."""
+        self._waiting = {}
+
+    def of(self, side: str) -> Sample | None:
+        """What is kept of one side, less tokens with NaN or Inf; None where nothing is."""
+        kept = self._kept.get(side)
+        if kept is None:
+            return None
+        tokens = torch.cat([each.to(kept.chunks[0].device) for each in kept.chunks])
+        tokens = tokens[tokens.isfinite().flatten(1).all(dim=1)]
+        return Sample(tokens, kept.held_out) if len(tokens) else None
+
+
+def _by_token(value: Tensor, *, state: bool) -> Tensor:
+    """Tokens first: (tokens, features), or (tokens, heads, head_dim) of an attention state."""
+    if not state:
+        return value.reshape(-1, value.shape[-1]) if value.dim() else value.reshape(1, 1)
+    if value.dim() == 4:  # (batch, heads, tokens, head_dim)
+        return value.transpose(1, 2).flatten(0, 1)
+    return value.transpose(-3, -2)  # (heads, tokens, head_dim)
+
+
+def _spread(tokens: Tensor, most: int = TOKENS) -> Tensor:
+    """At most so many tokens, evenly spread; a copy, so that nothing else is kept alive."""
+    count = len(tokens)
+    if count <= most:
+        return tokens.clone()
+    index = torch.arange(most, device=tokens.device) * count // most
+    return tokens.index_select(0, index)

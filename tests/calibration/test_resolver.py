@@ -208,7 +208,8 @@ class TestKinds:
         assert report.quantized_share == 1 / (1 + 3 + 1)
         assert any("only 20% of the model's projection weights" in m for m in warnings_logged)
         row = report.to_dict()["left_alone"][0]
-        assert row == {"name": "1", "kind": "Conv1d", "reason": "not a Linear", "weights": 3072}
+        weights = {"weights": 3072, "share": 3 / (1 + 3 + 1)}
+        assert row == {"name": "1", "kind": "Conv1d", "reason": "not a Linear", **weights}
 
     def test_the_share_leaves_out_heads_embeddings_and_norms(self):
         report = calibrate(tiny_llama(), "W8A8")

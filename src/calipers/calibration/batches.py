@@ -49,7 +49,7 @@ def run_batches(
         CalipersError: `batches` is itself one batch or text, or a batch is of another type.
     """
     expect_batches(batches)
-    total = len(batches) if isinstance(batches, Sized) else None
+    total = _length(batches)
     device = get_execution_device(model, torch.device("cpu"))
     with eval_mode(model), torch.no_grad(), uncompiled(model):
         if progress is not None:
@@ -59,6 +59,14 @@ def run_batches(
                 _call(model, batch, device)
             if progress is not None:
                 progress("batches", done, total)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """How many batches there are; None where that is not known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):
+        return None  # a DataLoader over an iterable dataset has a length only in name
 
 
 def expect_batches(batches: object) -> None:

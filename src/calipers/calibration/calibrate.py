@@ -19,6 +19,7 @@ from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.experts import change_when_joined, separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
@@ -56,6 +57,7 @@ def calibrate(
     enough_tokens: int = ENOUGH_TOKENS,
     all_experts: bool = False,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
@@ -86,7 +88,8 @@ def calibrate(
             "global scales", "weights" and "activations"; `total` is None where it is not known. The
             last three take turns: one group of layers that engines fuse after the other.
         use_attention_mask: Leave the padding of batches out; see `Calibration.run`.
-        tokenizer: The model's tokenizer, for text.
+        tokenizer: The model's tokenizer, for text; or its processor, through which samples with
+            "images", "videos" or "audio" beside their "text" go, or with such parts in "messages".
         samples: Most sequences of text.
         sequence_length: Most tokens of a sequence of text; never more than the positions that the
             model's config names.
@@ -98,6 +101,8 @@ def calibrate(
         kv_cache: What keys and values are quantized to: "FP8" or "INT8" with one scale a layer,
             "FP8_HEAD" or "INT8_HEAD" with one a head, or QuantizationArgs; None leaves it to the
             config. Needs data.
+        only: "language" quantizes the language part alone of a model that sees or hears as well:
+            towers and projectors are left as they are. None for the whole model.
         shadow: Other observers of weights that see the same in the same pass, each "NAME" or
             "NAME:KEY=VALUE,..." with options of its own. The report has the error of all. One batch
             in eight, the second first, is held out from all observers and judges them; one batch
@@ -142,7 +147,9 @@ def calibrate(
     )
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
-        plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         _tell_of_loader(model, plan)
         if data is None:
             refuse_without_data(plan)
@@ -213,6 +220,7 @@ def attach(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
@@ -238,6 +246,7 @@ def attach(
         on_unfit: As in `calibrate`.
         scheme_options: As in `calibrate`.
         kv_cache: As in `calibrate`.
+        only: As in `calibrate`.
         shadow: As in `calibrate`.
         activation_shadow: As in `calibrate`.
         pick: As in `calibrate`.
@@ -262,7 +271,9 @@ def attach(
     with ExitStack() as wrappers:
         wrappers.enter_context(without_wrappers(inner))
         wrappers.enter_context(separated_experts(inner))
-        plan = plan_observers(inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache)
+        plan = plan_observers(
+            inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
+        )
         return Calibration(inner, plan, wrappers.pop_all())
     raise AssertionError  # an ExitStack of these lets no exception vanish
 

@@ -29,7 +29,9 @@ from calipers.calibration.module_checks import (
     find_module_problems,
     find_shape_problems,
 )
+from calipers.calibration.parts import Only
 from calipers.calibration.targets import (
+    ONLY_LINEAR,
     Resolution,
     Target,
     is_quantizable,
@@ -71,7 +73,10 @@ def check_scheme(model: torch.nn.Module, config: QuantizationConfig) -> list[Tar
 
 
 def resolve_and_check(
-    model: torch.nn.Module, config: QuantizationConfig, on_unfit: OnUnfit = "error"
+    model: torch.nn.Module,
+    config: QuantizationConfig,
+    on_unfit: OnUnfit = "error",
+    only: Only | None = None,
 ) -> Resolution:
     """As `check_scheme`; the answer also says what is left alone and why.
 
@@ -79,13 +84,16 @@ def resolve_and_check(
         model: Any model; nothing in it is changed.
         config: As `resolve_config` returns it.
         on_unfit: "skip" leaves modules alone whose columns a group size does not divide.
+        only: "language" leaves towers and projectors of images and sounds alone; None none.
 
     Raises:
         SchemeError: As `check_scheme`.
-        CalipersError: `on_unfit` is unknown.
+        CalipersError: `on_unfit` or `only` is unknown, or the model has no such part.
     """
     check_choice("on_unfit", on_unfit, OnUnfit)
-    resolution = resolve_modules(model, config)
+    if only is not None:
+        check_choice("only", only, Only)
+    resolution = resolve_modules(model, config, only)
     if on_unfit == "skip":
         unfit = [each.name for each in resolution.targets if any(find_shape_problems(each))]
         resolution = resolution.without(dict.fromkeys(unfit, "shape"))
@@ -187,11 +195,15 @@ def _only_left_alone(pattern: str, names: list[str], resolution: Resolution) -> 
 
 def _others(resolution: Resolution) -> str:
     """What the model holds instead, where no Linear is what it is made of (GPT-2's Conv1D)."""
-    kinds = Counter(each.kind for each in resolution.left_alone if each.reason == "not a Linear")
-    if not kinds:
+    others = [each for each in resolution.left_alone if each.reason == "not a Linear"]
+    if not others:
         return ""
+    kinds = Counter(each.kind for each in others)
     counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    return f" (other modules with weights, which cannot be quantized: {counted})"
+    counting = [each for each in resolution.left_alone if each.reason != "output head"]
+    whole = sum(each.weights for each in counting)
+    share = sum(each.weights for each in others) / max(whole, 1)
+    return f" ({share:.0%} of the weights that stay are in {counted}: {ONLY_LINEAR})"
 
 
 def _unfit_type(
@@ -209,7 +221,7 @@ def _unfit_type(
     if useful and (not _holds_matrices_alone(module) or isinstance(module, torch.nn.Linear)):
         return None  # a Linear of another forward is left alone and listed
     return (
-        f"{type(module).__name__} cannot be quantized, only Linear and Embedding can "
+        f"{type(module).__name__} cannot be quantized: {ONLY_LINEAR} "
         f"(matched by {pattern!r}; ignore it to leave it as it is)"
     )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import nn
 
 from calipers.calibration.attention import STATES
 from calipers.calibration.observed import ObservedModule, ObservedTensor
+from calipers.calibration.parts import beyond_language
 from calipers.errors import MissingDataError
 from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
@@ -146,7 +149,7 @@ def _without_importance(own: Observer) -> Observer:
 
 
 def missing_data_error(
-    missing: Sequence[ObservedTensor], batches: int, *, tried_fallback: bool
+    missing: Sequence[ObservedTensor], batches: int, model: nn.Module, *, tried_fallback: bool
 ) -> Exception:
     """One error that lists all of them and what can be done."""
     lines = [f"no data reached these tensors in {batches} batches:"]
@@ -166,4 +169,14 @@ def missing_data_error(
             "  on_missing='fallback': weights use their own range without importance, activations "
             "the merged range of their neighbours (other experts or layers)"
         )
-    return MissingDataError("\n".join(lines))
+    return MissingDataError("\n".join([*lines, *_way_of_parts(missing, model)]))
+
+
+def _way_of_parts(missing: Iterable[ObservedTensor], model: nn.Module) -> Iterator[str]:
+    """What to do about vision and audio towers that batches of text do not reach."""
+    beyond = beyond_language(model, (each.name for each in missing))
+    if beyond:
+        yield (
+            f"{len(beyond)} of these modules lie outside of the language part: give batches with "
+            'images or sounds, or leave its towers alone with only="language" (--only language).'
+        )

@@ -17,6 +17,7 @@ from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.held_out import Samples
 from calipers.calibration.observed import ObservedModule, ObservedTensor
+from calipers.calibration.parts import Only
 from calipers.calibration.shadows import Shadows
 from calipers.calibration.targets import TENSORS, Reason, Resolution, Target
 from calipers.errors import CalipersError, MissingDataError
@@ -164,6 +165,7 @@ def plan_observers(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
 
@@ -173,7 +175,7 @@ def plan_observers(
     choice.check()
     _refuse_twice(model)
     config = resolve_config(scheme, ignore, scheme_options, kv_cache)
-    resolution = resolve_and_check(model, config, on_unfit)
+    resolution = resolve_and_check(model, config, on_unfit, only)
     _warn_of_fused_experts(model)
     observed = [_observed(each, choice) for each in resolution.targets]
     tensors = [tensor for each in observed for tensor in each.tensors.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from html import escape
 from math import exp, inf, isnan, log
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +35,7 @@ __all__ = [
     "summarize_left_alone",
     "summarize_modules",
     "summarize_shadows",
+    "with_shares",
 ]
 
 
@@ -188,7 +189,7 @@ class CalibrationReport:
     def _why_none(self, name: object) -> str:
         for each in self.left_alone:
             if each.name == name:
-                return f": it was left alone ({each.reason})"
+                return f": it was left alone ({each.why})"
         near = did_you_mean(name, [row.name for row in self.modules])
         return f".{near}" if near else ""
 
@@ -249,23 +250,42 @@ def _badness(row: ModuleReport) -> float:
     return inf if error is None or isnan(error) else error
 
 
+#: These do not count as left out.
+_NO_REST = ("output head", "quantized before")
+
+
 def quantized_share(
     modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
 ) -> float:
     """Share of the projection weights outside of output heads that is quantized, from 0 to 1."""
+    done = _quantized(modules, model, left_alone)
+    rest = sum(each.weights for each in left_alone if each.reason not in _NO_REST)
+    return done / (done + rest) if done + rest else 1.0
+
+
+def with_shares(
+    modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
+) -> list[LeftAlone]:
+    """The records with the `share` of each."""
+    rest = sum(each.weights for each in left_alone if each.reason not in _NO_REST)
+    total = _quantized(modules, model, left_alone) + rest
+    return [
+        each if each.reason in _NO_REST else replace(each, share=each.weights / max(total, 1))
+        for each in left_alone
+    ]
+
+
+def _quantized(
+    modules: Sequence[ModuleReport], model: nn.Module, left_alone: Sequence[LeftAlone]
+) -> int:
+    """Projection weights that are quantized, by this calibration or before."""
     with disable_onloading():
         done = sum(
             projection_weights(model.get_submodule(each.name))
             for each in modules
             if each.weight_bits is not None
         )
-    done += sum(each.weights for each in left_alone if each.reason == "quantized before")
-    rest = sum(
-        each.weights
-        for each in left_alone
-        if each.reason not in ("output head", "quantized before")
-    )
-    return done / (done + rest) if done + rest else 1.0
+    return done + sum(each.weights for each in left_alone if each.reason == "quantized before")
 
 
 _COLUMNS = 80
@@ -399,13 +419,15 @@ def shadow_headings(modules: Iterable[ModuleReport]) -> list[str]:
 
 def summarize_left_alone(left_alone: Iterable[LeftAlone]) -> list[str]:
     """One line for all modules whose names differ by numbers alone and that share a reason."""
-    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    kinds: dict[tuple[str, str], list[LeftAlone]] = defaultdict(list)
     for each in left_alone:
-        kinds[kind_of(each.name), each.reason].append(each.name)
-    return [
-        f"{names[0]}: {reason}" if len(names) == 1 else f"{kind} ({len(names)}): {reason}"
-        for (kind, reason), names in kinds.items()
-    ]
+        kinds[kind_of(each.name), each.why].append(each)
+    lines = []
+    for (kind, why), members in kinds.items():
+        name = members[0].name if len(members) == 1 else f"{kind} ({len(members)})"
+        share = sum(each.share for each in members)
+        lines.append(f"{name}: {why}" + (f" ({share:.1%})" if share else ""))
+    return lines
 
 
 def summarize_coverage(coverage: Sequence[ExpertCoverage]) -> list[str]:

@@ -35,7 +35,7 @@ from calipers.calibration.missing import (
 )
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
-from calipers.calibration.report import CalibrationReport, quantized_share
+from calipers.calibration.report import CalibrationReport, quantized_share, with_shares
 from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
@@ -234,7 +234,7 @@ class Calibration:
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
-            left_alone=left_alone,
+            left_alone=with_shares(rows, self.model, left_alone),
             quantized_share=share,
             seconds=self._seconds,
             batches=self.batches,
@@ -283,10 +283,10 @@ class Calibration:
             lacking = {tensor.name for tensor in missing}
             return [each for each in observed if each.name not in lacking]
         if on_missing == "error":
-            raise missing_data_error(missing, self.batches, tried_fallback=False)
+            raise missing_data_error(missing, self.batches, self.model, tried_fallback=False)
         left = set_fallbacks(observed, missing)
         if left:
-            raise missing_data_error(left, self.batches, tried_fallback=True)
+            raise missing_data_error(left, self.batches, self.model, tried_fallback=True)
         return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:

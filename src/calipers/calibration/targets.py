@@ -39,12 +39,14 @@ from calipers.calibration.attention import (
     sees_cache,
 )
 from calipers.calibration.experts import LinearExperts
+from calipers.calibration.parts import Only, find_outside
 from calipers.observers.hooks import Side
 
 __all__ = [
     "ACTIVATION_STRATEGIES",
     "GROUPED",
     "LAYER_TENSORS",
+    "ONLY_LINEAR",
     "TENSORS",
     "WEIGHT_STRATEGIES",
     "LeftAlone",
@@ -79,6 +81,7 @@ Reason = Literal[
     "ignored by you",
     "output head",
     "router",
+    "not the language part",
     "never called",
     "not a Linear",
     "fused experts",
@@ -144,6 +147,10 @@ class Target:
         return {base_name: args for base_name, args in found.items() if args is not None}
 
 
+#: What compressed-tensors and its loaders can quantize.
+ONLY_LINEAR = "compressed-tensors quantizes Linear and Embedding only"
+
+
 @dataclass(frozen=True)
 class LeftAlone:
     """A module with projection weights that stays as it is.
@@ -153,12 +160,22 @@ class LeftAlone:
         kind: Name of its class.
         reason: Why.
         weights: Values of its projection weights.
+        share: Their share of the model's projection weights, from 0 to 1, once a calibration is
+            frozen; 0 of an output head, which does not count, and of what is quantized already.
     """
 
     name: str
     kind: str
     reason: Reason
     weights: int
+    share: float = 0.0
+
+    @property
+    def why(self) -> str:
+        """The reason, with what it means for a module of this class."""
+        if self.reason == "not a Linear":
+            return f"{self.kind}: only Linear and Embedding can be quantized"
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -232,7 +249,9 @@ def schemes_by_target(config: QuantizationConfig) -> dict[str, QuantizationSchem
     }
 
 
-def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
+def resolve_modules(
+    model: nn.Module, config: QuantizationConfig, only: Only | None = None
+) -> Resolution:
     """Decide for every module of a model which scheme it gets, or why it gets none.
 
     The scheme is chosen as `apply_quantization_config` chooses it: exact names before patterns
@@ -244,12 +263,17 @@ def resolve_modules(model: nn.Module, config: QuantizationConfig) -> Resolution:
     Args:
         model: Any model, offloaded or not; nothing in it is changed.
         config: A resolved config.
+        only: The part that is quantized, exact targets included; None for the whole model.
+
+    Raises:
+        CalipersError: The model has no such part.
     """
     schemes = schemes_by_target(config)
     targets, left_alone = [], []
     with disable_onloading():
         ignored, unused = find_ignored(model, config.ignore or [])
-        kept = _find_kept(model, ignored, exact=set(schemes))
+        outside = set() if only is None else find_outside(model)
+        kept = _find_kept(model, ignored, outside, exact=set(schemes))
         attention = find_attention(model)
         cache = config.kv_cache_scheme and cache_scheme(config.kv_cache_scheme)
         for name, module in model.named_modules():
@@ -323,11 +347,14 @@ def _reason(module: nn.Module, scheme: QuantizationScheme | None) -> Reason:
     return "not targeted" if scheme is None else "its scheme leaves weights alone"
 
 
-def _find_kept(model: nn.Module, ignored: Iterable[str], exact: set[str]) -> dict[str, Reason]:
-    """Modules that are left alone whatever pattern matches them; exact targets but for ignored."""
+def _find_kept(
+    model: nn.Module, ignored: Iterable[str], outside: Iterable[str], exact: set[str]
+) -> dict[str, Reason]:
+    """Modules that are left alone whatever matches them, but for exact targets among the first."""
     kept: dict[str, Reason] = dict.fromkeys(find_bypassed(model) - exact, "never called")
     kept.update(dict.fromkeys(find_routers(model) - exact, "router"))
     kept.update(dict.fromkeys(find_output_heads(model) - exact, "output head"))
+    kept.update(dict.fromkeys(outside, "not the language part"))
     kept.update(dict.fromkeys(ignored, "ignored by you"))
     return kept
 

@@ -40,6 +40,7 @@ from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.experts import LinearExperts, find_fused_experts, separated_experts
+from calipers.calibration.parts import Only, beyond_language
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.loading import loading_experts
 from calipers.checkpoint.tensors import (
@@ -142,6 +143,7 @@ def check_load(
     on_unfit: OnUnfit = "error",
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
+    only: Only | None = None,
 ) -> None:
     """Refuse, before a calibration, a scheme under which the checkpoint would not load back.
 
@@ -155,7 +157,7 @@ def check_load(
     inner = unwrap(model)
     config = resolve_config(scheme, ignore, scheme_options, kv_cache)
     with separated_experts(inner):
-        resolution = resolve_and_check(inner, config, on_unfit)
+        resolution = resolve_and_check(inner, config, on_unfit, only)
     refuse_unloadable(inner, {each.name: each.scheme for each in resolution.targets})
 
 
@@ -217,8 +219,10 @@ def _describe(model: nn.Module, check: LoadCheck) -> str:
     else:
         ignored = dict.fromkeys(_pattern(kind_of(name)) for name in check.problems)
         ignore = ", ".join(f'"{each}"' for each in ignored)
+        language = beyond_language(model, check.problems) == set(check.problems)
+        word = 'only="language" (--only language), with ' if language else ""
         lines.append(
-            f"leave them alone with ignore=[{ignore}], choose another scheme, or pass "
+            f"leave them alone with {word}ignore=[{ignore}], choose another scheme, or pass "
             "load_check=False (--no-load-check) for another loader"
         )
     return "\n  ".join(lines)

@@ -19,6 +19,7 @@ from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.module_checks import find_shape_problems
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     plan_observers,
@@ -117,6 +118,7 @@ def calibrate(
     samples: options.DataSamples = 128,
     sequence_length: options.SequenceLength = 512,
     ignore: options.Ignore = None,
+    only: options.OnlyPart = None,
     on_missing: Annotated[
         str | None,
         typer.Option(
@@ -187,6 +189,8 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --no-data --no-eval --out ./fp8
 
+      calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
+
       calipers calibrate --plugin my_observers.py --observer my_observer
     """
     with plain_errors(), show_progress() as progress:
@@ -208,6 +212,7 @@ def calibrate(
             enough_tokens,
             all_experts,
         )
+        part = options.known_part(only)
         options.load_plugins(plugin)
         chosen = parse_options(option or [])
         patterns = tuple(ignore or ())
@@ -223,7 +228,7 @@ def calibrate(
             choice = replace(choice, has_data=False)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
-            group_size, size_note = choose_group_size(loaded, patterns)
+            group_size, size_note = choose_group_size(loaded, patterns, part)
         plan = plan_observers(
             loaded,
             scheme or DEFAULT_SCHEME,
@@ -232,6 +237,7 @@ def calibrate(
             on_unfit,  # type: ignore[arg-type]  # checked there
             sized(group_size),
             kv_cache,
+            part,
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
@@ -316,13 +322,15 @@ def sized(group_size: int | None) -> dict[str, Any]:
     return {} if group_size is None else {"group_size": group_size}
 
 
-def choose_group_size(model: Any, patterns: tuple[str, ...]) -> tuple[int | None, str | None]:
+def choose_group_size(
+    model: Any, patterns: tuple[str, ...], only: Only | None = None
+) -> tuple[int | None, str | None]:
     """A group size for the default scheme, where its own does not fit all modules.
 
     Returns:
         The size, and what to say about it; None and None where the scheme's own fits, or none does.
     """
-    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns)).targets
+    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns), only).targets
     unfit = [each.name for each in targets if any(find_shape_problems(each))]
     size = suggest_group_size(targets) if unfit else None
     if size is None:

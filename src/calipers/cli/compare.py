@@ -18,6 +18,7 @@ from calipers.calibration import calibrate, resolve_config
 from calipers.calibration.batches import Progress
 from calipers.calibration.config import has_free_group_size
 from calipers.calibration.experts import separated_experts
+from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint import compressed_size
@@ -88,6 +89,7 @@ def compare(
     samples: options.DataSamples = 128,
     sequence_length: options.SequenceLength = 512,
     ignore: options.Ignore = None,
+    only: options.OnlyPart = None,
     on_unfit: Annotated[
         str,
         typer.Option(help="Modules whose columns the group size does not divide: error, skip."),
@@ -116,6 +118,7 @@ def compare(
         texts = calibration_text(data, demo=model is None)
         judged_texts = heldout_text(eval_file, demo=model is None)
         options.load_plugins(plugin)
+        part = options.known_part(only)
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
         observers = observer or list(_OBSERVERS)
@@ -126,10 +129,10 @@ def compare(
         size_note = None
         with separated_experts(loaded):
             if scheme is None and group_size is None and on_unfit == "error":
-                group_size, size_note = choose_group_size(loaded, patterns)
+                group_size, size_note = choose_group_size(loaded, patterns, part)
                 runs = plan_runs(schemes, observers, option or [], group_size)
             for run in runs:
-                _check(loaded, run, activation_observer, patterns, on_unfit)
+                _check(loaded, run, activation_observer, patterns, on_unfit, part)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
         read = texts.read(tokenizer, length, samples)
@@ -147,6 +150,7 @@ def compare(
             before,
             progress,
             ignore=patterns,
+            only=part,
             on_unfit=on_unfit,
             activation_observer=activation_observer,
         )
@@ -160,12 +164,17 @@ def compare(
 
 
 def _check(
-    model: Any, run: Run, activation_observer: str | None, ignore: Sequence[str], on_unfit: Any
+    model: Any,
+    run: Run,
+    activation_observer: str | None,
+    ignore: Sequence[str],
+    on_unfit: Any,
+    only: Only | None,
 ) -> None:
     """Refuse what the model cannot take before anything is run."""
     choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
     try:
-        plan_observers(model, run.scheme, choice, ignore, on_unfit, run.scheme_options)
+        plan_observers(model, run.scheme, choice, ignore, on_unfit, run.scheme_options, only=only)
     except CalipersError as error:
         raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
 

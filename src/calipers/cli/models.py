@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
 
     Args:
         path: A transformers directory. What its config calls by the name of a bare encoder or
-            decoder (`BertModel`) is loaded as that, anything else as a causal language model.
+            decoder (`BertModel`) is loaded as that, of a model that sees or hears as well
+            (`Gemma3ForConditionalGeneration`) as that, anything else as a causal language model.
         device: Where to put it; None takes a GPU if there is one.
         dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
 
@@ -34,8 +36,6 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
         CalipersError: No such directory, no model in it, an unknown device or dtype, or weights
             that are missing or have other shapes: transformers makes up random ones.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
     if dtype not in _DTYPES:
         raise CalipersError(f"dtype: expected one of {', '.join(_DTYPES)}, got {dtype!r}")
     try:
@@ -52,7 +52,7 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
         )
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
-    kind: Any = AutoModel if _is_bare(path) else AutoModelForCausalLM
+    kind = _auto_class(path)
     with no_progress_bars(), loading_experts():
         model, info = kind.from_pretrained(
             path,
@@ -64,20 +64,33 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
     return model.to(place).eval()
 
 
-def _is_bare(path: Path) -> bool:
-    """Whether the config names a model without a head, as those of sentence encoders do."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
+def _auto_class(path: Path) -> Any:
+    """The class of transformers that loads what the config names, with its head if it has one."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
 
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
+        names = set(config.get("architectures") or [])
     except (ValueError, AttributeError):
-        return False  # transformers says what is wrong with it
-    heads, bare = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), MODEL_MAPPING_NAMES.values()
-    return any(name in bare for name in names) and not any(name in heads for name in names)
+        return transformers.AutoModelForCausalLM  # it says what is wrong with the config
+    # transformers before 5 does not have it
+    if names & _values(getattr(known, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})):
+        return transformers.AutoModelForMultimodalLM
+    if names & _values(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return transformers.AutoModelForCausalLM
+    # Sentence encoders are bare.
+    bare = names & _values(known.MODEL_MAPPING_NAMES)
+    return transformers.AutoModel if bare else transformers.AutoModelForCausalLM
+
+
+def _values(mapping: Mapping[str, Any]) -> set[str]:
+    """Names of classes; some kinds of models have several."""
+    return {
+        name
+        for value in mapping.values()
+        for name in ([value] if isinstance(value, str) else value)
+    }
 
 
 def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:

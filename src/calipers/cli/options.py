@@ -7,6 +7,8 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from calipers._words import check_choice
+from calipers.calibration.parts import Only
 from calipers.observers.plugins import load_plugin
 
 __all__ = [
@@ -22,8 +24,10 @@ __all__ = [
     "Json",
     "KVCache",
     "ModelFolder",
+    "OnlyPart",
     "Plugins",
     "SequenceLength",
+    "known_part",
     "load_plugins",
 ]
 
@@ -88,6 +92,15 @@ ModelFolder: TypeAlias = Annotated[
     Path | None,
     typer.Argument(help="A local transformers directory; left out: the embedded demo model."),
 ]
+OnlyPart: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--only",
+        metavar="PART",
+        help="language: quantize the language part alone of a model that sees or hears as well. "
+        "Default: the whole model.",
+    ),
+]
 Plugins: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
@@ -96,6 +109,13 @@ Plugins: TypeAlias = Annotated[
         help="Import this first: it registers observers of your own; may be repeated.",
     ),
 ]
+
+
+def known_part(only: str | None) -> Only | None:
+    """What was given with `--only`; an unknown word is a CalipersError."""
+    if only is not None:
+        check_choice("--only", only, Only)
+    return only  # type: ignore[return-value]  # checked
 
 
 def load_plugins(plugins: list[str] | None) -> None:

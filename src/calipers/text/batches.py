@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from loguru import logger
@@ -13,9 +13,12 @@ from torch import Tensor
 from calipers.errors import CalipersError
 from calipers.text.datasets import is_dataset, iterate_dataset
 from calipers.text.files import decode, open_samples
+from calipers.text.processors import has_media, tokenizer_of
 from calipers.text.samples import Sample, encode_sample, encode_text
 
-__all__ = ["read_batches"]
+__all__ = ["check_text", "encode_samples", "find_samples", "read_batches"]
+
+Encoded = TypeVar("Encoded")
 
 
 def read_batches(
@@ -46,7 +49,7 @@ def read_batches(
 
     Args:
         path: The file, UTF-8, the folder, or the samples themselves.
-        tokenizer: A transformers tokenizer.
+        tokenizer: A transformers tokenizer, or a processor that holds one.
         sequence_length: Most tokens of a sequence, at least 2.
         samples: Most sequences; None takes all.
         batch_size: Sequences of a batch, for `.txt` files.
@@ -69,20 +72,39 @@ def read_batches(
     """
     if isinstance(path, str):
         path = Path(path)
-    _check(path, tokenizer, sequence_length, samples)
+    tokenizer = tokenizer_of(tokenizer)
+    check_text(path, tokenizer, sequence_length, samples)
     if isinstance(path, Path) and path.suffix.lower() == ".txt" and path.is_file():
         text = decode(path.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
         batches = _cut_stream(encode_text(text, tokenizer), sequence_length, samples, batch_size)
         name = str(path)
     else:
-        name, found = _open(path)
-        batches = _encode(found, name, tokenizer, sequence_length, samples)
+        name, found = find_samples(path)
+        told: list[str] = []
+
+        def encode(sample: Sample) -> Tensor | None:
+            if has_media(sample.value) and not told:
+                told.append(sample.where)
+                logger.warning(
+                    "{}: of a sample with images, videos or sounds its text alone is used; pass "
+                    "the model's processor to calibrate as tokenizer= to use them",
+                    sample.where,
+                )
+            ids = encode_sample(sample, tokenizer, sequence_length)
+            return ids[None] if ids.numel() > 1 else None
+
+        batches = encode_samples(found, name, encode, samples)
     if not batches:
         raise CalipersError(f"{name}: holds no sequence of at least two tokens")
     return batches
 
 
-def _check(path: object, tokenizer: Any, sequence_length: int, samples: int | None) -> None:
+def check_text(path: object, tokenizer: Any, sequence_length: int, samples: int | None) -> None:
+    """Refuse arguments of `read_batches` before anything is read.
+
+    Raises:
+        CalipersError: Names the argument, what was expected and what came.
+    """
     if tokenizer is None:
         raise CalipersError("text needs the model's tokenizer, got None: pass tokenizer=")
     if sequence_length < 2:
@@ -97,25 +119,37 @@ def _check(path: object, tokenizer: Any, sequence_length: int, samples: int | No
         )
 
 
-def _open(path: Path | Iterable[Any]) -> tuple[str, Iterator[Sample]]:
+def find_samples(
+    path: Path | Iterable[Any], media: Sequence[str] = ()
+) -> tuple[str, Iterator[Sample]]:
+    """What the data is called in errors, and its samples.
+
+    Args:
+        path: A file of samples, a saved folder, a dataset, or the samples themselves.
+        media: Columns of a dataset that are kept beside those of text.
+    """
     if isinstance(path, Path):
         return str(path), open_samples(path)
     if is_dataset(path):
-        return "dataset", iterate_dataset(path, "dataset")
+        return "dataset", iterate_dataset(path, "dataset", media=media)
     return "data", (Sample(value, f"data[{place}]") for place, value in enumerate(path))
 
 
-def _encode(
-    found: Iterator[Sample], name: str, tokenizer: Any, length: int, samples: int | None
-) -> list[Tensor]:
-    batches: list[Tensor] = []
+def encode_samples(
+    found: Iterable[Sample],
+    name: str,
+    encode: Callable[[Sample], Encoded | None],
+    samples: int | None,
+) -> list[Encoded]:
+    """The first samples, encoded; those that `encode` gives None for are left out and counted."""
+    batches: list[Encoded] = []
     left_out = 0
     for sample in found:
-        ids = encode_sample(sample, tokenizer, length)
-        if ids.numel() < 2:
+        encoded = encode(sample)
+        if encoded is None:
             left_out += 1
             continue
-        batches.append(ids[None])
+        batches.append(encoded)
         if len(batches) == samples:
             break
     if left_out:

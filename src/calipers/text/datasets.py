@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,13 @@ def open_saved(folder: Path, split: str | None) -> Iterator[Sample]:
     return iterate_dataset(dataset, str(folder), split)
 
 
-def iterate_dataset(dataset: Any, name: str, split: str | None = None) -> Iterator[Sample]:
+def iterate_dataset(
+    dataset: Any, name: str, split: str | None = None, media: Sequence[str] = ()
+) -> Iterator[Sample]:
     """Iterate over the rows of a dataset, as plain Python values.
 
     Of several splits None takes "train", or the only one. `name` is what errors call the dataset.
+    Columns of `media` are kept beside those of text, and make up for them.
 
     Raises:
         CalipersError: There is no such split (lists them), or no column holds samples.
@@ -76,6 +79,7 @@ def iterate_dataset(dataset: Any, name: str, split: str | None = None) -> Iterat
         raise CalipersError(f"{name}: is one dataset without splits, so there is no {split!r}")
     columns = dataset_columns(dataset)
     if columns:  # a streamed one may not know before its first row
-        dataset = dataset.select_columns(text_columns(columns, name))
+        kept = [each for each in columns if each in media]
+        dataset = dataset.select_columns(kept + text_columns(columns, name, needed=not kept))
     rows = dataset.with_format(None)
     return (Sample(row, f"{name}, row {number}") for number, row in enumerate(rows, start=1))

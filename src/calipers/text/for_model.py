@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calipers.text.batches import read_batches
+from calipers.errors import CalipersError
+from calipers.text.batches import check_text, encode_samples, find_samples, read_batches
 from calipers.text.datasets import dataset_columns, is_dataset
-from calipers.text.samples import is_sample
+from calipers.text.processors import (
+    MEDIA,
+    has_media,
+    in_dtype,
+    is_processor,
+    process,
+    tokenizer_of,
+)
+from calipers.text.samples import Sample, encode_sample, is_sample
 
 __all__ = ["batches_for_model", "fitting_length", "model_inputs"]
 
@@ -28,24 +37,58 @@ def batches_for_model(
 ) -> Iterable[Any]:
     """Arguments of a model for text, as `read_batches` takes it; other data comes back as it is.
 
-    Sequences get no longer than the positions that the model's config names.
+    Sequences get no longer than the positions that the model's config names. Samples with images,
+    videos or sounds go through the processor, where there is one in place of the tokenizer.
 
     Raises:
-        CalipersError: As `read_batches`; text without a tokenizer.
+        CalipersError: As `read_batches`; text without a tokenizer; a sample that the processor
+            does not take.
     """
-    text, data = _find_text(data)
+    text, data = _find_text(data, media=is_processor(tokenizer))
     if not text:
         return data  # type: ignore[no-any-return]
     length = fitting_length(model, sequence_length)
+    if is_processor(tokenizer) and not _is_stream(data):
+        return _processed(data, model, tokenizer, length, samples)
     found = read_batches(data, tokenizer, sequence_length=length, samples=samples)
     return model_inputs(found, model)
 
 
+def _is_stream(data: Any) -> bool:
+    """Whether data is a file of text alone."""
+    return isinstance(data, (str, Path)) and Path(data).suffix.lower() == ".txt"
+
+
+def _processed(
+    data: Any, model: torch.nn.Module, processor: Any, length: int, samples: int
+) -> list[dict[str, Any]]:
+    """Batches of one sample each; those of text alone go through the processor's tokenizer."""
+    data = Path(data) if isinstance(data, str) else data
+    tokenizer = tokenizer_of(processor)
+    check_text(data, tokenizer, length, samples)
+    name, found = find_samples(data, MEDIA)
+    options, dtype = _options(model), getattr(model, "dtype", torch.float32)
+
+    def encode(sample: Sample) -> dict[str, Any] | None:
+        if has_media(sample.value):
+            return {**in_dtype(process(sample, processor), dtype), **options}
+        ids = encode_sample(sample, tokenizer, length)
+        return {"input_ids": ids[None], **options} if ids.numel() > 1 else None
+
+    batches = encode_samples(found, name, encode, samples)
+    if not batches:
+        raise CalipersError(f"{name}: holds no sample of at least two tokens")
+    return batches
+
+
 def model_inputs(batches: Iterable[Tensor], model: torch.nn.Module) -> list[dict[str, Any]]:
     """Token ids, shape (batch, tokens) each, as arguments of a model that shall fill no cache."""
+    return [{"input_ids": ids, **_options(model)} for ids in batches]
+
+
+def _options(model: torch.nn.Module) -> dict[str, Any]:
     caches = "use_cache" in inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if caches else {}
-    return [{"input_ids": ids, **options} for ids in batches]
+    return {"use_cache": False} if caches else {}
 
 
 def fitting_length(model: Any, sequence_length: int) -> int:
@@ -58,21 +101,26 @@ def fitting_length(model: Any, sequence_length: int) -> int:
     return min(sequence_length, limit) if isinstance(limit, int) and limit else sequence_length
 
 
-def _find_text(data: Any) -> tuple[bool, Any]:
-    """Whether data is text, and the data; an iterator's first value is looked at and put back."""
+def _find_text(data: Any, *, media: bool) -> tuple[bool, Any]:
+    """Whether data is text, and the data; an iterator's first value is looked at and put back.
+
+    Args:
+        data: As `batches_for_model` takes it.
+        media: Whether samples may have images or sounds, with text or without.
+    """
     if isinstance(data, (str, Path)):
         return True, data
     if is_dataset(data):
         return "input_ids" not in dataset_columns(data), data
     if isinstance(data, Iterator):
         first = list(itertools.islice(data, 1))
-        return _starts_with_text(first), itertools.chain(first, data)
+        return _starts_with_text(first, media), itertools.chain(first, data)
     if not isinstance(data, Tensor) and callable(getattr(data, "tolist", None)):
         values = data.tolist()  # a column of pandas, an array
-        if isinstance(values, list) and _starts_with_text(values):
+        if isinstance(values, list) and _starts_with_text(values, media):
             return True, values
-    return isinstance(data, (list, tuple)) and _starts_with_text(data), data
+    return isinstance(data, (list, tuple)) and _starts_with_text(data, media), data
 
 
-def _starts_with_text(values: Any) -> bool:
-    return len(values) > 0 and is_sample(values[0])
+def _starts_with_text(values: Any, media: bool) -> bool:
+    return len(values) > 0 and (is_sample(values[0]) or (media and has_media(values[0])))

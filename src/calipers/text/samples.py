@@ -43,14 +43,14 @@ class Sample:
     where: str
 
 
-def text_columns(names: Iterable[str], where: str) -> list[str]:
+def text_columns(names: Iterable[str], where: str, *, needed: bool = True) -> list[str]:
     """The columns of a table that hold samples.
 
     Raises:
-        CalipersError: There are none; lists the columns.
+        CalipersError: There are none, and some are `needed`; lists the columns.
     """
     names = list(names)
-    if not any(set(kind) <= set(names) for kind in _KINDS):
+    if needed and not any(set(kind) <= set(names) for kind in _KINDS):
         raise CalipersError(
             f"{where}: expected a column {_FIELDS}, got the columns {', '.join(names) or 'none'}"
         )

@@ -183,23 +183,23 @@ def both_kinds() -> tuple[nn.Module, list[Tensor]]:
     return Both(), batches
 
 
-@Observer.register("test_shadows_half")
-class Half(Observer):
-    """Half of the range: ruins the largest values, and is finer for all others."""
+@Observer.register("test_shadows_quarter")
+class Quarter(Observer):
+    """A quarter of the range: ruins the largest values, and is finer for all others."""
 
     def get_min_max(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         return observed.amin(dim=(0, -1)) / 4, observed.amax(dim=(0, -1)) / 4
 
 
-@pytest.mark.parametrize("order", [("memoryless_minmax", "test_shadows_half"), None])
+@pytest.mark.parametrize("order", [("memoryless_minmax", "test_shadows_quarter"), None])
 def test_the_best_of_each_module_is_written(order: tuple[str, str] | None) -> None:
     """In one module the chosen one wins, in the other the shadow, whichever is chosen."""
-    first, other = order or ("test_shadows_half", "memoryless_minmax")
+    first, other = order or ("test_shadows_quarter", "memoryless_minmax")
     model, batches = both_kinds()
     report = calibrate(model, "W4A16", first, batches, shadow=other, pick="best")
     assert chosen(report, "both.large") == "memoryless_minmax"
-    assert chosen(report, "both.idle") == "test_shadows_half"
-    for observer, name in (("memoryless_minmax", "large"), ("test_shadows_half", "idle")):
+    assert chosen(report, "both.idle") == "test_shadows_quarter"
+    for observer, name in (("memoryless_minmax", "large"), ("test_shadows_quarter", "idle")):
         alone, _ = both_kinds()
         plain = calibrate(alone, "W4A16", observer)
         assert report[f"both.{name}"].weight_observer == observer

@@ -16,7 +16,7 @@ del VISION["vocab_size"]
 
 
 def llama4_vision() -> Any:
-    """Without experts, which this model keeps in one parameter."""
+    """With experts, which this model keeps in one parameter."""
     projector = {"vision_output_dim": 128, "projector_input_dim": 128, "projector_output_dim": 128}
     return tiny(
         "Llama4ForConditionalGeneration",
@@ -26,7 +26,6 @@ def llama4_vision() -> Any:
             "intermediate_size_mlp": 256,
             "num_local_experts": 2,
             "head_dim": 32,
-            "moe_layers": [],
             "pad_token_id": 0,
         },
         vision_config={**VISION, **projector, "num_channels": 3, "intermediate_size": 512},

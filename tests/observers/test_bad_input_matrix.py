@@ -59,6 +59,8 @@ IMATRIX = {"maxshrink": 0.95, "grid": 12, "patience": 0, "norm": 3.0, "expand": 
 KINDS = [
     Kind("memoryless_minmax", "last", {}),
     Kind("static_minmax", "all", {}),
+    # Without headroom the global scale is that of the extremes.
+    Kind("nvfp4_headroom", "all", {"low": 0.0, "high": 100.0, "headroom": 1.0}),
     Kind("minmax", "average", {"averaging_constant": 0.25}),
     Kind("memoryless_mse", "grid", GRID),
     Kind("mse", "grid", {**GRID, "averaging_constant": 1.0}),

@@ -30,7 +30,10 @@ def count_block_maxima(value: Tensor, block: int) -> Tensor:
     """
     value = torch.where(value.isfinite(), value, 0)
     blocks = pad(value, (0, -value.shape[-1] % block)).unflatten(-1, (-1, block))
-    largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).float().flatten()
+    largest = torch.maximum(blocks.amax(-1), -blocks.amin(-1)).flatten()
+    if largest.dtype == torch.float64:
+        largest = largest.clamp(max=torch.finfo(torch.float32).max)
+    largest = largest.float()
     fraction, exponent = torch.frexp(largest)
     within = ((fraction * 2 - 1) * _PER_OCTAVE).long()
     bins = (exponent.long() - _EXPONENTS.start) * _PER_OCTAVE + within
@@ -54,19 +57,18 @@ def largest_with_headroom(
 
     Returns:
         The greater of `headroom` times the size at `low` and the size at `high`, shape (1,),
-        float32, to a sixteenth of an octave; `largest` where no block is counted.
+        float64, to a sixteenth of an octave; `largest` where no block is counted.
     """
     reached = counts.cumsum(0)
-    total = reached[-1:]
+    total, largest = reached[-1:], largest.double()
 
     def edge(percentile: float, above: int) -> Tensor:
-        """The edge of the bin that holds a percentile."""
+        """The edge of the bin that holds a percentile; above the last bin there is none."""
         rank = (total * (percentile / 100)).ceil().clamp(min=1)
         index = (reached < rank).sum(0, keepdim=True) + above
         exponent = index.div(_PER_OCTAVE, rounding_mode="floor") + _EXPONENTS.start - 1
-        return torch.ldexp(1 + (index % _PER_OCTAVE) / _PER_OCTAVE, exponent)
+        found = torch.ldexp(1 + (index % _PER_OCTAVE).double() / _PER_OCTAVE, exponent)
+        return torch.where(index < NUM_BINS, found, torch.inf)
 
-    limit = torch.finfo(torch.float32).max
-    at_high = torch.minimum(edge(high, 1), largest.float())
-    found = torch.maximum((edge(low, 0) * headroom).clamp(max=limit), at_high)
-    return torch.where(total > 0, found, largest.float())
+    found = torch.maximum(edge(low, 0) * headroom, torch.minimum(edge(high, 1), largest))
+    return torch.where(total > 0, found, largest)

@@ -130,5 +130,5 @@ def _spread(tokens: Tensor, most: int = TOKENS) -> Tensor:
     count = len(tokens)
     if count <= most:
         return tokens.clone()
-    index = torch.arange(most, device=tokens.device) * count // most
+    index = torch.arange(most, dtype=torch.int64, device=tokens.device) * count // most
     return tokens.index_select(0, index)

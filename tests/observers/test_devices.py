@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
+from calipers.formats import is_known_to_library
 from calipers.observers import Observer
 from memoised import forget_tables
 
@@ -69,6 +70,10 @@ def without_engines(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("calipers.observers.statistics", "calipers.ranges.qparams"):
         for name in ("plain_values", "plain_tensor"):
             monkeypatch.setattr(f"{module}.{name}", torch.Tensor.detach, raising=False)
+    forget_tables()
+    for strategies in STRATEGIES.values():
+        for strategy in strategies:  # asks compressed-tensors by a value, once in a process
+            assert is_known_to_library(args_of(strategy))
     yield
     forget_tables()
 

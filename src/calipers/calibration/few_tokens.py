@@ -82,6 +82,16 @@ class _Layer:
     def tokens(self) -> dict[str, int]:
         return {name: max(each.tokens for each in own) for name, own in self.experts.items()}
 
+    def tokens_of_tensors(self) -> dict[int, int]:
+        """Tokens that the expert of each tensor saw, by the tensor's id."""
+        tokens = self.tokens
+        return {
+            id(tensor): tokens[name]
+            for name, modules in self.experts.items()
+            for module in modules
+            for tensor in module.tensors.values()
+        }
+
     def kinds(self) -> list[list[ObservedTensor]]:
         """Tensors of the experts that are alike: one for each expert."""
         found: dict[tuple[Any, ...], list[ObservedTensor]] = {}
@@ -144,8 +154,9 @@ def settle_few_tokens(
         _refuse(layers, enough)
     if on_few_tokens in ("shrink", "pooled"):
         for layer in layers:
+            tokens = layer.tokens_of_tensors()
             for members in layer.kinds():
-                _share(members, layer, on_few_tokens, enough, unseen=unseen)
+                _share(members, tokens, on_few_tokens, enough, unseen=unseen)
         _tell(layers, on_few_tokens, enough)
 
 
@@ -157,19 +168,13 @@ def forget_shared(observed: Iterable[ObservedModule]) -> None:
 
 def _share(
     members: list[ObservedTensor],
-    layer: _Layer,
+    tokens: Mapping[int, int],
     on_few_tokens: OnFewTokens,
     enough: int,
     *,
     unseen: bool,
 ) -> None:
     """Let tensors of one kind share what those among them know that saw anything."""
-    tokens = {
-        id(tensor): layer.tokens[name]
-        for name, modules in layer.experts.items()
-        for module in modules
-        for tensor in module.tensors.values()
-    }
     members = [each for each in members if each.wants_data and each.can_share]
     knowing = [each for each in members if each.lacks is None]
     pool = _Pool(knowing, sum(tokens[id(each)] for each in knowing))

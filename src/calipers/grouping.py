@@ -18,7 +18,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
-from calipers.memory import plain_tensor
+from calipers.memory import named_tensor
 
 __all__ = [
     "ACTIVATION_NAMES",
@@ -458,12 +458,7 @@ def _by_columns(shape: Shape, order: Tensor, sizes: list[int]) -> Grouping:
 
 def _column_order(g_idx: Tensor, cols: int, group_size: int) -> tuple[Tensor, list[int]] | None:
     """Stable order of columns by group, and the size of each group; None for column order."""
-    if not isinstance(g_idx, Tensor):
-        raise ValueError(f"g_idx: expected a tensor, got {type(g_idx).__name__}")
-    try:
-        g_idx = plain_tensor(g_idx)
-    except ValueError as error:
-        raise ValueError(f"g_idx: {error}") from error
+    g_idx = named_tensor(g_idx, "g_idx")
     if bool((g_idx == -1).any()):
         return None
     if g_idx.dim() != 1 or g_idx.numel() != cols:

@@ -8,6 +8,7 @@ holds something else than its elements (lazy negation, sparse and quantized tens
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from calipers.errors import CalipersError
 
-__all__ = ["UnreadableError", "is_readable", "plain_tensor", "plain_values"]
+__all__ = ["UnreadableError", "is_readable", "named_tensor", "plain_tensor", "plain_values"]
 
 #: Classes whose tensors have nothing of their own.
 _PLAIN = (Tensor, Parameter)
@@ -86,6 +87,22 @@ def plain_values(tensor: Tensor) -> Tensor:
         raise ValueError(
             f"expected a tensor of numbers, got dtype {value.dtype}, which torch cannot convert"
         ) from error
+
+
+def named_tensor(
+    tensor: object, what: str, read: Callable[[Tensor], Tensor] = plain_tensor
+) -> Tensor:
+    """A tensor that came as an argument, read by `plain_tensor` or `plain_values`.
+
+    Raises:
+        ValueError: What came instead, after the argument's name.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{what}: expected a tensor, got {type(tensor).__name__}")
+    try:
+        return read(tensor)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _has_dispatch_of_its_own(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from calipers.memory import plain_tensor
+from calipers.memory import named_tensor
 
 __all__ = ["TokenMask", "blank_tokens", "current_mask", "select_tokens", "token_mask"]
 
@@ -135,12 +135,7 @@ def _spread(keep: Tensor, value: Tensor, heads: bool) -> Tensor:
 
 
 def _as_bool(mask: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask: expected a tensor, got {type(mask).__name__}")
-    try:
-        mask = plain_tensor(mask)
-    except ValueError as error:
-        raise ValueError(f"mask: {error}") from error
+    mask = named_tensor(mask, "mask")
     if mask.dtype == torch.bool:
         return mask
     if bool(((mask < 0) | (mask != mask)).any()):

@@ -17,7 +17,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from calipers.memory import plain_values
+from calipers.memory import named_tensor, plain_values
 from calipers.observers.state_checks import Problem, check_entries
 from calipers.ranges.surroundings import undisturbed
 
@@ -162,12 +162,7 @@ def read_values(observed: Tensor, what: str) -> Tensor:
     Raises:
         ValueError: `observed`, which is called `what`, is no tensor or cannot be read.
     """
-    if not isinstance(observed, Tensor):
-        raise ValueError(f"{what}: expected a tensor, got {type(observed).__name__}")
-    try:
-        return plain_values(observed)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from error
+    return named_tensor(observed, what, plain_values)
 
 
 class HoldsStatistics:

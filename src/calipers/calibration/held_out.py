@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from calipers.grouping import ATTENTION_NAMES
 from calipers.memory import plain_tensor
 from calipers.observers.hooks import Seen
 
@@ -91,7 +92,7 @@ class Samples:
         """Take tokens of a value, where they are wanted."""
         if seen.side in self._sides and (self.held_out or seen.side not in self._kept):
             value = plain_tensor(seen.value)
-            by_token = _by_token(value, state=seen.side in ("q", "k", "v"))
+            by_token = _by_token(value, state=seen.side in ATTENTION_NAMES)
             self._waiting.setdefault(seen.side, []).append(_spread(by_token))
 
     def end_batch(self) -> None:

@@ -17,10 +17,28 @@ from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
 from calipers.observers.input_moments import share_moments
 from calipers.observers.statistics import UpdateState
 
-__all__ = ["ObservedModule", "ObservedTensor"]
+__all__ = ["ObservedModule", "ObservedTensor", "build_observer"]
 
 #: Sides at which tokens are counted: one of them for each module.
 _COUNTED = ("input", "k")
+
+
+def build_observer(
+    name: str, base_name: str, args: QuantizationArgs, module: nn.Module
+) -> Observer:
+    """The observer that some arguments name, for a tensor of a module; attached to nothing.
+
+    Args:
+        name: The module's name in the model; the observer is called "{name}.{base_name}".
+        base_name: A key of `TENSORS`.
+        args: They name the observer and all of its options.
+        module: The module that holds the tensor.
+    """
+    observer: Observer = Observer.load_from_registry(
+        args.observer, base_name=base_name, args=args, module=module
+    )
+    observer.name = f"{name}.{base_name}" if name else base_name
+    return observer
 
 
 @dataclass(eq=False)

@@ -16,13 +16,14 @@ from calipers.calibration.attention import STATES
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
 from calipers.calibration.held_out import Samples
-from calipers.calibration.observed import ObservedModule, ObservedTensor
+from calipers.calibration.observed import ObservedModule, ObservedTensor, build_observer
 from calipers.calibration.parts import Only
 from calipers.calibration.shadows import Shadows
 from calipers.calibration.targets import TENSORS, Reason, Resolution, Target
 from calipers.errors import CalipersError, MissingDataError
 from calipers.observers import Observer
 from calipers.observers.options import check_option_names
+from calipers.observers.plugins import spelled_as_registered
 
 __all__ = [
     "ObserverChoice",
@@ -72,9 +73,9 @@ class ObserverChoice:
         """
         for name in (self.weight, self.activation):
             if name is not None:
-                Observer.get_value_from_registry(_normal(name))
+                Observer.get_value_from_registry(spelled_as_registered(name))
         if self.weight is not None:
-            kind = Observer.get_value_from_registry(_normal(self.weight))
+            kind = Observer.get_value_from_registry(spelled_as_registered(self.weight))
             given = [name for name in self.options if name not in kind.ignored_options]
             check_option_names(kind.__name__, kind.Options, given)
 
@@ -98,12 +99,7 @@ class ObserverChoice:
         if base_name == "weight" and isinstance(module, torch.nn.Embedding):
             choice = replace(self, has_data=False)
         chosen = choice.name_for(base_name, args)
-        observer: Observer = Observer.load_from_registry(
-            chosen,
-            base_name=base_name,
-            args=choice.recorded_args(base_name, args),
-            module=module,
-        )
+        observer = build_observer(name, base_name, choice.recorded_args(base_name, args), module)
         if observer.needs_data:
             why = f"observer {chosen!r} weighs a weight by its layer's inputs: it cannot measure"
             if base_name != "weight":
@@ -111,7 +107,6 @@ class ObserverChoice:
             if isinstance(module, torch.nn.Embedding):
                 told = f"the Embedding {name}, whose inputs are token ids; ignore it"
                 raise CalipersError(f"{why} {told}")
-        observer.name = f"{name}.{base_name}" if name else base_name
         return observer
 
     def name_for(self, base_name: str, args: QuantizationArgs) -> str:
@@ -121,7 +116,7 @@ class ObserverChoice:
             chosen = self.weight or args.observer or default
         else:
             chosen = self.activation or args.observer or _DEFAULT_ACTIVATION_OBSERVER
-        return _normal(chosen)
+        return spelled_as_registered(chosen)
 
     def recorded_args(self, base_name: str, args: QuantizationArgs) -> QuantizationArgs:
         """A copy of the arguments that names the observer used and all options given.
@@ -129,15 +124,11 @@ class ObserverChoice:
         Options that the scheme gives to one observer are not handed to another.
         """
         chosen = self.name_for(base_name, args)
-        same = args.observer is None or _normal(args.observer) == chosen
+        same = args.observer is None or spelled_as_registered(args.observer) == chosen
         options = dict(args.observer_kwargs) if same else {}
         if base_name == "weight":
             options.update(self.options)
         return args.model_copy(update={"observer": chosen, "observer_kwargs": options}, deep=True)
-
-
-def _normal(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 @dataclass(frozen=True)

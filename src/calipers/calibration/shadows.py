@@ -11,11 +11,13 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import nn
 
 from calipers._words import check_choice
+from calipers.calibration.observed import build_observer
 from calipers.errors import CalipersError
 from calipers.observers import Observer
 from calipers.observers.options import check_option_names
+from calipers.observers.plugins import spelled_as_registered
 
-__all__ = ["Pick", "Shadow", "Shadows", "observer_label", "read_options"]
+__all__ = ["Pick", "Shadow", "Shadows", "observer_label", "read_options", "split_options"]
 
 #: Which observer's scales are written: the one that was chosen, or that of the least error.
 Pick = Literal["first", "best"]
@@ -35,9 +37,8 @@ class Shadow:
         Raises:
             CalipersError: An option that is not of that form.
         """
-        name, _, own = text.partition(":")
-        options = read_options(own.split(","), f"{argument} {text!r}") if own else {}
-        return cls(name.strip().lower().replace("-", "_"), options)
+        name, own = split_options(text)
+        return cls(name, read_options(own, f"{argument} {text!r}"))
 
     @property
     def label(self) -> str:
@@ -59,14 +60,7 @@ class Shadow:
     ) -> Observer:
         """The observer of a module's tensor; see `ObserverChoice.build`."""
         update = {"observer": self.name, "observer_kwargs": dict(self.options)}
-        observer: Observer = Observer.load_from_registry(
-            self.name,
-            base_name=base_name,
-            args=args.model_copy(update=update, deep=True),
-            module=module,
-        )
-        observer.name = f"{name}.{base_name}" if name else base_name
-        return observer
+        return build_observer(name, base_name, args.model_copy(update=update, deep=True), module)
 
 
 @dataclass(frozen=True)
@@ -222,6 +216,12 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
         for key, value in options.items()
     )
     return f"{name}:{told}" if told else name
+
+
+def split_options(text: str) -> tuple[str, list[str]]:
+    """The name of an observer and its options, of "NAME" or "NAME:KEY=VALUE,..."."""
+    name, _, own = text.partition(":")
+    return spelled_as_registered(name.strip()), own.split(",") if own else []
 
 
 def read_options(given: Iterable[str], what: str) -> dict[str, Any]:

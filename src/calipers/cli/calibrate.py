@@ -60,7 +60,7 @@ from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
 from calipers.text.for_model import fitting_length, model_inputs
 
-__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "parse_options", "sized"]
+__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "sized"]
 
 DEFAULT_SCHEME = "W4A16"
 
@@ -214,7 +214,7 @@ def calibrate(
         )
         part = options.known_part(only)
         options.load_plugins(plugin)
-        chosen = parse_options(option or [])
+        chosen = read_options(option or [], "--option")
         patterns = tuple(ignore or ())
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
         shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
@@ -422,12 +422,3 @@ def print_result(
         ("checkpoint", result["out"] or "not written (no --out)"),
     ]
     print_lines((name, text) for name, text in lines if text is not None)
-
-
-def parse_options(given: list[str]) -> dict[str, Any]:
-    """Options of the form key=value; values are read as YAML scalars.
-
-    Raises:
-        CalipersError: One without a key or an equals sign, or of a value that is no scalar.
-    """
-    return read_options(given, "--option")

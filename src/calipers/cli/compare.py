@@ -20,11 +20,12 @@ from calipers.calibration.config import has_free_group_size
 from calipers.calibration.experts import separated_experts
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, plan_observers
+from calipers.calibration.shadows import read_options, split_options
 from calipers.calibration.targets import schemes_by_target
 from calipers.checkpoint import compressed_size
 from calipers.checkpoint.replace import recover
 from calipers.cli import options
-from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, parse_options, sized
+from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, sized
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Change,
@@ -257,16 +258,15 @@ def plan_runs(
         CalipersError: An unknown observer, an option without a value, a common option that no
             observer has, or a group size that no scheme has.
     """
-    given = parse_options(common)
+    given = read_options(common, "--option")
     used: set[str] = set()
     chosen = []
     for each in dict.fromkeys(observers):
-        name, _, own = each.partition(":")
-        name = name.strip().lower().replace("-", "_")
+        name, own = split_options(each)
         known = Observer.get_value_from_registry(name).Options.names()
         options = {key: value for key, value in given.items() if key in known}
         used |= options.keys()
-        options |= parse_options(own.split(",")) if own else {}
+        options |= read_options(own, "--option")
         chosen.append((name, options))
     if unused := given.keys() - used:
         names = ", ".join(name for name, _ in chosen)

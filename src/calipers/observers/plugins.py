@@ -19,7 +19,7 @@ from calipers.errors import CalipersError, UnknownObserverError
 if TYPE_CHECKING:
     from calipers.observers.base import Observer
 
-__all__ = ["GROUP", "ObserverRegistry", "load_entry_points", "load_plugin"]
+__all__ = ["GROUP", "ObserverRegistry", "load_entry_points", "load_plugin", "spelled_as_registered"]
 
 #: Entry points of this group name modules that register observers, or observer classes.
 GROUP = "calipers.observers"
@@ -116,6 +116,11 @@ def _import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(here)
+
+
+def spelled_as_registered(name: str) -> str:
+    """The name of an observer in lower case, with underscores."""
+    return name.lower().replace("-", "_")
 
 
 class ObserverRegistry(RegistryMixin):

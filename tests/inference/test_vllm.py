@@ -125,6 +125,13 @@ def no_int4_kernel() -> list[str]:
     return []
 
 
+def assert_loads_as_it_was(written: Written) -> None:
+    """In transformers: else both could read the same wrong thing from a config.json."""
+    few = written.heldout[:1, :FEW]
+    loaded = transformers_log_probabilities(written.path, few, torch.bfloat16)
+    torch.testing.assert_close(loaded, written.memory, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", RUN, ids=lambda case: case.name)
 def test_vllm_gives_the_log_probabilities_of_transformers(
     case: Case,
@@ -132,10 +139,7 @@ def test_vllm_gives_the_log_probabilities_of_transformers(
     rows: list[tuple[str, str, float]],
 ) -> None:
     written = checkpoints(case)
-    # Otherwise both could read the same wrong thing from a config.json that is wrong.
-    few = written.heldout[:1, :FEW]
-    loaded = transformers_log_probabilities(written.path, few, torch.bfloat16)
-    torch.testing.assert_close(loaded, written.memory, rtol=0, atol=1e-6)
+    assert_loads_as_it_was(written)
     found = vllm_log_probabilities(written.path, written.heldout)
     difference = mean_difference(found, written.reference)
     rows.append((case.name, case.model, difference))
@@ -149,9 +153,7 @@ def test_vllm_reads_a_cache(
     rows: list[tuple[str, str, float]],
 ) -> None:
     written = checkpoints(case)
-    few = written.heldout[:1, :FEW]
-    loaded = transformers_log_probabilities(written.path, few, torch.bfloat16)
-    torch.testing.assert_close(loaded, written.memory, rtol=0, atol=1e-6)
+    assert_loads_as_it_was(written)
     try:
         found = vllm_log_probabilities(written.path, written.heldout)
     except EngineError as error:

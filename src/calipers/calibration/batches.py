@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
@@ -20,6 +21,8 @@ __all__ = [
     "eval_mode",
     "expect_batches",
     "find_mask",
+    "no_cache",
+    "run_batch",
     "run_batches",
     "uncompiled",
 ]
@@ -56,7 +59,7 @@ def run_batches(
             progress("batches", 0, total)
         for done, batch in enumerate(batches, start=1):
             with within(batch):
-                _call(model, batch, device)
+                run_batch(model, batch, device)
             if progress is not None:
                 progress("batches", done, total)
 
@@ -92,13 +95,36 @@ def uncompiled(model: torch.nn.Module) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _call(model: torch.nn.Module, batch: object, device: torch.device | str) -> None:
+def no_cache(model: torch.nn.Module) -> dict[str, Any]:
+    """The argument by which a forward fills no cache; none where it has no such argument."""
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False} if caches else {}
+
+
+def run_batch(
+    model: torch.nn.Module,
+    batch: object,
+    device: torch.device | str,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Call the model with one batch, whose tensors are moved to the device.
+
+    Args:
+        model: The model.
+        batch: As `run_batches` takes it.
+        device: The device that the model executes on.
+        options: More arguments of the model's forward, where the batch does not name them.
+
+    Raises:
+        CalipersError: The batch is of another type than `run_batches` takes.
+    """
+    more = dict(options or {})
     if isinstance(batch, Mapping):
-        model(**send_tensors(dict(batch), device=device))
+        model(**{**more, **send_tensors(dict(batch), device=device)})
     elif isinstance(batch, torch.Tensor):
-        model(send_tensors(batch, device=device))
+        model(send_tensors(batch, device=device), **more)
     elif isinstance(batch, (tuple, list)):
-        model(*send_tensors(batch, device=device))
+        model(*send_tensors(batch, device=device), **more)
     else:
         raise CalipersError(
             "a batch must be a mapping of arguments, a tensor, or a tuple or list of arguments, "

@@ -27,7 +27,7 @@ from calipers.calibration.targets import TENSORS, has_global_scale
 from calipers.calibration.write import measure_weight_error, undo_on_error, write_qparam
 from calipers.errors import CalipersError
 
-__all__ = ["freeze_modules"]
+__all__ = ["freeze_modules", "initialize_modules"]
 
 #: Which modules go through each stage of a freeze.
 _STAGES: dict[str, Callable[[ObservedModule], bool]] = {
@@ -75,6 +75,13 @@ def freeze_modules(
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
     return [_report(each, errors.get(each.name), work.verdicts) for each in observed]
+
+
+def initialize_modules(observed: Sequence[ObservedModule], choice: ObserverChoice) -> None:
+    """Put empty scales on modules, whose values are known already, with status FROZEN."""
+    _Work(observed, choice, None).initialize(observed)
+    for each in observed:
+        each.module.quantization_status = QuantizationStatus.FROZEN
 
 
 class _Work:

@@ -216,6 +216,15 @@ class ObservedModule:
                 self.module._modules.pop(f"{base_name}_observer", None)
         self._attached = False
 
+    def forget(self) -> None:
+        """Detach, and drop all that the observers learnt."""
+        self.detach()
+        self.samples = None
+        for tensor in self.tensors.values():
+            tensor.fallback = tensor.shared = tensor.lent = None
+            for observer in tensor.observers:
+                observer.reset()
+
     def _see(self, seen: Seen) -> None:
         if self.samples is not None:
             self.samples.see(seen)

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from calipers.calibration.few_tokens import (
     forget_shared,
     settle_few_tokens,
 )
-from calipers.calibration.freeze import freeze_modules
+from calipers.calibration.freeze import freeze_modules, initialize_modules
 from calipers.calibration.held_out import is_held_out
 from calipers.calibration.missing import (
     find_missing,
@@ -35,17 +36,41 @@ from calipers.calibration.missing import (
 )
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
-from calipers.calibration.report import CalibrationReport, quantized_share, with_shares
+from calipers.calibration.report import (
+    CalibrationReport,
+    ModuleReport,
+    quantized_share,
+    with_shares,
+)
 from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
 
-__all__ = ["Calibration", "OnMissing"]
+__all__ = ["Calibration", "OnMissing", "Record"]
 
 OnMissing = Literal["error", "skip", "fallback"]
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of some modules of a calibration: enough to do it again without any data.
+
+    Attributes:
+        rows: Reports of those that were quantized.
+        reasons: Why the others were not, by name.
+        tokens: Tokens that each saw, by name.
+        unmasked: Those that saw values which no mask fits.
+        qparams: Scales, zero points and global scales by their full names.
+    """
+
+    rows: list[ModuleReport]
+    reasons: dict[str, Reason]
+    tokens: dict[str, int]
+    unmasked: list[str]
+    qparams: dict[str, torch.Tensor]
 
 
 class Calibration:
@@ -83,6 +108,8 @@ class Calibration:
         self._tokens_given = self._tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
+        self._rows: list[ModuleReport] = []
+        self._reasons: dict[str, Reason] = {}
         self._state: Literal["attached", "frozen", "detached"] = "attached"
         # Attention that is never called has states that nobody measured: told as missing.
         layers = [each.name for each in self.observed if not each.is_attention]
@@ -97,6 +124,11 @@ class Calibration:
         except BaseException:
             self.detach()
             raise
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether any observer needs batches to run through the model."""
+        return any(each.wants_data for each in self.observed)
 
     def run(
         self,
@@ -137,8 +169,8 @@ class Calibration:
         with self._update.lock:
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
-            with self._clock(), self._seeing_all(all_experts):
-                if any(each.wants_data for each in self.observed):
+            with self._clock(), self.seeing_all(all_experts):
+                if self.wants_data:
                     run_batches(self.model, batches, progress, whole)
                 else:
                     self._skip_data(batches)
@@ -150,7 +182,8 @@ class Calibration:
             return
         self._skipped = True
         logger.info("the data was not run: no observer of this calibration needs any")
-        if self.observed and not self._calls.run_example(self.model):
+        on_meta = any(each.is_meta for each in self.model.parameters())
+        if self.observed and not on_meta and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
             run_batches(self.model, first, within=lambda _: self._calls.whole())
 
@@ -209,24 +242,52 @@ class Calibration:
         self._expect_attached("freeze")
         check_choice("on_missing", on_missing, OnMissing)
         with self._clock():
-            never_called = self._calls.never_called
-            called = [each for each in self.observed if each.name not in never_called]
-            settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
-            kept = self._settle_missing(called, on_missing)
-            rows = freeze_modules(kept, self._plan.choice, progress)
-            forget_shared(kept)
-        self._calls.remove()
-        for each in self.observed:
-            each.remove_hooks()
-        self._state = "frozen"
+            self.derive(self.observed, on_missing, progress, on_few_tokens, enough_tokens)
+            for each in self.observed:
+                each.remove_hooks()
+        return self.finish(enough_tokens)
+
+    def derive(
+        self,
+        observed: Sequence[ObservedModule],
+        on_missing: OnMissing,
+        progress: Progress | None,
+        on_few_tokens: OnFewTokens,
+        enough_tokens: int,
+    ) -> None:
+        """Quantize some of the observed modules, as `freeze` does all of them.
+
+        Args:
+            observed: Modules that no batch comes to again, quantized together or not at all. Those
+                that engines fuse, and the experts of a layer, are given together.
+            on_missing: See `freeze`; a fallback is found among `observed`.
+            progress: See `freeze`.
+            on_few_tokens: See `freeze`.
+            enough_tokens: See `freeze`.
+        """
+        never_called = self._calls.never_called
+        called = [each for each in observed if each.name not in never_called]
+        settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
+        kept = self._settle_missing(called, on_missing)
+        self._rows += freeze_modules(kept, self._plan.choice, progress)
+        forget_shared(kept)
         wanted = {each.name for each in kept}
-        self._attention.remove(keep=wanted)
-        reasons: dict[str, Reason] = {
-            each.name: "never called" if each.name in never_called else "no data"
-            for each in self.observed
-            if each.name not in wanted
-        }
+        for each in observed:
+            if each.name not in wanted:
+                uncalled = each.name in never_called
+                self._reasons[each.name] = "never called" if uncalled else "no data"
+
+    def finish(self, enough_tokens: int) -> CalibrationReport:
+        """Stop observing, and report all that `derive` did."""
+        self._calls.remove()
+        self._state = "frozen"
+        reasons = self._reasons
+        kept = [each for each in self.observed if each.name not in reasons]
+        called = [each for each in self.observed if reasons.get(each.name) != "never called"]
+        self._attention.remove(keep={each.name for each in kept})
         left_alone = self._left_alone(reasons)
+        place = {each.name: number for number, each in enumerate(self.observed)}
+        rows = sorted(self._rows, key=lambda row: place[row.name])
         share = quantized_share(rows, self.model, left_alone)
         self._wrappers.close()
         layers = [each for each in self.observed if not each.is_attention]
@@ -314,13 +375,48 @@ class Calibration:
             stack.enter_context(self._calls.whole())
             stack.enter_context(token_mask(masked.mask))
             yield
+        self.count_batch(masked)
+
+    def count_batch(self, masked: BatchMask) -> None:
+        """Count one more batch that the model took, or, in blocks, is going to take."""
         self._held_out += bool(self._plan.choice.shadows) and is_held_out(self.batches)
         self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted
 
+    def record(self, observed: Sequence[ObservedModule]) -> Record:
+        """What became of modules that `derive` was given."""
+        names = {each.name for each in observed}
+        return Record(
+            rows=[row for row in self._rows if row.name in names],
+            reasons={name: why for name, why in self._reasons.items() if name in names},
+            tokens={each.name: each.tokens for each in observed},
+            unmasked=[each.name for each in observed if each.unmasked],
+            qparams={
+                f"{each.name}.{key}": value
+                for each in observed
+                if each.name not in self._reasons
+                for key, value in each.module._parameters.items()
+                if value is not None and key not in ("weight", "bias")
+            },
+        )
+
+    def restore(self, observed: Sequence[ObservedModule], record: Record) -> None:
+        """Do to modules what an earlier `derive` did, from its record."""
+        kept = [each for each in observed if each.name not in record.reasons]
+        initialize_modules(kept, self._plan.choice)
+        for each in kept:
+            for key in [key for key in each.module._parameters if key not in ("weight", "bias")]:
+                value = record.qparams[f"{each.name}.{key}"]
+                setattr(each.module, key, torch.nn.Parameter(value, requires_grad=False))
+        for each in observed:
+            each.tokens = record.tokens[each.name]
+            each.unmasked = each.name in record.unmasked
+        self._rows += record.rows
+        self._reasons |= record.reasons
+
     @contextmanager
-    def _seeing_all(self, all_experts: bool) -> Iterator[None]:
+    def seeing_all(self, all_experts: bool) -> Iterator[None]:
         """Let every expert see every token inside of the block, where that is asked for."""
         experts = [each for each in self.model.modules() if isinstance(each, LinearExperts)]
         if all_experts and not experts:

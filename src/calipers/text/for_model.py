@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calipers.calibration.batches import no_cache
 from calipers.errors import CalipersError
 from calipers.text.batches import check_text, encode_samples, find_samples, read_batches
 from calipers.text.datasets import dataset_columns, is_dataset
@@ -67,7 +67,7 @@ def _processed(
     tokenizer = tokenizer_of(processor)
     check_text(data, tokenizer, length, samples)
     name, found = find_samples(data, MEDIA)
-    options, dtype = _options(model), getattr(model, "dtype", torch.float32)
+    options, dtype = no_cache(model), getattr(model, "dtype", torch.float32)
 
     def encode(sample: Sample) -> dict[str, Any] | None:
         if has_media(sample.value):
@@ -83,12 +83,7 @@ def _processed(
 
 def model_inputs(batches: Iterable[Tensor], model: torch.nn.Module) -> list[dict[str, Any]]:
     """Token ids, shape (batch, tokens) each, as arguments of a model that shall fill no cache."""
-    return [{"input_ids": ids, **_options(model)} for ids in batches]
-
-
-def _options(model: torch.nn.Module) -> dict[str, Any]:
-    caches = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False} if caches else {}
+    return [{"input_ids": ids, **no_cache(model)} for ids in batches]
 
 
 def fitting_length(model: Any, sequence_length: int) -> int:

@@ -1,0 +1,261 @@
+"""`calibrate_blocks`: a calibration that has one block of the model in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from compressed_tensors.offload import disable_offloading, get_execution_device
+from torch import nn
+
+from calipers.calibration.batches import (
+    BatchMask,
+    Progress,
+    eval_mode,
+    expect_batches,
+    find_mask,
+    no_cache,
+    run_batch,
+    uncompiled,
+)
+from calipers.calibration.few_tokens import ExpertPolicy
+from calipers.calibration.lockstep import Around, Lockstep, find_blocks
+from calipers.calibration.observed import ObservedModule
+from calipers.calibration.plan import Plan
+from calipers.calibration.report import CalibrationReport
+from calipers.calibration.session import Calibration, OnMissing, Record
+from calipers.calibration.write import undo_on_error
+from calipers.errors import CalipersError
+from calipers.observers.masks import token_mask
+
+__all__ = ["OUTSIDE", "BlockStore", "InMemory", "calibrate_blocks"]
+
+#: The name under which what lies outside of all blocks is kept.
+OUTSIDE = ""
+
+
+class BlockStore(Protocol):
+    """Where the blocks of a model come from, and where they go."""
+
+    def record(self, block: str) -> Record | None:
+        """What an earlier run that was broken off did to this block; None where it did not."""
+
+    def bring(self, block: str) -> AbstractContextManager[object]:
+        """A context in which the unquantized weights of a block are in memory."""
+
+    def keep(self, block: str, record: Record) -> None:
+        """Keep a block that is quantized; called inside of its context."""
+
+
+class InMemory:
+    """The store of a model that lies in memory, or is offloaded by compressed-tensors.
+
+    An offloaded block is onloaded once for all batches.
+    """
+
+    def record(self, block: str) -> Record | None:
+        """Nothing is kept of an earlier run."""
+        return None
+
+    def bring(self, block: str) -> AbstractContextManager[object]:
+        """What is onloaded inside stays until the end."""
+        context: AbstractContextManager[object] = disable_offloading()
+        return context
+
+    def keep(self, block: str, record: Record) -> None:
+        """The block stays where it is."""
+
+
+def calibrate_blocks(
+    model: nn.Module,
+    plan: Plan,
+    batches: Iterable[Any] | None,
+    store: BlockStore | None = None,
+    on_missing: OnMissing = "error",
+    progress: Progress | None = None,
+    *,
+    use_attention_mask: bool = True,
+    experts: ExpertPolicy | None = None,
+    propagate: bool = False,
+) -> CalibrationReport:
+    """Attach, run, freeze and detach, one block after the other.
+
+    All batches pass a block before any comes to the next. Then its scales are derived, and its
+    weights are not needed any more.
+
+    Args:
+        model: The model that was planned for; no wrapper.
+        plan: See `plan_observers`.
+        batches: See `Calibration.run`; all are held in memory. None where the plan needs no data.
+        store: Where blocks come from and go to; None for a model in memory.
+        on_missing: See `Calibration.freeze`; a fallback is found in the same block.
+        progress: Called as `progress("blocks", done, total)`.
+        use_attention_mask: See `Calibration.run`.
+        experts: How experts see tokens, and what is done about few; None takes the defaults.
+        propagate: Run each block a second time once it is quantized, so that the next ones see what
+            they will get; else they see what the unquantized model gives.
+
+    Returns:
+        What was done. Where an exception is raised instead the model is as it was before, but for
+        weights that the store brought and dropped.
+
+    Raises:
+        CalipersError: The model has no blocks, or comes back to one that it had left.
+    """
+    blocks = find_blocks(model)
+    if not blocks:
+        raise CalipersError(
+            f"{type(model).__name__} has no ModuleList of blocks to run one after the other: use "
+            "memory='whole'"
+        )
+    policy = experts or ExpertPolicy()
+    with (
+        undo_on_error([each.module for each in plan.observed]),
+        Calibration(model, plan) as calibration,
+        calibration.seeing_all(policy.all_experts),
+    ):
+        work = _Work(calibration, blocks, store or InMemory(), on_missing, policy, progress)
+        if batches is None:
+            work.derive_all()
+        elif not calibration.wants_data:
+            calibration.run(batches)  # which runs none of them
+            work.derive_all()
+        else:
+            expect_batches(batches)
+            work.run(list(batches), use_attention_mask=use_attention_mask, propagate=propagate)
+        return calibration.finish(policy.enough_tokens)
+
+
+class _Work:
+    """One calibration in blocks."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        blocks: Mapping[str, nn.Module],
+        store: BlockStore,
+        on_missing: OnMissing,
+        policy: ExpertPolicy,
+        progress: Progress | None,
+    ) -> None:
+        self._calibration = calibration
+        self._blocks = blocks
+        self._store = store
+        self._on_missing = on_missing
+        self._policy = policy
+        self._progress = progress
+        self._done = 0
+        #: Observed modules by the block that they lie in.
+        self._members: dict[str, list[ObservedModule]] = {name: [] for name in (*blocks, OUTSIDE)}
+        for each in calibration.observed:
+            self._members[_block_of(each.name, blocks)].append(each)
+
+    def run(self, batches: list[Any], *, use_attention_mask: bool, propagate: bool) -> None:
+        """Pass all batches through all blocks, and derive each block's scales after it."""
+        model = self._calibration.model
+        device = get_execution_device(model, torch.device("cpu"))
+        masks = [find_mask(each, model) if use_attention_mask else BatchMask() for each in batches]
+
+        # a cache would hold the states of all layers of all batches
+        options = no_cache(model)
+
+        def through_model(batch: Any, masked: BatchMask) -> Callable[[], None]:
+            def run() -> None:
+                with token_mask(masked.mask):
+                    run_batch(model, batch, device, options)
+
+            return run
+
+        for each in masks:
+            self._calibration.count_batch(each)
+        self._tell(0)
+        lockstep = Lockstep(self._blocks)
+        runs = [through_model(*each) for each in zip(batches, masks, strict=True)]
+        with eval_mode(model), torch.no_grad(), uncompiled(model), lockstep.gates():
+            lockstep.start(runs, self._seen_by())
+            left = set(self._blocks)
+            while (block := lockstep.next_block()) is not None:
+                with self._store.bring(block):
+                    self._pass(lockstep, block, propagate=propagate)
+                left.discard(block)
+                if not left and not self._members[OUTSIDE]:
+                    lockstep.stop()  # what comes after the last block is of no interest
+        for block in self._blocks:
+            if block in left:  # no batch came to it
+                with self._store.bring(block):
+                    self._derive(block)
+        self._derive(OUTSIDE)
+
+    def _pass(self, lockstep: Lockstep, block: str, *, propagate: bool) -> None:
+        """Let all batches pass one block, observe and quantize it."""
+        if propagate:
+            if self._store.record(block) is None:
+                lockstep.run(block, self._seen_by(block), keep=False)
+            self._derive(block, keep=False)
+            lockstep.run(block, self._seen_by(), keep=True)
+            self._keep(block)
+            return
+        known = self._store.record(block) is not None
+        lockstep.run(block, self._seen_by(None if known else block), keep=True)
+        self._derive(block)
+
+    def derive_all(self) -> None:
+        """Derive the scales of all blocks, where no data is needed."""
+        self._tell(0)
+        for block in self._blocks:
+            with self._store.bring(block):
+                self._derive(block)
+        self._derive(OUTSIDE)
+
+    def _seen_by(self, block: str | None = None) -> Around:
+        """What the turn of a batch has around it: observers see it wholly or not at all.
+
+        Args:
+            block: The block that observes; None for what lies outside of all blocks alone.
+        """
+        observing = [*(self._members[block] if block else ()), *self._members[OUTSIDE]]
+        observing = [each for each in observing if each.wants_data]
+
+        @contextmanager
+        def around(number: int) -> Iterator[None]:
+            with ExitStack() as stack:
+                for each in observing:
+                    stack.enter_context(each.whole_batch(number))
+                yield
+
+        return around
+
+    def _derive(self, block: str, *, keep: bool = True) -> None:
+        """Quantize the modules of a block, or do again what an earlier run did to them."""
+        members, known = self._members[block], self._store.record(block)
+        if known is None:
+            self._calibration.derive(
+                members,
+                self._on_missing,
+                None,
+                self._policy.on_few_tokens,
+                self._policy.enough_tokens,
+            )
+        else:
+            self._calibration.restore(members, known)
+        for each in members:
+            each.forget()
+        if keep:
+            self._keep(block)
+
+    def _keep(self, block: str) -> None:
+        if self._store.record(block) is None:
+            self._store.keep(block, self._calibration.record(self._members[block]))
+        self._done += 1
+        self._tell(self._done)
+
+    def _tell(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress("blocks", done, len(self._members))
+
+
+def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
+    """The block that a module lies in."""
+    return next((each for each in blocks if f"{name}.".startswith(f"{each}.")), OUTSIDE)

@@ -27,7 +27,7 @@ from calipers.calibration.targets import TENSORS, has_global_scale
 from calipers.calibration.write import measure_weight_error, undo_on_error, write_qparam
 from calipers.errors import CalipersError
 
-__all__ = ["freeze_modules", "initialize_modules"]
+__all__ = ["Freezing", "freeze_modules", "initialize_modules"]
 
 #: Which modules go through each stage of a freeze.
 _STAGES: dict[str, Callable[[ObservedModule], bool]] = {
@@ -60,18 +60,12 @@ def freeze_modules(
     Raises:
         Exception: Whatever went wrong; no module is quantized then, statistics are kept.
     """
-    work = _Work(observed, choice, progress)
+    work = Freezing(observed, choice, progress)
     by_name = {each.name: each for each in observed}
     errors: dict[str, float] = {}
     with undo_on_error([each.module for each in observed]), torch.no_grad():
         for names in find_fused_groups(by_name):
-            group = [by_name[name] for name in names]
-            work.initialize(group)
-            with lent_statistics(group):
-                work.judge(group)
-                work.write_global_scales(group)
-                errors |= work.write_weights(group)
-                work.write_activations(group)
+            errors |= work.freeze([by_name[name] for name in names])
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
     return [_report(each, errors.get(each.name), work.verdicts) for each in observed]
@@ -79,16 +73,25 @@ def freeze_modules(
 
 def initialize_modules(observed: Sequence[ObservedModule], choice: ObserverChoice) -> None:
     """Put empty scales on modules, whose values are known already, with status FROZEN."""
-    _Work(observed, choice, None).initialize(observed)
+    Freezing(observed, choice).initialize(observed)
     for each in observed:
         each.module.quantization_status = QuantizationStatus.FROZEN
 
 
-class _Work:
-    """What is done to each group of one freeze."""
+class Freezing:
+    """What is done to each group of one freeze.
+
+    Args:
+        observed: All modules that will be frozen.
+        choice: How the observers were chosen.
+        progress: As in `freeze_modules`.
+    """
 
     def __init__(
-        self, observed: Sequence[ObservedModule], choice: ObserverChoice, progress: Progress | None
+        self,
+        observed: Sequence[ObservedModule],
+        choice: ObserverChoice,
+        progress: Progress | None = None,
     ) -> None:
         self._choice = choice
         self._progress = progress
@@ -101,6 +104,25 @@ class _Work:
         self._recorded: dict[int, QuantizationScheme] = {}
         #: Of tensors that several observers looked at.
         self.verdicts: dict[str, Verdict] = {}
+
+    def freeze(self, group: Sequence[ObservedModule], *, measure: bool = True) -> dict[str, float]:
+        """Quantize the modules of one group, all but their status.
+
+        Args:
+            group: Modules that engines fuse, their weights at hand.
+            measure: Whether the errors of weights are wanted, which cost as much as fake-quantizing
+                them.
+
+        Returns:
+            The relative error of each weight, by the name of its module; none without `measure`.
+        """
+        self.initialize(group)
+        with lent_statistics(group):
+            self.judge(group)
+            self.write_global_scales(group)
+            errors = self.write_weights(group, measure=measure)
+            self.write_activations(group)
+        return errors
 
     def initialize(self, group: Sequence[ObservedModule]) -> None:
         """Empty qparams on every module, with the observers that were really used in its scheme."""
@@ -136,7 +158,9 @@ class _Work:
                     write_qparam(tensor, "global_scale", shared)
         self._tell("global scales", group)
 
-    def write_weights(self, group: Sequence[ObservedModule]) -> dict[str, float]:
+    def write_weights(
+        self, group: Sequence[ObservedModule], *, measure: bool = True
+    ) -> dict[str, float]:
         """Scales and zero points of weights; the relative error of each, by module name."""
         errors = {}
         for each in group:
@@ -149,13 +173,14 @@ class _Work:
                 if verdict is None:
                     tensor.deciding.observe(weight)
                 _write_pair(tensor, verdict)
-            errors[each.name] = measure_weight_error(
-                weight,
-                each.module.get_parameter("weight_scale"),
-                getattr(each.module, "weight_zero_point", None),
-                tensor.args,
-                getattr(each.module, "weight_global_scale", None),
-            )
+            if measure:
+                errors[each.name] = measure_weight_error(
+                    weight,
+                    each.module.get_parameter("weight_scale"),
+                    getattr(each.module, "weight_zero_point", None),
+                    tensor.args,
+                    getattr(each.module, "weight_global_scale", None),
+                )
             self._tell("weights", [each])
         return errors
 

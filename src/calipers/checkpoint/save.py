@@ -22,12 +22,12 @@ from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 
-__all__ = ["compressed_size", "save"]
+__all__ = ["CannotWriteError", "compressed_size", "has_usable_scales", "refuse_taken", "save"]
 
 _LISTED = 20
 
 
-class _CannotWriteError(CheckpointError, OSError):
+class CannotWriteError(CheckpointError, OSError):
     """The system refused to write; an OSError too, as it was."""
 
 
@@ -93,7 +93,7 @@ def save(
                     _save_tokenizer(tokenizer, folder)
                 carry_files(inner, folder, tokenizer=tokenizer is None)
         except (OSError, SafetensorError) as error:
-            raise _CannotWriteError(f"{target} cannot be written: {error}") from error
+            raise CannotWriteError(f"{target} cannot be written: {error}") from error
     return target
 
 
@@ -154,7 +154,7 @@ def _refuse_unready(model: nn.Module) -> None:
             f"{', '.join(told)}); freeze the calibration before saving: "
             f"{listing(open_ones, _LISTED)}"
         )
-    bad = [name for name, module in modules.items() if not _has_usable_scales(module)]
+    bad = [name for name, module in modules.items() if not has_usable_scales(module)]
     if bad:
         raise CheckpointError(
             f"{len(bad)} of {len(modules)} quantized modules lack a scale, or hold one that is "
@@ -162,7 +162,8 @@ def _refuse_unready(model: nn.Module) -> None:
         )
 
 
-def _has_usable_scales(module: nn.Module) -> bool:
+def has_usable_scales(module: nn.Module) -> bool:
+    """Whether a frozen module has all scales that its scheme needs, finite and of a right sign."""
     scheme: Any = module.quantization_scheme
     needed = ["weight_scale"] if scheme.weights is not None else []
     if is_attention(module):
@@ -212,4 +213,4 @@ def refuse_taken(path: Path, *, force: bool) -> None:
                 )
         refuse_unwritable(place)
     except OSError as error:
-        raise _CannotWriteError(f"{path} cannot be written: {error}") from error
+        raise CannotWriteError(f"{path} cannot be written: {error}") from error

@@ -20,13 +20,17 @@ from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
 __all__ = [
+    "SavedPart",
     "checkpoint_bytes",
     "checkpoint_tensors",
     "has_broken_ties",
     "loading_dtype",
     "module_format",
     "quantized_modules",
+    "saved_parts",
+    "saved_state",
     "stored_weight",
+    "without_shared_memory",
 ]
 
 
@@ -54,8 +58,8 @@ def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> di
     """
     tensors: dict[str, Tensor] = {}
     dtype = dtype if are_renamed(model) else None
-    for part in _parts(model):
-        for key, value in _saved_state(part, dtype).items():
+    for part in saved_parts(model):
+        for key, value in saved_state(part, dtype).items():
             if key in part.tied:
                 continue
             name = _join(part.prefix, key)
@@ -66,7 +70,7 @@ def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> di
                 )
             on_cpu = part.scheme is not None or part.offloaded
             tensors[name] = value.cpu() if on_cpu else value
-    return _without_shared_memory(tensors)
+    return without_shared_memory(tensors)
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -81,7 +85,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
     total = 0
     known: dict[object, int] = {}
     dtype = loading_dtype(model) if are_renamed(model) else None
-    for part in _parts(model):
+    for part in saved_parts(model):
         with disable_onloading():
             stored = _stored(part.module)
             shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in stored.items()}
@@ -91,7 +95,7 @@ def checkpoint_bytes(model: nn.Module) -> int:
                 continue
         kind = (type(part.module), part.scheme.model_dump_json(), tuple(sorted(shapes.items())))
         if kind not in known:
-            known[kind] = _bytes(_saved_state(part, dtype))
+            known[kind] = _bytes(saved_state(part, dtype))
         total += known[kind]
     return total
 
@@ -106,7 +110,7 @@ def has_broken_ties(model: nn.Module) -> bool:
     A tie breaks when one side is quantized, or when the two sides hold different tensors already. A
     loader that tied them again would overwrite one of them.
     """
-    kept = {_join(part.prefix, key) for part in _parts(model) for key in part.tied}
+    kept = {_join(part.prefix, key) for part in saved_parts(model) for key in part.tied}
     return not _declared_ties(model).keys() <= kept
 
 
@@ -122,7 +126,7 @@ def loading_dtype(model: nn.Module) -> torch.dtype | None:
         CheckpointError: A module cannot be compressed, or not be decompressed again.
     """
     asked: set[str] = set()
-    for part in _parts(model):
+    for part in saved_parts(model):
         if part.scheme is None or part.scheme.weights is None:
             continue
         kind = f"{type(part.module).__name__} {part.scheme.model_dump_json()}"
@@ -159,8 +163,19 @@ def stored_weight(name: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What a checkpoint stores of a module, tied tensors included."""
+def saved_state(part: SavedPart, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What a checkpoint stores of a module, tied tensors included.
+
+    Args:
+        part: The module.
+        dtype: The `loading_dtype` of a model some of whose weights transformers renames, else None.
+
+    Returns:
+        By local name; some are the module's own memory.
+
+    Raises:
+        CheckpointError: The module cannot be compressed.
+    """
     state = _local_state(part.module)
     if part.scheme is not None:
         state = _compress(part.prefix, state, part.scheme, type(part.module))
@@ -168,7 +183,7 @@ def _saved_state(part: _Part, dtype: torch.dtype | None) -> dict[str, Tensor]:
 
 
 def _in_dtype(
-    part: _Part, state: dict[str, Tensor], dtype: torch.dtype | None
+    part: SavedPart, state: dict[str, Tensor], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """The tensors of a module in the dtype that a loader does not cast to itself, if any.
 
@@ -199,8 +214,17 @@ def _scales_with_dtype(scheme: QuantizationScheme) -> set[str]:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One module of the model, and what of it a checkpoint leaves out."""
+class SavedPart:
+    """One module of the model, and what of it a checkpoint leaves out.
+
+    Attributes:
+        prefix: One of its names in the model.
+        module: The module.
+        scheme: Its scheme; None where it is not quantized.
+        tied: Local names of tensors that loading will tie again.
+        offloaded: Whether compressed-tensors keeps its tensors elsewhere.
+        stays_float32: Whether transformers keeps it in float32 whatever the model's dtype.
+    """
 
     prefix: str
     module: nn.Module
@@ -210,7 +234,7 @@ class _Part:
     stays_float32: bool
 
 
-def _parts(model: nn.Module) -> Iterator[_Part]:
+def saved_parts(model: nn.Module) -> Iterator[SavedPart]:
     """Every module under each of its names, with the local keys that loading will tie again."""
     named = list(model.named_modules(remove_duplicate=False))
     plain = {
@@ -227,7 +251,7 @@ def _parts(model: nn.Module) -> Iterator[_Part]:
     float32 = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for prefix, module in named:
         keys = (*module._parameters, *module._buffers)
-        yield _Part(
+        yield SavedPart(
             prefix=prefix,
             module=module,
             scheme=module.quantization_scheme if is_module_quantized(module) else None,
@@ -293,7 +317,8 @@ def _declared_ties(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_shared_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors made contiguous, each in memory of its own that holds no other one."""
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

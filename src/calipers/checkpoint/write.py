@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from compressed_tensors.base import TRANSFORM_CONFIG_NAME
 from compressed_tensors.compressors import ModelCompressor
 from loguru import logger
-from torch import nn
+from torch import Tensor, nn
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.saved_config import saved_config
 from calipers.checkpoint.tensors import checkpoint_tensors, has_broken_ties, loading_dtype
 
-__all__ = ["write_checkpoint"]
+__all__ = ["write_checkpoint", "write_files"]
 
 
 def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> None:
@@ -29,10 +30,21 @@ def write_checkpoint(model: nn.Module, folder: Path, *, tell: bool = True) -> No
         CheckpointError: A module cannot be compressed, or the config would not mean the model.
         OSError: The folder cannot be written to.
     """
+    dtype = loading_dtype(model)
+    write_files(model, folder, checkpoint_tensors(model, dtype), dtype, tell=tell)
+
+
+def write_files(
+    model: nn.Module,
+    folder: Path,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    *,
+    tell: bool = True,
+) -> None:
+    """As `write_checkpoint`, with these tensors and this `loading_dtype`."""
     save_pretrained: Any = model.save_pretrained
     config = saved_config(model)
-    dtype = loading_dtype(model)
-    tensors = checkpoint_tensors(model, dtype)
     changes = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if changes and tell:
         logger.warning(

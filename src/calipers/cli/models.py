@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from calipers._quiet import no_progress_bars
 from calipers.checkpoint.loading import loading_experts
+from calipers.checkpoint.opening import class_to_load, refuse_incomplete
 from calipers.errors import CalipersError
 
 __all__ = ["load_model", "load_tokenizer", "peak_memory_bytes"]
@@ -52,7 +51,7 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
         )
     if not (path / "config.json").is_file():
         raise CalipersError(f"{path}: expected a local transformers directory with a config.json")
-    kind = _auto_class(path)
+    kind = class_to_load(path)
     with no_progress_bars(), loading_experts():
         model, info = kind.from_pretrained(
             path,
@@ -60,49 +59,8 @@ def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    _refuse_incomplete(path, info)
+    refuse_incomplete(path, info)
     return model.to(place).eval()
-
-
-def _auto_class(path: Path) -> Any:
-    """The class of transformers that loads what the config names, with its head if it has one."""
-    import transformers
-    from transformers.models.auto import modeling_auto as known
-
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        names = set(config.get("architectures") or [])
-    except (ValueError, AttributeError):
-        return transformers.AutoModelForCausalLM  # it says what is wrong with the config
-    # transformers before 5 does not have it
-    if names & _values(getattr(known, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})):
-        return transformers.AutoModelForMultimodalLM
-    if names & _values(known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        return transformers.AutoModelForCausalLM
-    # Sentence encoders are bare.
-    bare = names & _values(known.MODEL_MAPPING_NAMES)
-    return transformers.AutoModel if bare else transformers.AutoModelForCausalLM
-
-
-def _values(mapping: Mapping[str, Any]) -> set[str]:
-    """Names of classes; some kinds of models have several."""
-    return {
-        name
-        for value in mapping.values()
-        for name in ([value] if isinstance(value, str) else value)
-    }
-
-
-def _refuse_incomplete(path: Path, info: dict[str, Any]) -> None:
-    # A pooler comes after the last hidden state: sentence encoders are often saved without it.
-    missing = [name for name in info["missing_keys"] if "pooler." not in name]
-    missing += [each[0] for each in info["mismatched_keys"]]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CalipersError(
-            f"{path}: lacks weights that the model needs, or has them in other shapes: "
-            f"{min(missing)}{more}"
-        )
 
 
 def load_tokenizer(path: Path) -> Any:

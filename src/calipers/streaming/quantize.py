@@ -1,0 +1,351 @@
+"""`quantize_checkpoint`: a checkpoint quantized shard by shard, without a model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationMetadata, QuantizationStatus
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from calipers.calibration.batches import Progress
+from calipers.calibration.checks import OnUnfit
+from calipers.calibration.config import KVCacheLike, SchemeLike
+from calipers.calibration.fused import find_fused_groups
+from calipers.calibration.observed import ObservedModule
+from calipers.calibration.parts import Only
+from calipers.calibration.plan import ObserverChoice
+from calipers.checkpoint.journal import Staging, resumable
+from calipers.checkpoint.names import are_renamed
+from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse_taken
+from calipers.checkpoint.source import carry_files, refuse_source
+from calipers.checkpoint.write import write_files
+from calipers.errors import CheckpointError
+from calipers.streaming.pipeline import read_ahead, writing_behind
+from calipers.streaming.plan import Shard, Statistics, StreamPlan, plan_stream
+from calipers.streaming.source import Load, Reader
+from calipers.streaming.units import Unit, stored_tensors
+
+__all__ = ["SHARD_BYTES", "StreamReport", "quantize_checkpoint", "run_stream"]
+
+#: Most bytes of a file of weights.
+SHARD_BYTES = 2 * 10**9
+#: Bytes of the checkpoint that are read ahead.
+_AHEAD = 2**28
+_INDEX = "model.safetensors.index.json"
+_MEGABYTE = 10**6
+
+#: What was read for a unit.
+Tensors = dict[Load, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What was done to a checkpoint.
+
+    Attributes:
+        out: The folder that was written.
+        modules: How many modules were quantized.
+        shards: Files of weights.
+        resumed: How many of them a command that was killed had written already.
+        bytes_before: Bytes of the tensors that were read, of resumed shards included.
+        bytes_after: Bytes of the tensors that were written.
+        seconds: How long it took, opening the checkpoint included.
+    """
+
+    out: Path
+    modules: int
+    shards: int
+    resumed: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**asdict(self), "out": str(self.out)}
+
+
+def quantize_checkpoint(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    scheme: SchemeLike | None,
+    observer: str | None = None,
+    *,
+    observer_options: Mapping[str, Any] | None = None,
+    activation_observer: str | None = None,
+    ignore: str | Iterable[str] = (),
+    on_unfit: OnUnfit = "error",
+    scheme_options: Mapping[str, Any] | None = None,
+    kv_cache: KVCacheLike = None,
+    only: Only | None = None,
+    statistics: Statistics | None = None,
+    force: bool = False,
+    load_check: bool = True,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> StreamReport:
+    """Quantize a checkpoint of safetensors into another one, a few tensors at a time.
+
+    The tensors are those that `calibrate` and `save` would write, byte for byte; how they are
+    distributed over files may differ. The model is never in memory: beside what PyTorch and the
+    model's structure take, memory holds at most two shards of the result (one that is filled and
+    one that is written), two units (a unit is a module, or the modules that share a global scale)
+    with what is computed of them, and 512 MiB that were read ahead.
+
+    Where the process is killed, or an exception goes out, the shards that are complete stay beside
+    `out`, and the same call goes on after them.
+
+    Args:
+        path: A local transformers folder with safetensors.
+        out: Folder to write; see `calipers.save`.
+        scheme: As in `calibrate`; it must need no data but `statistics`.
+        observer: Observer of weights; None takes the one that the scheme names, else
+            "memoryless_minmax", or "optimal" where there are statistics.
+        observer_options: As in `calibrate`, and so are the next six.
+        activation_observer: Observer of static activations.
+        ignore: Modules left alone.
+        on_unfit: What to do about modules whose columns a group size does not divide.
+        scheme_options: Arguments of the scheme's weights that are to be others.
+        kv_cache: What keys and values are quantized to.
+        only: "language" quantizes the language part alone.
+        statistics: For observers that learn from data: their states, as `Observer.state` gives
+            them, by the name of the tensor ("model.layers.0.mlp.down_proj.weight",
+            "model.layers.0.mlp.down_proj.input").
+        force: Replace an existing folder, with all that is in it.
+        load_check: Try first on a small twin of the model whether the result loads back.
+        dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
+        device: Where scales are computed and weights quantized.
+        shard_bytes: Most bytes of a file of weights; a single unit may be larger.
+        progress: Called as `progress("megabytes", done, total)`, by what was read.
+
+    Raises:
+        MissingDataError: The scheme or an observer needs statistics that are not there.
+        CheckpointError: The path is taken, or cannot be written; a module cannot be compressed.
+        CalipersError: The checkpoint cannot be opened, is incomplete or is quantized already.
+        ValueError: As `calibrate`. All of these are told before any weight is read, but for what
+            only the weights tell.
+
+    Example:
+        >>> import tempfile
+        >>> from calipers.demo import MODEL_PATH
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = quantize_checkpoint(MODEL_PATH, f"{folder}/out", "W4A16")
+        >>> report.modules, report.shards
+        (28, 1)
+    """
+    started = time.perf_counter()
+    source, target = Path(path).expanduser(), Path(out).expanduser()
+    refuse_source(target, source)
+    refuse_taken(target, force=force)
+    choice = ObserverChoice(
+        observer, activation_observer, dict(observer_options or {}), statistics is not None
+    )
+    plan = plan_stream(
+        source,
+        scheme,
+        choice,
+        ignore,
+        on_unfit,
+        scheme_options,
+        kv_cache,
+        only,
+        statistics=statistics,
+        load_check=load_check,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+    )
+    resumed = run_stream(plan, target, force=force, device=torch.device(device), progress=progress)
+    return StreamReport(
+        out=target,
+        modules=len(plan.plan.observed),
+        shards=len(plan.shards),
+        resumed=resumed,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def run_stream(
+    plan: StreamPlan,
+    out: Path,
+    *,
+    force: bool,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> int:
+    """Do what was planned.
+
+    Args:
+        plan: See `plan_stream`; it is used up.
+        out: As in `quantize_checkpoint`, and so are the others.
+        force: Replace an existing folder.
+        device: Where to compute.
+        progress: Called by what was read.
+
+    Returns:
+        How many shards were there already.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or a module cannot be compressed.
+    """
+    place = out.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with resumable(place, plan.fingerprint(), force=force) as staging:
+            _write_configs(plan, staging.folder)
+            todo = [shard for shard in plan.shards if not staging.done(shard.name)]
+            _write_shards(plan, todo, staging, device, progress)
+            _write_index(plan, staging)
+    except (OSError, SafetensorError) as error:
+        raise CannotWriteError(f"{out} cannot be written: {error}") from error
+    return len(plan.shards) - len(todo)
+
+
+def _write_configs(plan: StreamPlan, folder: Path) -> None:
+    """Everything but the weights, as `save` writes it."""
+    write_files(plan.source.model, folder, {}, plan.dtype)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    carry_files(plan.source.model, folder, tokenizer=True)
+
+
+def _write_shards(
+    plan: StreamPlan,
+    shards: list[Shard],
+    staging: Staging,
+    device: torch.device,
+    progress: Progress | None,
+) -> None:
+    """Read, compute and write at once."""
+    left = {id(unit): shard for shard in shards for unit in shard.units}
+    units = [unit for shard in shards for unit in shard.units]
+    total = plan.bytes_before
+    done = total - sum(unit.bytes_read for unit in units)
+    counts = {shard.name: len(shard.units) for shard in shards}
+    filling: dict[str, Tensor] = {}
+    reader = Reader(plan.source)
+
+    def read(unit: Unit) -> Tensors:
+        return {load: reader.read(load) for load in unit.loads}
+
+    def write(filled: tuple[str, dict[str, Tensor]]) -> None:
+        name, tensors = filled
+        note = {key: value.nbytes for key, value in tensors.items()}
+        staging.write(
+            name, {name: lambda path: save_file(tensors, path, {"format": "pt"})}, note=note
+        )
+
+    def tell() -> None:
+        if progress is not None:
+            progress("megabytes", done // _MEGABYTE, total // _MEGABYTE)
+
+    tell()
+    with writing_behind(write) as put:
+        for unit, tensors in read_ahead(units, read, lambda unit: unit.bytes_read, _AHEAD):
+            filling |= _quantized(plan, unit, tensors, device)
+            tensors.clear()
+            name = left[id(unit)].name
+            counts[name] -= 1
+            if not counts[name]:
+                put((name, filling))
+                filling = {}
+            done += unit.bytes_read
+            tell()
+
+
+@torch.no_grad()
+def _quantized(
+    plan: StreamPlan, unit: Unit, tensors: Tensors, device: torch.device
+) -> dict[str, Tensor]:
+    """What is written of a unit, by name."""
+    with _weights_in_place(plan, unit, tensors, device):
+        by_name = {each.name: each for each in unit.group}
+        for names in find_fused_groups(by_name):
+            _freeze(plan, [by_name[name] for name in names])
+        model = plan.source.model
+        return stored_tensors(model, unit.parts, plan.dtype if are_renamed(model) else None)
+
+
+def _freeze(plan: StreamPlan, group: list[ObservedModule]) -> None:
+    states = plan.statistics or {}
+    tensors = [tensor for each in group for tensor in each.tensors.values()]
+    for each in group:
+        _forget_quantization(each.module)
+    for tensor in tensors:
+        if tensor.full_name in states:
+            tensor.observer.load_state(states[tensor.full_name])
+    plan.freezing.freeze(group, measure=False)
+    for tensor in tensors:
+        tensor.observer.reset()
+    for each in group:
+        each.module.quantization_status = QuantizationStatus.FROZEN
+        if not has_usable_scales(each.module):
+            raise CheckpointError(f"{each.name}: a scale came out NaN, infinite or not positive")
+
+
+def _forget_quantization(module: nn.Module) -> None:
+    """Take off what the plan had put on a module without weights."""
+    QuantizationMetadata.clear_quantization(module)
+    for name in ("quantization_status", "forward"):
+        module.__dict__.pop(name, None)
+
+
+@contextmanager
+def _weights_in_place(
+    plan: StreamPlan, unit: Unit, tensors: Tensors, device: torch.device
+) -> Iterator[None]:
+    """A block in which the modules of a unit have their weights; afterwards they are empty."""
+    made = {load: plan.source.convert(load, own) for load, own in tensors.items()}
+    quantized = {id(each.module) for each in unit.group}
+    modules = {id(part.module): part.module for part in unit.parts}
+    for number, places in unit.places.items():
+        module = modules[number]
+        for key, place in places.items():
+            value = made[place.load][place.name]
+            if place.view is not None:
+                value = value.as_strided(*place.view)
+            if number in quantized:
+                value = value.to(device)
+            if key in module._buffers:
+                module._buffers[key] = value
+            else:
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    made.clear()
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            for key, full in list(module._parameters.items()):
+                if full is not None:
+                    empty = nn.Parameter(full.detach().to("meta"), requires_grad=False)
+                    module._parameters[key] = empty
+            for key in unit.places.get(id(module), {}).keys() & module._buffers.keys():
+                module._buffers[key] = module.get_buffer(key).to("meta")
+
+
+def _write_index(plan: StreamPlan, staging: Staging) -> None:
+    if len(plan.shards) == 1:
+        return
+    sizes = {shard.name: staging.note(shard.name) for shard in plan.shards}
+    index = {
+        "metadata": {
+            "total_parameters": plan.source.model.num_parameters(),
+            "total_size": sum(sum(own.values()) for own in sizes.values()),
+        },
+        "weight_map": {key: name for name, own in sizes.items() for key in own},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (staging.folder / _INDEX).write_text(text, encoding="utf-8")

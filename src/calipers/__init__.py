@@ -14,6 +14,7 @@ from calipers.errors import (
 )
 from calipers.evaluation import perplexity
 from calipers.observers import Observer
+from calipers.streaming import quantize_checkpoint
 
 __version__ = "0.1.0"
 
@@ -31,5 +32,6 @@ __all__ = [
     "calibrate",
     "loading_experts",
     "perplexity",
+    "quantize_checkpoint",
     "save",
 ]

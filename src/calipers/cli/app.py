@@ -15,6 +15,7 @@ from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
 from calipers.cli.evaluate import evaluate
 from calipers.cli.listings import observers, schemes
+from calipers.cli.quantize import quantize
 
 __all__ = ["app"]
 
@@ -46,5 +47,7 @@ def _main(
     pass
 
 
-for _command in (calibrate, evaluate, compare, coverage, demo, observers, schemes, doctor):
+_COMMANDS = (calibrate, quantize, evaluate, compare, coverage, demo, observers, schemes, doctor)
+
+for _command in _COMMANDS:
     app.command(cls=Command, context_settings=CONTEXT)(_command)

@@ -54,12 +54,12 @@ class Shard:
     units: list[Unit]
 
     @property
-    def bytes_before(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of what is read for it."""
         return sum(each.bytes_read for each in self.units)
 
     @property
-    def bytes_after(self) -> int:
+    def bytes_written(self) -> int:
         """Bytes of its tensors."""
         return sum(each.bytes_written for each in self.units)
 
@@ -85,14 +85,14 @@ class StreamPlan:
     statistics: Statistics | None
 
     @property
-    def bytes_before(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of all that is read."""
-        return sum(each.bytes_before for each in self.shards)
+        return sum(each.bytes_read for each in self.shards)
 
     @property
-    def bytes_after(self) -> int:
+    def bytes_written(self) -> int:
         """Bytes of all tensors that are written."""
-        return sum(each.bytes_after for each in self.shards)
+        return sum(each.bytes_written for each in self.shards)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the files of the shards depend on, as JSON holds it."""
@@ -120,7 +120,7 @@ class StreamPlan:
 
 
 def plan_stream(
-    path: Path,
+    source: SourceCheckpoint,
     scheme: SchemeLike | None,
     choice: ObserverChoice,
     ignore: str | Iterable[str] = (),
@@ -131,13 +131,12 @@ def plan_stream(
     *,
     statistics: Statistics | None = None,
     load_check: bool = True,
-    dtype: str = "auto",
     shard_bytes: int,
 ) -> StreamPlan:
-    """Open a checkpoint, and settle what will be read, quantized and written.
+    """Settle what of a checkpoint will be read, quantized and written.
 
     Args:
-        path: A local transformers folder.
+        source: The checkpoint, whose model nothing was done to; its model is changed.
         scheme: As in `plan_observers`, and so are the next six.
         choice: How observers are chosen.
         ignore: Modules to leave alone.
@@ -147,14 +146,12 @@ def plan_stream(
         only: A part of the model.
         statistics: States of observers that learn from data.
         load_check: Try first on a small twin of the model whether the result would load back.
-        dtype: "auto", or the name of a torch dtype.
         shard_bytes: Most bytes of a shard, where it holds more than one unit.
 
     Raises:
         MissingDataError: Observers need statistics that are not there.
-        ValueError: As `plan_observers`, `SourceCheckpoint` and `refuse_unloadable`.
+        ValueError: As `plan_observers` and `refuse_unloadable`.
     """
-    source = SourceCheckpoint(path, dtype)
     model = source.model
     restore = separate_experts(model)
     plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only)

@@ -30,9 +30,9 @@ from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse
 from calipers.checkpoint.source import carry_files, refuse_source
 from calipers.checkpoint.write import write_files
 from calipers.errors import CheckpointError
-from calipers.streaming.pipeline import read_ahead, writing_behind
+from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
 from calipers.streaming.plan import Shard, Statistics, StreamPlan, plan_stream
-from calipers.streaming.source import Load, Reader
+from calipers.streaming.source import Load, Reader, SourceCheckpoint
 from calipers.streaming.units import Unit, stored_tensors
 
 __all__ = ["SHARD_BYTES", "StreamReport", "quantize_checkpoint", "run_stream"]
@@ -40,7 +40,7 @@ __all__ = ["SHARD_BYTES", "StreamReport", "quantize_checkpoint", "run_stream"]
 #: Most bytes of a file of weights.
 SHARD_BYTES = 2 * 10**9
 #: Bytes of the checkpoint that are read ahead.
-_AHEAD = 2**28
+_AHEAD = 2**26
 _INDEX = "model.safetensors.index.json"
 _MEGABYTE = 10**6
 
@@ -57,8 +57,8 @@ class StreamReport:
         modules: How many modules were quantized.
         shards: Files of weights.
         resumed: How many of them a command that was killed had written already.
-        bytes_before: Bytes of the tensors that were read, of resumed shards included.
-        bytes_after: Bytes of the tensors that were written.
+        bytes_before: Bytes of the tensors in the checkpoint that are used.
+        bytes_after: Bytes of the tensors in the result.
         seconds: How long it took, opening the checkpoint included.
     """
 
@@ -152,8 +152,9 @@ def quantize_checkpoint(
     choice = ObserverChoice(
         observer, activation_observer, dict(observer_options or {}), statistics is not None
     )
+    choice.check()
     plan = plan_stream(
-        source,
+        SourceCheckpoint(source, dtype),
         scheme,
         choice,
         ignore,
@@ -163,7 +164,6 @@ def quantize_checkpoint(
         only,
         statistics=statistics,
         load_check=load_check,
-        dtype=dtype,
         shard_bytes=shard_bytes,
     )
     resumed = run_stream(plan, target, force=force, device=torch.device(device), progress=progress)
@@ -172,8 +172,8 @@ def quantize_checkpoint(
         modules=len(plan.plan.observed),
         shards=len(plan.shards),
         resumed=resumed,
-        bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
+        bytes_before=plan.bytes_read,
+        bytes_after=plan.bytes_written,
         seconds=time.perf_counter() - started,
     )
 
@@ -232,7 +232,7 @@ def _write_shards(
     """Read, compute and write at once."""
     left = {id(unit): shard for shard in shards for unit in shard.units}
     units = [unit for shard in shards for unit in shard.units]
-    total = plan.bytes_before
+    total = plan.bytes_read
     done = total - sum(unit.bytes_read for unit in units)
     counts = {shard.name: len(shard.units) for shard in shards}
     filling: dict[str, Tensor] = {}
@@ -253,6 +253,7 @@ def _write_shards(
             progress("megabytes", done // _MEGABYTE, total // _MEGABYTE)
 
     tell()
+    kept = 0
     with writing_behind(write) as put:
         for unit, tensors in read_ahead(units, read, lambda unit: unit.bytes_read, _AHEAD):
             filling |= _quantized(plan, unit, tensors, device)
@@ -264,6 +265,10 @@ def _write_shards(
                 filling = {}
             done += unit.bytes_read
             tell()
+            kept += unit.bytes_read
+            if kept > _AHEAD:
+                give_back_memory()
+                kept = 0
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 #: Bytes that are read through one mapping of a file: the pages of a mapping count as memory of the
 #: process until it is closed.
-_MAPPED = 2**27
+_MAPPED = 2**26
 
 
 @dataclass(frozen=True)

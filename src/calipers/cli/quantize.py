@@ -1,0 +1,220 @@
+"""`calipers quantize`: a checkpoint in, a quantized one out, without a model in memory."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from compressed_tensors.quantization import DynamicType, QuantizationArgs
+from rich.filesize import decimal
+
+from calipers.calibration import resolve_config
+from calipers.calibration.experts import separated_experts
+from calipers.calibration.plan import ObserverChoice
+from calipers.calibration.report import summarize_left_alone
+from calipers.calibration.shadows import read_options
+from calipers.calibration.targets import gather_experts, kind_of
+from calipers.checkpoint.replace import recover
+from calipers.checkpoint.save import refuse_taken
+from calipers.checkpoint.source import refuse_source
+from calipers.cli import options
+from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, group_size_of, sized
+from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
+from calipers.cli.models import peak_memory_bytes
+from calipers.demo import MODEL_PATH
+from calipers.errors import CalipersError
+from calipers.streaming.plan import StreamPlan, plan_stream
+from calipers.streaming.quantize import SHARD_BYTES, run_stream
+from calipers.streaming.source import SourceCheckpoint
+
+__all__ = ["quantize"]
+
+_MEGABYTE = 10**6
+
+
+def quantize(
+    model: options.ModelFolder = None,
+    scheme: Annotated[
+        str | None,
+        typer.Option(
+            help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
+            "size that divides the columns of all modules."
+        ),
+    ] = None,
+    group_size: options.GroupSize = None,
+    observer: Annotated[
+        str | None,
+        typer.Option(
+            help="Observer of weights (see `calipers observers`). "
+            "Default: the scheme's, else memoryless_minmax."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
+    ] = None,
+    plugin: options.Plugins = None,
+    ignore: options.Ignore = None,
+    only: options.OnlyPart = None,
+    on_unfit: Annotated[
+        str,
+        typer.Option(
+            help="Modules whose columns the group size does not divide, or that --out could not "
+            "be loaded back with: error, skip."
+        ),
+    ] = "error",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done, with sizes, and write nothing."),
+    ] = False,
+    no_load_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-load-check",
+            help="Do not try first, on a small twin of the model, whether DIR would load back.",
+        ),
+    ] = False,
+    shard_size: Annotated[
+        int,
+        typer.Option(min=1, metavar="MB", help="Most megabytes of a file of weights of DIR."),
+    ] = SHARD_BYTES // _MEGABYTE,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
+    json: options.Json = False,
+) -> None:
+    """Quantize a checkpoint shard by shard; the model is never in memory, and no data is needed.
+
+    The tensors are those that `calipers calibrate --no-data` writes. Killed or interrupted, the
+    same command goes on after the shards that are complete.
+
+    Examples:
+      calipers quantize ./Llama-3-70B --scheme FP8_DYNAMIC --out ./Llama-3-70B-FP8
+
+      calipers quantize ./Llama-3-70B --observer optimal --option objective=mse --out ./int4
+
+      calipers quantize ./Qwen3-235B-A22B --scheme NVFP4A16 --dry-run
+    """
+    with plain_errors(), show_progress() as progress:
+        started = time.perf_counter()
+        path = MODEL_PATH if model is None else model
+        if out is None and not dry_run:
+            raise CalipersError("--out DIR says where to write; --dry-run writes nothing")
+        if out is not None:
+            recover(path.expanduser().resolve())
+            refuse_source(out, path)
+            refuse_taken(out, force=force)
+        part = options.known_part(only)
+        options.load_plugins(plugin)
+        patterns = tuple(ignore or ())
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size))
+        choice = ObserverChoice(observer, None, read_options(option or [], "--option"))
+        choice.check()
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        source = SourceCheckpoint(path, dtype)
+        size_note = None
+        if scheme is None and group_size is None and on_unfit == "error":
+            with separated_experts(source.model):
+                group_size, size_note = choose_group_size(source.model, patterns, part)
+        plan = plan_stream(
+            source,
+            scheme or DEFAULT_SCHEME,
+            choice,
+            patterns,
+            on_unfit,  # type: ignore[arg-type]  # checked there
+            sized(group_size),
+            only=part,
+            load_check=not no_load_check,
+            shard_bytes=shard_size * _MEGABYTE,
+        )
+        resumed = None
+        if out is not None and not dry_run:
+            resumed = run_stream(plan, out, force=force, device=place, progress=progress)
+        result = {
+            "model": "demo" if model is None else str(model),
+            "scheme": scheme or DEFAULT_SCHEME,
+            "group_size": group_size_of(plan.plan.config),
+            "modules": _kinds(plan),
+            "left_alone": summarize_left_alone(
+                gather_experts(source.model, plan.plan.resolution.left_alone)
+            ),
+            "shards": [
+                {"file": each.name, "bytes_read": each.bytes_read, "bytes": each.bytes_written}
+                for each in plan.shards
+            ],
+            "bytes_before": plan.bytes_read,
+            "bytes_after": plan.bytes_written,
+            "out": None if resumed is None else str(out),
+            "resumed": resumed,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+    if json:
+        print_json(result)
+    else:
+        _print(result, size_note)
+
+
+def _kinds(plan: StreamPlan) -> list[dict[str, Any]]:
+    """Quantized modules by the pattern of their names."""
+    kinds: Counter[tuple[str, str, str, str]] = Counter()
+    for each in plan.plan.observed:
+        weight = each.weight_observer
+        chosen = "-" if weight is None else str(weight.args.observer)
+        weights, inputs = _said(each.scheme.weights), _said(each.scheme.input_activations)
+        kinds[(kind_of(each.name), chosen, weights, inputs)] += 1
+    keys = ("pattern", "observer", "weights", "inputs")
+    return [{**dict(zip(keys, kind, strict=True)), "count": count} for kind, count in kinds.items()]
+
+
+def _said(args: QuantizationArgs | None) -> str:
+    if args is None:
+        return "-"
+    kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
+    size = f" of {args.group_size}" if args.group_size else ""
+    how = ""
+    if args.dynamic:
+        how = "local " if args.dynamic == DynamicType.LOCAL else "dynamic "
+    return f"{kind}{args.num_bits}, {how}{strategy}{size}"
+
+
+def _print(result: dict[str, Any], size_note: str | None) -> None:
+    print_table(
+        f"{result['model']}, scheme {result['scheme']}",
+        ("modules", "count", "observer", "weights", "inputs"),
+        [
+            (each["pattern"], str(each["count"]), each["observer"], each["weights"], each["inputs"])
+            for each in result["modules"]
+        ],
+        right=("count",),
+    )
+    if result["out"] is None:
+        print_table(
+            "Files of weights",
+            ("file", "read", "written"),
+            [
+                (each["file"], decimal(each["bytes_read"]), decimal(each["bytes"]))
+                for each in result["shards"]
+            ],
+            right=("read", "written"),
+        )
+    before, after = result["bytes_before"], result["bytes_after"]
+    size = result["group_size"]
+    resumed = result["resumed"]
+    lines = [
+        ("group size", size and (size_note or str(size))),
+        ("size", f"{decimal(before)} -> {decimal(after)} ({after / max(1, before):.0%})"),
+        ("time", f"{result['seconds']:.1f} s"),
+        ("peak memory", decimal(result["peak_memory_bytes"])),
+        ("went on after", f"{resumed} of {len(result['shards'])} files" if resumed else None),
+        *(("left unquantized", text) for text in result["left_alone"]),
+        ("checkpoint", result["out"] or "not written (--dry-run)"),
+    ]
+    print_lines((name, text) for name, text in lines if text is not None)

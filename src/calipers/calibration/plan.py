@@ -147,6 +147,11 @@ class Plan:
     observed: list[ObservedModule]
     choice: ObserverChoice
 
+    @property
+    def states(self) -> dict[str, tuple[str, ...]]:
+        """The states that are observed of each attention module, by its name."""
+        return {each.name: tuple(each.tensors) for each in self.observed if each.is_attention}
+
 
 def plan_observers(
     model: torch.nn.Module,

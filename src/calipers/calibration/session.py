@@ -116,9 +116,7 @@ class Calibration:
         self._calls = CallCounter(model, layers)
         self._attention = AttentionHooks(model)
         try:
-            self._attention.install(
-                {each.name: tuple(each.tensors) for each in self.observed if each.is_attention}
-            )
+            self._attention.install(plan.states)
             for each in self.observed:
                 each.attach()
         except BaseException:

@@ -21,7 +21,13 @@ from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
 from calipers.grouping import chunk_size
 
-__all__ = ["measure_output_error", "measure_weight_error", "undo_on_error", "write_qparam"]
+__all__ = [
+    "forget_quantization",
+    "measure_output_error",
+    "measure_weight_error",
+    "undo_on_error",
+    "write_qparam",
+]
 
 # compressed-tensors puts these on the instance: the quantized forward, and the one that an
 # offloaded module calls
@@ -90,12 +96,17 @@ def undo_on_error(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
         yield
     except BaseException:
         for module, forwards in before:
-            QuantizationMetadata.clear_quantization(module)
-            clear_states(module)
-            for name in ("quantization_status", *_FORWARDS):
-                module.__dict__.pop(name, None)
+            forget_quantization(module)
             module.__dict__.update(forwards)
         raise
+
+
+def forget_quantization(module: torch.nn.Module) -> None:
+    """Take off a module all that quantizing it has put there, its own forward included."""
+    QuantizationMetadata.clear_quantization(module)
+    clear_states(module)
+    for name in ("quantization_status", *_FORWARDS):
+        module.__dict__.pop(name, None)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from compressed_tensors.quantization import QuantizationStatus
 from torch import Tensor, nn
 
+from calipers.calibration.attention import AttentionHooks
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
@@ -72,6 +73,7 @@ class StreamPlan:
         source: The checkpoint, with its model on the meta device.
         plan: The modules to quantize and their observers.
         freezing: Quantizes groups of them.
+        attention: What shows the states of attention.
         shards: What is written.
         dtype: See `calipers.checkpoint.tensors.loading_dtype`.
         statistics: States of observers; None where there are none.
@@ -80,6 +82,7 @@ class StreamPlan:
     source: SourceCheckpoint
     plan: Plan
     freezing: Freezing
+    attention: AttentionHooks
     shards: list[Shard]
     dtype: torch.dtype | None
     statistics: Statistics | None
@@ -130,6 +133,7 @@ def plan_stream(
     only: Only | None = None,
     *,
     statistics: Statistics | None = None,
+    runs_data: bool = False,
     load_check: bool = True,
     shard_bytes: int,
 ) -> StreamPlan:
@@ -145,6 +149,7 @@ def plan_stream(
         kv_cache: What keys and values are quantized to.
         only: A part of the model.
         statistics: States of observers that learn from data.
+        runs_data: Whether data will be run through the model, so that no statistics are needed.
         load_check: Try first on a small twin of the model whether the result would load back.
         shard_bytes: Most bytes of a shard, where it holds more than one unit.
 
@@ -160,9 +165,12 @@ def plan_stream(
         unloadable = refuse_unloadable(model, schemes, skip=on_unfit == "skip")
         plan = without_modules(plan, unloadable, "cannot be loaded back")
     plan = without_modules(plan, _never_called(model, plan), "never called")
-    _refuse_without_statistics(plan, statistics or {})
+    if not runs_data:
+        _refuse_without_statistics(plan, statistics or {})
     _refuse_missing(source, plan)
     freezing = Freezing(plan.observed, plan.choice)
+    attention = AttentionHooks(model)
+    attention.install(plan.states)
     by_name = {each.name: each for each in plan.observed}
     for names in find_fused_groups(by_name):
         freezing.initialize([by_name[name] for name in names])
@@ -172,7 +180,9 @@ def plan_stream(
     stored = loading_dtype(model)
     parts = saved_parts(model)
     units = find_units(source, parts, plan.observed, stored if are_renamed(model) else None)
-    return StreamPlan(source, plan, freezing, _shards(units, shard_bytes), stored, statistics)
+    return StreamPlan(
+        source, plan, freezing, attention, _shards(units, shard_bytes), stored, statistics
+    )
 
 
 def _never_called(model: nn.Module, plan: Plan) -> set[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationMetadata, QuantizationStatus
+from compressed_tensors.quantization import QuantizationStatus
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,24 +24,32 @@ from calipers.calibration.fused import find_fused_groups
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice
+from calipers.calibration.write import forget_quantization
 from calipers.checkpoint.journal import Staging, resumable
 from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse_taken
 from calipers.checkpoint.source import carry_files, refuse_source
 from calipers.checkpoint.write import write_files
 from calipers.errors import CheckpointError
+from calipers.streaming.assemble import INDEX
 from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
 from calipers.streaming.plan import Shard, Statistics, StreamPlan, plan_stream
 from calipers.streaming.source import Load, Reader, SourceCheckpoint
 from calipers.streaming.units import Unit, stored_tensors
 
-__all__ = ["SHARD_BYTES", "StreamReport", "quantize_checkpoint", "run_stream"]
+__all__ = [
+    "SHARD_BYTES",
+    "StreamReport",
+    "quantize_checkpoint",
+    "run_stream",
+    "weights_in_place",
+    "write_configs",
+]
 
 #: Most bytes of a file of weights.
 SHARD_BYTES = 2 * 10**9
 #: Bytes of the checkpoint that are read ahead.
 _AHEAD = 2**26
-_INDEX = "model.safetensors.index.json"
 _MEGABYTE = 10**6
 
 #: What was read for a unit.
@@ -205,7 +213,7 @@ def run_stream(
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with resumable(place, plan.fingerprint(), force=force) as staging:
-            _write_configs(plan, staging.folder)
+            write_configs(plan, staging.folder)
             todo = [shard for shard in plan.shards if not staging.done(shard.name)]
             _write_shards(plan, todo, staging, device, progress)
             _write_index(plan, staging)
@@ -214,7 +222,7 @@ def run_stream(
     return len(plan.shards) - len(todo)
 
 
-def _write_configs(plan: StreamPlan, folder: Path) -> None:
+def write_configs(plan: StreamPlan, folder: Path) -> None:
     """Everything but the weights, as `save` writes it."""
     write_files(plan.source.model, folder, {}, plan.dtype)
     for file in folder.glob("*.safetensors"):
@@ -276,7 +284,7 @@ def _quantized(
     plan: StreamPlan, unit: Unit, tensors: Tensors, device: torch.device
 ) -> dict[str, Tensor]:
     """What is written of a unit, by name."""
-    with _weights_in_place(plan, unit, tensors, device):
+    with weights_in_place(plan, unit, tensors, device):
         by_name = {each.name: each for each in unit.group}
         for names in find_fused_groups(by_name):
             _freeze(plan, [by_name[name] for name in names])
@@ -288,7 +296,7 @@ def _freeze(plan: StreamPlan, group: list[ObservedModule]) -> None:
     states = plan.statistics or {}
     tensors = [tensor for each in group for tensor in each.tensors.values()]
     for each in group:
-        _forget_quantization(each.module)
+        forget_quantization(each.module)
     for tensor in tensors:
         if tensor.full_name in states:
             tensor.observer.load_state(states[tensor.full_name])
@@ -301,18 +309,19 @@ def _freeze(plan: StreamPlan, group: list[ObservedModule]) -> None:
             raise CheckpointError(f"{each.name}: a scale came out NaN, infinite or not positive")
 
 
-def _forget_quantization(module: nn.Module) -> None:
-    """Take off what the plan had put on a module without weights."""
-    QuantizationMetadata.clear_quantization(module)
-    for name in ("quantization_status", "forward"):
-        module.__dict__.pop(name, None)
-
-
 @contextmanager
-def _weights_in_place(
-    plan: StreamPlan, unit: Unit, tensors: Tensors, device: torch.device
+def weights_in_place(
+    plan: StreamPlan, unit: Unit, tensors: Tensors, device: torch.device, *, whole: bool = False
 ) -> Iterator[None]:
-    """A block in which the modules of a unit have their weights; afterwards they are empty."""
+    """A block in which the modules of a unit have their weights; afterwards they are empty.
+
+    Args:
+        plan: What is done to the checkpoint.
+        unit: The unit.
+        tensors: What was read for it.
+        device: Where the modules that are quantized are.
+        whole: Put the others there as well, on which the model is run.
+    """
     made = {load: plan.source.convert(load, own) for load, own in tensors.items()}
     quantized = {id(each.module) for each in unit.group}
     modules = {id(part.module): part.module for part in unit.parts}
@@ -322,7 +331,7 @@ def _weights_in_place(
             value = made[place.load][place.name]
             if place.view is not None:
                 value = value.as_strided(*place.view)
-            if number in quantized:
+            if whole or number in quantized:
                 value = value.to(device)
             if key in module._buffers:
                 module._buffers[key] = value
@@ -353,4 +362,4 @@ def _write_index(plan: StreamPlan, staging: Staging) -> None:
         "weight_map": {key: name for name, own in sizes.items() for key in own},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (staging.folder / _INDEX).write_text(text, encoding="utf-8")
+    (staging.folder / INDEX).write_text(text, encoding="utf-8")

@@ -1,0 +1,176 @@
+"""`CheckpointStore`: blocks read from a checkpoint, and written once they are quantized."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calipers.calibration.blocks import OUTSIDE
+from calipers.calibration.report import ModuleReport
+from calipers.calibration.session import Record
+from calipers.checkpoint.journal import Staging
+from calipers.checkpoint.names import are_renamed
+from calipers.checkpoint.save import has_usable_scales
+from calipers.errors import CalipersError, CheckpointError
+from calipers.streaming.plan import StreamPlan
+from calipers.streaming.quantize import weights_in_place
+from calipers.streaming.source import Reader
+from calipers.streaming.units import Unit, stored_tensors
+
+__all__ = ["CheckpointStore", "fill_buffers"]
+
+_ROWS = TypeAdapter(list[ModuleReport])
+_SUFFIX = ".safetensors"
+
+
+class CheckpointStore:
+    """The store of a model on the meta device, whose weights lie in a checkpoint.
+
+    A block is read when it is brought, written to the scratch folder of a staging when it is kept,
+    and empty again afterwards. What lies outside of all blocks is in memory all the time.
+
+    Args:
+        plan: What will be done to the checkpoint, with the model on the meta device.
+        blocks: Names of the blocks.
+        staging: Where blocks are kept.
+        device: Where the model runs.
+    """
+
+    def __init__(
+        self, plan: StreamPlan, blocks: Iterable[str], staging: Staging, device: torch.device
+    ) -> None:
+        self._plan = plan
+        self._staging = staging
+        self._device = device
+        model = plan.source.model
+        self._dtype = plan.dtype if are_renamed(model) else None
+        self._reader = Reader(plan.source)
+        self._units: dict[str, list[Unit]] = {name: [] for name in (*blocks, OUTSIDE)}
+        for unit in (unit for shard in plan.shards for unit in shard.units):
+            homes = {self._home(part.prefix) for part in unit.parts}
+            self._units[homes.pop() if len(homes) == 1 else OUTSIDE].append(unit)
+        self._records: dict[str, Record | None] = {}
+
+    def _home(self, name: str) -> str:
+        """The block that a module lies in."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return next((each for each in prefixes if each in self._units), OUTSIDE)
+
+    def record(self, block: str) -> Record | None:
+        """What a run that was killed did to this block."""
+        key = _key(block)
+        if block not in self._records:
+            self._records[block] = self._read_record(key) if self._staging.done(key) else None
+        return self._records[block]
+
+    def _read_record(self, key: str) -> Record:
+        note = self._staging.note(key)
+        return Record(
+            rows=_ROWS.validate_python(note["rows"]),
+            reasons=note["reasons"],
+            tokens=note["tokens"],
+            unmasked=note["unmasked"],
+            qparams=load_file(self._staging.scratch / f"{key}.qparams{_SUFFIX}"),
+        )
+
+    @contextmanager
+    def bring(self, block: str) -> Iterator[None]:
+        """The weights of a block, read from the checkpoint; empty again at the end."""
+        with ExitStack() as stack:
+            for unit in self._units[block]:
+                tensors = {load: self._reader.read(load) for load in unit.loads}
+                stack.enter_context(
+                    weights_in_place(self._plan, unit, tensors, self._device, whole=True)
+                )
+                tensors.clear()
+            yield
+
+    def keep(self, block: str, record: Record) -> None:
+        """Write what a checkpoint stores of a block, and what `record` gives back."""
+        _refuse_unusable(self._units[block])
+        tensors: dict[str, Tensor] = {}
+        for unit in self._units[block]:
+            tensors |= stored_tensors(self._plan.source.model, unit.parts, self._dtype)
+        key = _key(block)
+        qparams = {name: value.detach().cpu() for name, value in record.qparams.items()}
+        self._staging.write(
+            key,
+            scratch={
+                f"{key}{_SUFFIX}": lambda path: save_file(tensors, path, {"format": "pt"}),
+                f"{key}.qparams{_SUFFIX}": lambda path: save_file(_own(qparams), path),
+            },
+            note={
+                "rows": json.loads(_ROWS.dump_json(record.rows)),
+                "reasons": record.reasons,
+                "tokens": record.tokens,
+                "unmasked": record.unmasked,
+            },
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        """The files of all blocks that were kept, in the model's order."""
+        return [self._staging.scratch / f"{_key(block)}{_SUFFIX}" for block in self._units]
+
+
+def fill_buffers(model: Any, device: torch.device) -> None:
+    """Give a model on the meta device the buffers that no checkpoint holds (of rotary embeddings).
+
+    Raises:
+        CalipersError: The model does not say how to make one of them.
+    """
+    wanted = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(_is_unfilled(module, key) for key in module._non_persistent_buffers_set)
+    ]
+    for name, module in wanted:
+        for key in module._non_persistent_buffers_set:
+            if _is_unfilled(module, key):
+                meta = module.get_buffer(key)
+                # NaN shows where nothing fills it
+                value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+                module._buffers[key] = _invalid(value)
+        with torch.no_grad():
+            model._init_weights(module)
+        for key in module._non_persistent_buffers_set:
+            value = module._buffers.get(key)
+            if value is not None and torch.equal(value, value) is False:
+                raise CalipersError(
+                    f"{name}.{key}: {type(model).__name__} does not say how this buffer is made, "
+                    "so that its blocks cannot be loaded one by one: use memory='whole'"
+                )
+
+
+def _is_unfilled(module: nn.Module, key: str) -> bool:
+    value = module._buffers.get(key)
+    return value is not None and value.is_meta
+
+
+def _invalid(value: Tensor) -> Tensor:
+    return value.fill_(torch.nan if value.is_floating_point() else 0)
+
+
+def _refuse_unusable(units: Iterable[Unit]) -> None:
+    for part in (part for unit in units for part in unit.parts if part.scheme is not None):
+        if not has_usable_scales(part.module):
+            raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone().contiguous() for name, value in tensors.items()}
+
+
+def _key(block: str) -> str:
+    """The name of a block's step and files."""
+    return quote(block, safe=" ") if block else "outside"

@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architectures import GROUPED, SIZES, example_inputs, gemma3, qwen2_vl, tiny, whisper
+from architectures import (
+    GROUPED,
+    SIZES,
+    example_inputs,
+    gemma3,
+    qwen2_vl,
+    qwen3_vl,
+    tiny,
+    whisper,
+)
 
 TOKENS = 12
 VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
@@ -30,28 +39,6 @@ def llama4_vision() -> Any:
         },
         vision_config={**VISION, **projector, "num_channels": 3, "intermediate_size": 512},
         image_token_index=120,
-    )
-
-
-def qwen3_vl() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "rope_theta": 1e4}
-    return tiny(
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
-        text_config={**GROUPED, "head_dim": 32, "rope_parameters": rope},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
-        image_token_id=120,
-        video_token_id=121,
-        vision_start_token_id=122,
-        vision_end_token_id=123,
     )
 
 
@@ -85,6 +72,12 @@ MODELS = {
 def text_inputs(model: Any, seed: int = 1) -> dict[str, Tensor]:
     """Token ids alone; Whisper, which is nothing without sound, gets some."""
     return cast(model, example_inputs(model, seed))
+
+
+def all_inputs(model: Any, seed: int = 1) -> dict[str, Tensor]:
+    """Inputs that reach all of a model, with images where it sees beside what it reads."""
+    make = other_inputs if hasattr(model.config, "vision_config") else text_inputs
+    return make(model, seed)
 
 
 def other_inputs(model: Any, seed: int = 2) -> dict[str, Tensor]:

@@ -243,7 +243,18 @@ def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:
     """Say that experts stay unquantized that could not be taken apart into Linear layers."""
     with disable_onloading():
-        names = [name for name, module in model.named_modules() if has_fused_experts(module)]
+        fused = {name: each for name, each in model.named_modules() if has_fused_experts(each)}
+    hooked = [name for name, module in fused.items() if hasattr(module, "_hf_hook")]
+    if hooked:
+        logger.warning(
+            "{} modules hold experts fused into one parameter ({}, ...) and have hooks of "
+            "accelerate around their forwards, so that they cannot be taken apart: they stay as "
+            "they are, unless compressed_tensors.offload.from_accelerate(model) takes the hooks "
+            "off before",
+            len(hooked),
+            hooked[0],
+        )
+    names = [name for name in fused if name not in hooked]
     if names:
         logger.warning(
             "{} modules hold experts fused into one parameter ({}, ...) in a way that is not "

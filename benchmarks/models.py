@@ -27,7 +27,6 @@ from loguru import logger
 
 import calipers
 from benchmarks.results import ROOT, Table, add_json_option, measured
-from calipers.calibration.experts import separated_experts
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.targets import kind_of
 
@@ -82,6 +81,9 @@ RECIPES: dict[str, tuple[Mapping[str, Any], bool]] = {
     "FP8 cache": ({"scheme": None, "kv_cache": "FP8"}, True),
     "FP8 cache by head": ({"scheme": None, "kv_cache": "FP8_HEAD"}, True),
 }
+
+#: Logits differ by less than this share of their range where sums have another order in bfloat16.
+_NEAR = 0.01
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ def _save_and_load(model: Any) -> tuple[str, str | None]:
         except calipers.CalipersError as error:
             return "does not load", _in_short(error)
         expected = _output(model)
+        spread = expected.max() - expected.min()
+        is_near = False
         for exact, loading in (("exact", _as_it_is), ("exact in loading_experts()", _by_expert)):
             try:
                 loaded = _output(loading(type(model), path))
@@ -162,6 +166,9 @@ def _save_and_load(model: Any) -> tuple[str, str | None]:
                 problem = "other logits"
                 if torch.equal(loaded, expected):
                     return exact, None
+                is_near |= bool((loaded - expected).abs().max() < _NEAR * spread)
+    if is_near:
+        return "near", f"logits differ by less than {_NEAR:.0%} of their range"
     return "does not load", problem
 
 
@@ -177,12 +184,10 @@ def _output(model: Any) -> torch.Tensor:
     """Of inputs that the model was not calibrated with, computed as by a loaded model.
 
     torch.matmul copies a transposed input where the weight requires a gradient, under no_grad as
-    well, and then rounds otherwise; what is loaded packed requires none. And transformers calls
-    Llama 4's experts one by one where it loads a quantized model, whatever is quantized.
+    well, and then rounds otherwise; what is loaded packed requires none.
     """
     model.requires_grad_(False)
-    with separated_experts(model, if_loaded_so=True):
-        found = model(**all_inputs(model, 3))
+    found = model(**all_inputs(model, 3))
     output: torch.Tensor = found.logits if "logits" in found else found.last_hidden_state
     return output
 

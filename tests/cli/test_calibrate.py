@@ -670,6 +670,7 @@ def saved(tmp_path: Path) -> Callable[[str], Path]:
     return save
 
 
+@pytest.mark.usefixtures("without_help")
 def test_what_would_not_load_back_is_refused_before_the_work(
     calipers: Calipers,
     saved: Callable[[str], Path],
@@ -703,6 +704,7 @@ def test_without_out_nothing_needs_to_load_back(
     succeeded(calipers("calibrate", saved("falcon"), "--json"))
 
 
+@pytest.mark.usefixtures("without_help")
 def test_what_would_not_load_back_can_be_left_alone(
     calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:

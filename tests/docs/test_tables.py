@@ -70,9 +70,6 @@ UNMEASURED = {
         "docs/presets.md",
         "preset, weights",
     ): "tests/checkpoint/test_save.py::test_every_preset_is_documented",
-    ("docs/presets.md", "architecture"): (
-        "tests/end_to_end/test_architectures.py::test_comes_back_or_is_refused"
-    ),
     ("docs/presets.md", "with transformers 5.24"): None,
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",

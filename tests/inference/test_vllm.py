@@ -195,7 +195,9 @@ def test_int4_by_the_kernel_of_vllm(
         pytest.skip(no_int4_kernel[0])
     written = checkpoints(case)
     try:
-        found = vllm_log_probabilities(written.path, written.heldout, dtype="bfloat16", wna16="own")
+        found = vllm_log_probabilities(
+            written.path, written.heldout, dtype="bfloat16", kernels="own"
+        )
     except EngineError as error:
         if "no attribute 'cpu_gemm_wna16'" in str(error):
             no_int4_kernel.append(f"vLLM has its int4 kernel for AVX-512 alone: {error}")

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import calipers
 
 __all__ = [
     "PYTHON",
     "EngineError",
+    "load",
     "memory_log_probabilities",
     "transformers_log_probabilities",
     "vllm_log_probabilities",
@@ -77,8 +80,16 @@ def vllm_log_probabilities(
 
 def transformers_log_probabilities(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """By transformers, of the same checkpoint; shapes as for `vllm_log_probabilities`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    return memory_log_probabilities(model, tokens)
+    return memory_log_probabilities(load(checkpoint, dtype), tokens)
+
+
+def load(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """A model of text, with experts or without, or one that sees as well."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with calipers.loading_experts():
+        return kind.from_pretrained(checkpoint, dtype=dtype)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Random models of kinds that no package brings along: experts, and models that see as well.
 
 Their weights are larger than those that training begins with, so that tokens differ in probability.
+They are float32: from a checkpoint of packed int4 weights whose scales are bfloat16, transformers
+makes a bfloat16 model that sees, whatever dtype it is asked for.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["MODELS", "VOCABULARY", "write"]
+__all__ = ["MODELS", "SEEING", "tokens", "write"]
 
-VOCABULARY = 512
+_VOCABULARY = 512
+#: Tokens of images and what stands around them begin here.
+_SPECIAL = 500
 _SPREAD = 0.08
 _SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -26,7 +30,7 @@ _TEXT = {
     **_SIZES,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "vocab_size": VOCABULARY,
+    "vocab_size": _VOCABULARY,
     "initializer_range": _SPREAD,
     "max_position_embeddings": 512,
 }
@@ -35,8 +39,7 @@ _VISION = {**_SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
 
 def _made(kind: str, config: str, **fields: Any) -> Any:
     made = getattr(transformers, config)(**fields)
-    model = getattr(transformers, kind)._from_config(made, dtype=torch.bfloat16)
-    return model.eval()
+    return getattr(transformers, kind)(made).eval()
 
 
 def qwen3_moe() -> Any:
@@ -86,6 +89,8 @@ def qwen2_vl() -> Any:
     )
 
 
+#: Those of `MODELS` that transformers loads as models of several kinds of input.
+SEEING = ("gemma3", "llava", "qwen2-vl")
 MODELS: dict[str, Callable[[], Any]] = {
     "qwen3-moe": qwen3_moe,
     "mixtral": mixtral,
@@ -96,8 +101,14 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def write(name: str, path: Path) -> Path:
-    """Write a model of `MODELS` into a folder, in bfloat16."""
+    """Write a model of `MODELS` into a folder, in float32."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         MODELS[name]().save_pretrained(path)
     return path
+
+
+def tokens(seed: int, texts: int, length: int) -> torch.Tensor:
+    """Random tokens of text, shape (texts, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, _SPECIAL, (texts, length), generator=generator)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import listing
 from calipers.calibration.attention import CACHE_STATES, STATES, is_attention
-from calipers.calibration.fused import find_fused_groups
+from calipers.checkpoint.global_scales import refuse_unequal
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
@@ -27,8 +26,6 @@ from calipers.errors import CheckpointError
 __all__ = ["compressed_size", "save"]
 
 _LISTED = 20
-#: NVFP4 has them, one for all layers that engines fuse.
-_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 
 
 class _CannotWriteError(CheckpointError, OSError):
@@ -165,29 +162,7 @@ def _refuse_unready(model: nn.Module) -> None:
             f"{len(bad)} of {len(modules)} quantized modules lack a scale, or hold one that is "
             f"NaN, infinite or not positive: {listing(bad, _LISTED)}"
         )
-    _refuse_unequal(modules)
-
-
-def _refuse_unequal(modules: Mapping[str, nn.Module]) -> None:
-    """Refuse fused layers whose global scales differ: vLLM runs all with the largest of them."""
-    unequal = [
-        f"{' + '.join(having)} ({key})"
-        for names in find_fused_groups(modules)
-        for key in _GLOBAL_SCALES
-        if len(having := [name for name in names if key in modules[name]._parameters]) > 1
-        and not _are_equal([getattr(modules[name], key) for name in having])
-    ]
-    if unequal:
-        raise CheckpointError(
-            f"groups of layers that engines fuse into one: {len(unequal)} have unequal global "
-            "scales: vLLM would take the largest for all of them, and compute with wrong weights "
-            f"or inputs. Calibrate the layers of each together: {listing(unequal, _LISTED)}"
-        )
-
-
-def _are_equal(scales: Sequence[torch.Tensor]) -> bool:
-    known = [each.cpu() for each in scales if not each.is_meta]
-    return all(torch.equal(each, known[0]) for each in known[1:])
+    refuse_unequal(modules)
 
 
 def _has_usable_scales(module: nn.Module) -> bool:

@@ -203,7 +203,7 @@ RUN = [
 ]
 
 #: Models with experts, whose kernels for CPUs take them in full precision alone here, and the
-#: language part of models that see. The bounds of FP8_DYNAMIC are twice what was measured.
+#: language part of models that see. Measured were at most 0.000001, and 0.000286 under FP8_DYNAMIC.
 RUN += [
     Case("experts, not quantized", "qwen3-moe", None),
     Case("experts, int4 on the rest", "qwen3-moe", quantize(INT4_G64, EXPERTS), int4=True),
@@ -212,7 +212,6 @@ RUN += [
         "experts, FP8_DYNAMIC on the rest",
         "qwen3-moe",
         quantize("FP8_DYNAMIC", EXPERTS),
-        bound=0.05,
     ),
     Case("language part, int4", "gemma3", quantize(INT4_G64, only="language"), int4=True),
     Case("language part, int4, LLaVA", "llava", quantize(INT4_G64, only="language"), int4=True),
@@ -226,12 +225,11 @@ RUN += [
         "language part, FP8_DYNAMIC",
         "gemma3",
         quantize("FP8_DYNAMIC", only="language"),
-        bound=0.08,
     ),
 ]
 
 #: Caches. Where they alone are quantized both engines round the same keys and values to the same
-#: codes. With FP8_DYNAMIC the bound is twice what was measured, 0.0177, as such bounds of `RUN`.
+#: codes: 0.000025 was measured. With FP8_DYNAMIC the bound is twice what was measured, 0.0177, as such bounds of `RUN`.
 CACHED = [
     Case("FP8 cache", "demo", quantize(None, data=True, kv_cache="FP8")),
     Case("FP8 cache by head", "demo", quantize(None, data=True, kv_cache="FP8_HEAD")),

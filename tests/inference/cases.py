@@ -229,7 +229,8 @@ RUN += [
 ]
 
 #: Caches. Where they alone are quantized both engines round the same keys and values to the same
-#: codes: 0.000025 was measured. With FP8_DYNAMIC the bound is twice what was measured, 0.0177, as such bounds of `RUN`.
+#: codes: 0.000025 was measured. With FP8_DYNAMIC the bound is twice what was measured, 0.0177, as
+#: such bounds of `RUN`.
 CACHED = [
     Case("FP8 cache", "demo", quantize(None, data=True, kv_cache="FP8")),
     Case("FP8 cache by head", "demo", quantize(None, data=True, kv_cache="FP8_HEAD")),

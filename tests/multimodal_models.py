@@ -59,6 +59,43 @@ def qwen2_audio() -> Any:
     )
 
 
+def llava(dtype: torch.dtype = torch.float32) -> Any:
+    """With room for the tokens of `llava_processor`, of which <image> is the 300th."""
+    text = {**GROUPED, "vocab_size": 320, "model_type": "llama", "max_position_embeddings": 64}
+    model = tiny(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        text_config=text,
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_index=300,
+    )
+    return model.to(dtype)
+
+
+def llava_processor(tokenizer: Any) -> Any:
+    """A processor for `llava`, which makes 16 tokens of an image; without torchvision."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.pad_token = "</s>"
+    template = (
+        "{% for m in messages %}{% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
 MODELS = {
     "gemma3": gemma3,
     "qwen2_vl": qwen2_vl,

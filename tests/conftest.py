@@ -1,6 +1,7 @@
 """Before any test module is imported: asserts of the shared suite explain themselves too."""
 
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for why in known_breakages(item.nodeid):
             item.add_marker(pytest.mark.xfail(reason=why, strict=False))
+
+
+@pytest.fixture
+def without_help(monkeypatch):
+    """Packed weights that `loading_experts` gets loaded would not load back at all."""
+    from calipers.checkpoint import load_check
+
+    monkeypatch.setattr(load_check, "loading_experts", nullcontext)
+    monkeypatch.setattr(load_check, "_KNOWN", {})
 
 
 @pytest.fixture(autouse=True)

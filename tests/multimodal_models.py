@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from architectures import GROUPED, SIZES, example_inputs, gemma3, qwen2_vl, tiny, whisper
+from architectures import (
+    GROUPED,
+    SIZES,
+    example_inputs,
+    gemma3,
+    qwen2_vl,
+    qwen3_vl,
+    tiny,
+    whisper,
+)
 
 TOKENS = 12
 VISION = {**SIZES, "num_hidden_layers": 1, "image_size": 32, "patch_size": 8}
@@ -33,28 +42,6 @@ def llama4_vision() -> Any:
     )
 
 
-def qwen3_vl() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [8, 4, 4], "rope_theta": 1e4}
-    return tiny(
-        "Qwen3VLForConditionalGeneration",
-        "Qwen3VLConfig",
-        text_config={**GROUPED, "head_dim": 32, "rope_parameters": rope},
-        vision_config={
-            "depth": 1,
-            "hidden_size": 128,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "out_hidden_size": 128,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
-        image_token_id=120,
-        video_token_id=121,
-        vision_start_token_id=122,
-        vision_end_token_id=123,
-    )
-
-
 def qwen2_audio() -> Any:
     return tiny(
         "Qwen2AudioForConditionalGeneration",
@@ -72,6 +59,43 @@ def qwen2_audio() -> Any:
     )
 
 
+def llava(dtype: torch.dtype = torch.float32) -> Any:
+    """With room for the tokens of `llava_processor`, of which <image> is the 300th."""
+    text = {**GROUPED, "vocab_size": 320, "model_type": "llama", "max_position_embeddings": 64}
+    model = tiny(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        text_config=text,
+        vision_config={**VISION, "model_type": "clip_vision_model"},
+        image_token_index=300,
+    )
+    return model.to(dtype)
+
+
+def llava_processor(tokenizer: Any) -> Any:
+    """A processor for `llava`, which makes 16 tokens of an image; without torchvision."""
+    from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.pad_token = "</s>"
+    template = (
+        "{% for m in messages %}{% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )
+
+
 MODELS = {
     "gemma3": gemma3,
     "qwen2_vl": qwen2_vl,
@@ -85,6 +109,12 @@ MODELS = {
 def text_inputs(model: Any, seed: int = 1) -> dict[str, Tensor]:
     """Token ids alone; Whisper, which is nothing without sound, gets some."""
     return cast(model, example_inputs(model, seed))
+
+
+def all_inputs(model: Any, seed: int = 1) -> dict[str, Tensor]:
+    """Inputs that reach all of a model, with images where it sees beside what it reads."""
+    make = other_inputs if hasattr(model.config, "vision_config") else text_inputs
+    return make(model, seed)
 
 
 def other_inputs(model: Any, seed: int = 2) -> dict[str, Tensor]:

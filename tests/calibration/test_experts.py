@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.offload import offload_module
+from compressed_tensors.offload import from_accelerate, offload_module
 from compressed_tensors.offload.cache import OffloadCache
+from loguru import logger
 
 import architectures
 from architectures import example_inputs, output_of, spread_weights
@@ -178,3 +179,19 @@ def test_offloaded_models_give_the_same_scales(place: str, tmp_path: Path) -> No
         assert torch.equal(found.weight_scale, expected)
         assert isinstance(found._parameters, OffloadCache)
         assert torch.equal(found.weight, plain.get_submodule(each.name).weight)
+    assert torch.equal(output_of(offloaded), output_of(plain))
+
+
+def test_experts_with_a_hook_of_accelerate_say_how_to_take_it_off() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = made("qwen3_moe")
+    for experts in find_fused_experts(model).values():
+        hooks.add_hook_to_module(experts, hooks.AlignDevicesHook(io_same_device=True))
+    told: list[str] = []
+    sink = logger.add(lambda message: told.append(str(message)), level="WARNING")
+    calibrate(model, "W8A16", "memoryless_minmax")
+    logger.remove(sink)
+    (warning,) = [each for each in told if "hooks of accelerate" in each]
+    assert "2 modules hold experts" in warning
+    from_accelerate(model)
+    assert len(find_fused_experts(model)) == 2

@@ -8,13 +8,15 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 import architectures
 from calibration.tiny_models import tiny_llama, token_batches
 from calipers.calibration import attach, calibrate
 from calipers.calibration.parts import find_language_part, find_outside
 from calipers.errors import CalipersError, MissingDataError, SchemeError
-from multimodal_models import MODELS, other_inputs, text_inputs
+from multimodal_models import MODELS, VISION, other_inputs, text_inputs
+from observers.samples import logged
 
 PARTS = {
     "gemma3": ["model.language_model"],
@@ -80,6 +82,40 @@ def test_modules_of_the_usual_names_where_no_config_tells() -> None:
     model = nn.ModuleDict({"language_model": tiny_llama(), "eyes": nn.Linear(128, 128)})
     assert find_language_part(model) == {"language_model"}
     assert find_outside(model) == {"eyes"}
+
+
+def clip() -> Any:
+    text = {**architectures.SIZES, "vocab_size": 128, "num_hidden_layers": 1}
+    vision = {**VISION, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=128)
+    return CLIPModel(config).eval()
+
+
+def test_the_projection_of_the_text_of_clip_is_language() -> None:
+    model = clip()
+    assert find_language_part(model) == {"text_model", "text_projection"}
+    outside = find_outside(model)
+    assert "visual_projection" in outside
+    assert "text_projection" not in outside
+    report = calibrate(model, "FP8_DYNAMIC", "memoryless_minmax", only="language")
+    assert "text_projection" in report
+    assert "visual_projection" not in report
+
+
+def test_little_is_said_of_the_language_part_alone() -> None:
+    """Where all of it is quantized it is no matter how large the towers are."""
+    with logged("WARNING") as messages:
+        report = calibrate(clip(), "FP8_DYNAMIC", "memoryless_minmax", only="language")
+    assert report.quantized_share < 0.5
+    assert not messages
+    most = ["re:.*mlp.*", "re:.*self_attn.*"]
+    with logged("WARNING") as messages:
+        calibrate(clip(), "FP8_DYNAMIC", "memoryless_minmax", ignore=most, only="language")
+    assert ["% of the language part's projection weights" in each for each in messages] == [True]
+    with logged("WARNING") as messages:
+        calibrate(clip(), "FP8_DYNAMIC", "memoryless_minmax", ignore=["re:vision.*"])
+    assert ["% of the model's projection weights" in each for each in messages] == [True]
 
 
 def test_models_without_a_language_part_are_refused() -> None:

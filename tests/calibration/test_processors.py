@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from architectures import GROUPED, tiny, whisper
+from architectures import whisper
 from calibration.tiny_models import tiny_llama
 from calipers.calibration import calibrate
 from calipers.errors import CalipersError
@@ -18,7 +18,7 @@ from calipers.text import read_batches
 from calipers.text.for_model import batches_for_model
 from calipers.text.processors import has_media, is_processor, tokenizer_of
 from cli.conftest import train_tokenizer
-from multimodal_models import VISION
+from multimodal_models import llava, llava_processor
 from observers.samples import logged
 
 Image = pytest.importorskip("PIL.Image")
@@ -36,39 +36,7 @@ def sound(seed: int = 0) -> Any:
 
 @pytest.fixture(scope="module")
 def processor() -> Any:
-    from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    tokenizer = train_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    tokenizer.pad_token = "</s>"
-    template = (
-        "{% for m in messages %}{% for p in m['content'] %}"
-        "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
-        "{% endfor %}{% endfor %}"
-    )
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-
-
-def llava(dtype: torch.dtype = torch.float32) -> Any:
-    text = {**GROUPED, "vocab_size": 320, "model_type": "llama", "max_position_embeddings": 64}
-    model = tiny(
-        "LlavaForConditionalGeneration",
-        "LlavaConfig",
-        text_config=text,
-        vision_config={**VISION, "model_type": "clip_vision_model"},
-        image_token_index=300,
-    )
-    return model.to(dtype)
+    return llava_processor(train_tokenizer())
 
 
 SAMPLES = [

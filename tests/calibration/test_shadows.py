@@ -26,6 +26,7 @@ from calipers.calibration.shadows import Shadows
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen
 from calipers.observers.input_moments import InputMoments
+from observers.samples import logged
 
 HESSIAN = "optimal:objective=hessian"
 
@@ -343,6 +344,14 @@ def test_one_batch_alone_is_judged_in_sample_and_the_report_says_so() -> None:
     alone = linear()
     calibrate(alone, "W4A16", data=inputs(1), scheme_options=options)
     assert torch.equal(model[0].weight_scale, alone[0].weight_scale)
+
+
+@pytest.mark.parametrize(("batches", "told"), [(1, False), (2, True), (3, True), (4, False)])
+def test_a_large_share_held_out_is_said(batches: int, told: bool) -> None:
+    with logged("WARNING") as messages:
+        calibrate(linear(), "FP8", data=inputs(batches), shadow="memoryless_minmax")
+    expected = [f"1 of {batches} batches held out to judge observers by"] if told else []
+    assert [each.partition(": they")[0] for each in messages] == expected
 
 
 def test_batches_held_out() -> None:

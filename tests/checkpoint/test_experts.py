@@ -115,6 +115,32 @@ def test_what_calibrate_says_is_what_a_twin_shows(name: str, scheme: str) -> Non
     assert any("calipers.loading_experts()" in each for each in told) == bool(found.experts)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": None, "kv_cache": "FP8"},
+        {"scheme": "FP8_DYNAMIC", "ignore": "Llama4TextExperts"},
+    ],
+)
+def test_experts_that_transformers_takes_apart_are_stored_apart(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever is quantized: of one tensor they would come back random."""
+    model = spread_weights(architectures.llama4())
+    experts = model.model.layers[0].feed_forward.experts
+    calipers.calibrate(model, data=[example_inputs(model)], **options)
+    calipers.save(model, tmp_path / "out")
+    assert model.model.layers[0].feed_forward.experts is experts
+    read = type(model).from_pretrained(tmp_path / "out")
+    gate, up = experts.gate_up_proj.transpose(1, 2).chunk(2, dim=1)
+    for number, each in enumerate(read.model.layers[0].feed_forward.experts):
+        assert torch.equal(each.gate_proj.weight, gate[number])
+        assert torch.equal(each.up_proj.weight, up[number])
+        assert torch.equal(each.down_proj.weight, experts.down_proj[number].T)
+    apart = (output_of(read) - output_of(model)).abs().max()
+    assert apart < 1e-4  # it adds up in another order
+
+
 def test_layers_that_engines_fuse_share_their_global_scale() -> None:
     model = calibrated("mixtral", "NVFP4")
     expert = model.model.layers[0].mlp.experts[1]

@@ -43,6 +43,7 @@ def embedding_scheme() -> QuantizationConfig:
     return QuantizationConfig(config_groups={"group_0": scheme})
 
 
+@pytest.mark.usefixtures("without_help")
 class TestRefusals:
     def test_layers_that_transformers_cannot_load_packed(self, tmp_path: Path) -> None:
         model = quantized(architectures.siglip())
@@ -54,15 +55,6 @@ class TestRefusals:
         model = quantized(llama(), embedding_scheme())
         with pytest.raises(CheckpointError, match=r"(?s)would not load back.*model\.embed_tokens"):
             calipers.save(model, tmp_path / "out")
-
-    def test_experts_that_would_come_back_random_need_their_loader(self) -> None:
-        """Left dense, where the rest is packed."""
-        warnings: list[str] = []
-        sink = logger.add(lambda message: warnings.append(message), level="WARNING")
-        check_load(architectures.mixtral(), "W4A16", ignore="MixtralExperts")
-        logger.remove(sink)
-        assert any("inside `with calipers.loading_experts():`" in each for each in warnings)
-        assert any("experts.gate_up_proj" in each for each in warnings)
 
     def test_what_was_at_the_target_stays(self, tmp_path: Path) -> None:
         calipers.save(quantized(llama()), tmp_path / "out")
@@ -96,6 +88,33 @@ class TestRefusals:
     @pytest.mark.parametrize("scheme", ["W4A16", "FP8_DYNAMIC", "NVFP4A16", "W8A8"])
     def test_what_loads_is_not_refused(self, scheme: str) -> None:
         check_load(llama(), scheme)
+
+
+class TestHelp:
+    @pytest.mark.parametrize(
+        ("name", "ignore", "without"),
+        [
+            ("mixtral", "MixtralExperts", r"experts\.gate_up_proj"),  # dense, the rest is packed
+            ("siglip", (), "AttributeError: 'Linear' object has no attribute 'weight'"),
+        ],
+    )
+    def test_what_takes_the_loader_is_told(self, name: str, ignore: Any, without: str) -> None:
+        warnings: list[str] = []
+        sink = logger.add(lambda message: warnings.append(str(message)), level="WARNING")
+        check_load(getattr(architectures, name)(), "W4A16", ignore=ignore)
+        logger.remove(sink)
+        told = rf"inside `with calipers\.loading_experts\(\):` alone; without it: .*{without}"
+        assert any(re.search(told, each) for each in warnings)
+
+    def test_the_other_rounding_of_a_loaded_model_is_no_difference(self) -> None:
+        """A loaded Jamba subtracts a bias that the model in memory never adds."""
+        model = architectures.jamba().bfloat16()
+        scheme = QuantizationScheme(
+            targets=["Linear"],
+            weights=QuantizationArgs(type="float"),
+            input_activations=QuantizationArgs(type="float"),
+        )
+        check_load(model, QuantizationConfig(config_groups={"group_0": scheme}))
 
 
 class TestDtypes:
@@ -147,6 +166,13 @@ class TestTwins:
         assert not any(p.is_meta for p in twin.parameters())
         assert twin(**example_inputs(twin)).logits.isfinite().all()
 
+    def test_has_the_dtypes_of_its_parameters(self) -> None:
+        """Jamba's class makes A_log in float32, whatever the dtype of the model."""
+        model = architectures.jamba().bfloat16()
+        twin = make_twin(model)
+        assert {each.dtype for each in twin.parameters()} == {torch.bfloat16}
+
+    @pytest.mark.usefixtures("without_help")
     def test_large_models_are_checked_by_them(self) -> None:
         with torch.device("meta"):
             sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16}

@@ -76,6 +76,8 @@ def quantize_min_max(
     """Scales of the plain minimum and maximum for every Linear, by compressed-tensors alone."""
     config = QuantizationConfig(config_groups={preset: ["Linear"]}, ignore=list(ignore))
     apply_quantization_config(model, config, show_progress=False)
+    linears = [each.weight for each in model.modules() if isinstance(each, torch.nn.Linear)]
+    largest = torch.stack([weight.abs().max().float() for weight in linears]).max()
     for module in model.modules():
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None:
@@ -85,7 +87,7 @@ def quantize_min_max(
             continue
         weight, global_scale = module.weight.data, None
         if hasattr(module, "weight_global_scale"):
-            global_scale = generate_gparam(weight.min(), weight.max())
+            global_scale = generate_gparam(-largest, largest)  # one for layers that are fused
             update_offload_parameter(module, "weight_global_scale", global_scale)
         groups = in_groups(weight, scheme.weights)
         low, high = groups.amin(-1), groups.amax(-1)
@@ -341,6 +343,18 @@ class TestRefusals:
         del model.model.layers[0].self_attn.q_proj.weight_scale
         with pytest.raises(CheckpointError, match=r"lack a scale.*self_attn\.q_proj"):
             save(model, tmp_path / "saved")
+
+    @pytest.mark.parametrize("key", ["weight_global_scale", "input_global_scale"])
+    def test_unequal_global_scales_of_layers_that_engines_fuse(self, key, tmp_path):
+        model = quantize_min_max(tiny_llama(torch.bfloat16), "NVFP4")
+        for layer in ("o_proj", "k_proj"):  # the first is not fused with any other
+            scale = getattr(model.model.layers[1].self_attn, layer).get_parameter(key)
+            scale.data = torch.nextafter(scale.data, 2 * scale.data)
+        attn = r"model\.layers\.1\.self_attn\."
+        named = rf"{attn}q_proj \+ {attn}k_proj \+ {attn}v_proj \({key}\)$"
+        with pytest.raises(CheckpointError, match=rf"1 have unequal global scales: .*: {named}"):
+            save(model, tmp_path / "saved")
+        assert list(tmp_path.iterdir()) == []
 
     def test_module_that_cannot_be_compressed_is_named(self, tmp_path):
         model = quantize_min_max(tiny_llama(), "W4A16")

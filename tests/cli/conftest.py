@@ -19,6 +19,7 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+import architectures
 from calipers.cli import app
 
 SENTENCES = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n"
@@ -72,6 +73,17 @@ def save_llama(path: Path, hidden_size: int) -> Path:
                 max_position_embeddings=64,
             )
         )
+    model.save_pretrained(path)
+    train_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers directory: a random Qwen3-MoE of two layers with four experts each."""
+    path = tmp_path_factory.mktemp("models") / "moe"
+    with torch.random.fork_rng():
+        model = architectures.spread_weights(architectures.qwen3_moe(vocab_size=320))
     model.save_pretrained(path)
     train_tokenizer().save_pretrained(path)
     return path

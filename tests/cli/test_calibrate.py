@@ -73,7 +73,7 @@ def test_text_to_checkpoint_with_most_options(
     assert result["scheme"] == "W4A16"
     assert result["out"] == str(out)
     text = str(texts / "text.txt")
-    assert result["data"] == {"text": text, "sequences": 3, "tokens": 48}
+    assert result["data"] == {"text": text, "sequences": 3, "tokens": 48, "with_media": 0}
     assert result["eval"]["text"] == text
     assert result["no_text"] is None
     assert 1 < result["perplexity_before"] < 1000
@@ -151,7 +151,7 @@ def test_defaults(calipers: Calipers, llama: Path) -> None:
     assert result["out"] is None
     # 64 is what the model's config allows.
     text = {"text": "embedded calibration text", "sequences": 128, "tokens": 128 * 64}
-    assert result["data"] == text
+    assert result["data"] == {**text, "with_media": 0}
     assert result["eval"]["text"] == "embedded held-out text"
     assert result["eval"]["sequences"] > 70
     assert result["no_text"] is None
@@ -670,6 +670,7 @@ def saved(tmp_path: Path) -> Callable[[str], Path]:
     return save
 
 
+@pytest.mark.usefixtures("without_help")
 def test_what_would_not_load_back_is_refused_before_the_work(
     calipers: Calipers,
     saved: Callable[[str], Path],
@@ -703,6 +704,7 @@ def test_without_out_nothing_needs_to_load_back(
     succeeded(calipers("calibrate", saved("falcon"), "--json"))
 
 
+@pytest.mark.usefixtures("without_help")
 def test_what_would_not_load_back_can_be_left_alone(
     calipers: Calipers, saved: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -10,14 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from calipers.cli.compare import (
-    Comparison,
-    Run,
-    RunResult,
-    judge_schemes,
-    plan_runs,
-    print_comparison,
-)
+from calipers.cli.compare import Comparison, print_comparison
+from calipers.cli.runs import Run, RunResult, judge_schemes, plan_runs
 from calipers.cli.texts import TokenizedText
 from calipers.errors import CalipersError
 from calipers.evaluation import Difference, OutputError, Perplexity
@@ -29,12 +23,15 @@ RUN_FIELDS = {
     "observer",
     "options",
     "group_size",
+    "kv_cache",
     "weight_error",
     "perplexity",
     "change",
     "output_error",
     "bytes",
     "seconds",
+    "shadows",
+    "coverage",
 }
 
 
@@ -56,8 +53,8 @@ def test_schemes_times_observers(calipers: Calipers, llama: Path, texts: Path) -
     assert result.keys() == {"model", "data", "eval", "unquantized", "runs", "verdicts"}
     assert result["model"] == str(llama)
     text = str(texts / "text.txt")
-    assert result["data"] == {"text": text, "sequences": 2, "tokens": 64}
-    assert result["eval"] == {"text": text, "sequences": 4, "tokens": 128}
+    assert result["data"] == {"text": text, "sequences": 2, "tokens": 64, "with_media": 0}
+    assert result["eval"] == {"text": text, "sequences": 4, "tokens": 128, "with_media": 0}
     before = result["unquantized"]
     assert [(run["scheme"], run["observer"], run["options"]) for run in result["runs"]] == [
         (scheme, *chosen)

@@ -6,21 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-import architectures
-from cli.conftest import Calipers, error_of, succeeded, train_tokenizer
-
-
-@pytest.fixture(scope="session")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers directory: a random Qwen3-MoE of two layers with four experts each."""
-    path = tmp_path_factory.mktemp("models") / "moe"
-    with torch.random.fork_rng():
-        model = architectures.spread_weights(architectures.qwen3_moe(vocab_size=320))
-    model.save_pretrained(path)
-    train_tokenizer().save_pretrained(path)
-    return path
+from cli.conftest import Calipers, error_of, succeeded
 
 
 def test_from_a_model_to_its_coverage(

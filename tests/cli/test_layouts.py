@@ -18,7 +18,7 @@ import torch
 from calipers.calibration import CalibrationReport, ModuleReport, ShadowReport
 from calipers.calibration.targets import LeftAlone
 from calipers.cli import calibrate, demo, doctor, listings
-from calipers.cli.compare import Run, RunResult
+from calipers.cli.runs import Run, RunResult
 from calipers.cli.texts import Text, TokenizedText
 from calipers.evaluation import Difference, OutputError, Perplexity
 from cli.terminal import show

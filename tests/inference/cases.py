@@ -24,7 +24,7 @@ Args = dict[str, Any]
 Make = Callable[[Any, Any], None]
 
 HEAD = "lm_head"
-ATTENTION, MLP = "re:.*self_attn.*", "re:.*mlp.*"
+ATTENTION, MLP, EXPERTS = "re:.*self_attn.*", "re:.*mlp.*", "re:.*experts.*"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         name: As in the table of docs/presets.md.
-        model: "smollm2" or "demo".
+        model: "smollm2", "demo" or one of `random_models`.
         make: Quantizes a model in place, given calibration data; None leaves it as it is.
         bound: Of the mean |difference| of log probabilities, for what runs.
         int4: Whether vLLM's int4 kernel runs it.
@@ -91,6 +91,7 @@ def quantize(
     data: bool = False,
     observer: str | None = None,
     kv_cache: str | None = None,
+    only: Any = None,
     **options: Any,
 ) -> Make:
     """A call of `calibrate`."""
@@ -104,6 +105,7 @@ def quantize(
             ignore=(HEAD, *ignore),
             observer_options=options,
             kv_cache=kv_cache,
+            only=only,
         )
 
     return make
@@ -200,16 +202,48 @@ RUN = [
     ),
 ]
 
-#: Caches: vLLM runs them where its attention has a kernel for them on this CPU. The bound is loose:
-#: engines round keys and values at other places.
+#: Models with experts, whose kernels for CPUs take them in full precision alone here, and the
+#: language part of models that see. Measured were at most 0.000001, and 0.000286 under FP8_DYNAMIC.
+RUN += [
+    Case("experts, not quantized", "qwen3-moe", None),
+    Case("experts, int4 on the rest", "qwen3-moe", quantize(INT4_G64, EXPERTS), int4=True),
+    Case("experts, int4 on the rest, Mixtral", "mixtral", quantize(INT4_G64, EXPERTS), int4=True),
+    Case(
+        "experts, FP8_DYNAMIC on the rest",
+        "qwen3-moe",
+        quantize("FP8_DYNAMIC", EXPERTS),
+    ),
+    Case("language part, int4", "gemma3", quantize(INT4_G64, only="language"), int4=True),
+    Case("language part, int4, LLaVA", "llava", quantize(INT4_G64, only="language"), int4=True),
+    Case(
+        "language part, int4, Qwen2-VL",
+        "qwen2-vl",
+        quantize(INT4_G64, only="language"),
+        int4=True,
+    ),
+    Case(
+        "language part, FP8_DYNAMIC",
+        "gemma3",
+        quantize("FP8_DYNAMIC", only="language"),
+    ),
+]
+
+#: Caches. Where they alone are quantized both engines round the same keys and values to the same
+#: codes: 0.000025 was measured. With FP8_DYNAMIC the bound is twice what was measured, 0.0177, as
+#: such bounds of `RUN`.
 CACHED = [
-    Case("FP8 cache", "demo", quantize(None, data=True, kv_cache="FP8"), bound=0.1),
-    Case("FP8 cache by head", "demo", quantize(None, data=True, kv_cache="FP8_HEAD"), bound=0.1),
+    Case("FP8 cache", "demo", quantize(None, data=True, kv_cache="FP8")),
+    Case("FP8 cache by head", "demo", quantize(None, data=True, kv_cache="FP8_HEAD")),
     Case(
         "FP8_DYNAMIC, FP8 cache",
         "demo",
         quantize("FP8_DYNAMIC", data=True, kv_cache="FP8"),
-        bound=0.2,
+        bound=0.035,
+    ),
+    Case(
+        "language part, FP8 cache",
+        "llava",
+        quantize(None, data=True, kv_cache="FP8", only="language"),
     ),
 ]
 
@@ -241,4 +275,22 @@ REFUSED = [
     Case("NVFP4A16", "demo", quantize("NVFP4A16"), message="Marlin FP4 not available"),
     Case("MXFP4", "demo", quantize("MXFP4"), message=no_kernel("MXFP4")),
     Case("MXFP8", "demo", quantize("MXFP8"), message=no_kernel("MXFP8")),
+    Case(
+        "experts, W4A16",
+        "qwen3-moe",
+        quantize("W4A16"),
+        message="No WNA16 MoE backend supports the deployment configuration",
+    ),
+    Case(
+        "experts, W8A8",
+        "qwen3-moe",
+        quantize("W8A8"),
+        message="No Int8 MoE backend supports the deployment configuration",
+    ),
+    Case(
+        "experts, FP8_DYNAMIC",
+        "qwen3-moe",
+        quantize("FP8_DYNAMIC"),
+        message="Unsupported FP8 MoE backend: NONE",
+    ),
 ]

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+import calipers
 
 __all__ = [
     "PYTHON",
     "EngineError",
+    "load",
     "memory_log_probabilities",
     "transformers_log_probabilities",
     "vllm_log_probabilities",
@@ -25,6 +28,8 @@ _ROOT = Path(__file__).parents[2]
 #: Python of the environment that `make test-vllm` builds.
 PYTHON = _ROOT / ".venv-vllm" / "bin" / "python"
 _SCRIPT = Path(__file__).with_name("vllm_logprobs.py")
+#: What Python runs at its start there.
+_LENT = Path(__file__).with_name("lent")
 _MARK = "LOGPROBS "
 
 
@@ -33,7 +38,7 @@ class EngineError(Exception):
 
 
 def vllm_log_probabilities(
-    checkpoint: Path, tokens: Tensor, *, dtype: str = "float32", wna16: str = "lent"
+    checkpoint: Path, tokens: Tensor, *, dtype: str = "float32", kernels: str = "lent"
 ) -> Tensor:
     """By vLLM, in a process of its own.
 
@@ -41,7 +46,8 @@ def vllm_log_probabilities(
         checkpoint: Folder.
         tokens: Shape (texts, length).
         dtype: What vLLM computes in.
-        wna16: "own" for vLLM's int4 kernel, "lent" for the one of `vllm_logprobs.py`.
+        kernels: "own" for vLLM's int4 kernel and FP8 cache, "lent" for those of
+            `vllm_logprobs.py`.
 
     Returns:
         Shape (texts, length - 1), float64: of each token but the first, given those before it.
@@ -55,10 +61,10 @@ def vllm_log_probabilities(
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(_LENT),
     }
-    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [PYTHON, _SCRIPT, checkpoint, dtype, wna16],
+        [PYTHON, _SCRIPT, checkpoint, dtype, kernels],
         input=json.dumps(tokens.tolist()),
         capture_output=True,
         text=True,
@@ -74,8 +80,16 @@ def vllm_log_probabilities(
 
 def transformers_log_probabilities(checkpoint: Path, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """By transformers, of the same checkpoint; shapes as for `vllm_log_probabilities`."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    return memory_log_probabilities(model, tokens)
+    return memory_log_probabilities(load(checkpoint, dtype), tokens)
+
+
+def load(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """A model of text, with experts or without, or one that sees as well."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    sees = type(config) in AutoModelForImageTextToText._model_mapping
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    with calipers.loading_experts():
+        return kind.from_pretrained(checkpoint, dtype=dtype)
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ __all__ = [
 #: engines know experts.
 _USUAL_NAMES = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",)}
 #: Experts without the flags of transformers' `use_experts_implementation`: their matrices are
-#: stored transposed, and their forward takes the tokens of one expert after the other.
+#: stored transposed, and their forward takes the tokens of one expert after the other. These
+#: transformers takes apart when it loads a quantized model.
 _SORTED_INPUTS = frozenset({"Llama4TextExperts"})
 #: What transformers calls the forward that adds up one expert after the other.
 _BY_EXPERT = "eager"
@@ -257,22 +258,29 @@ def _survives_joining(scheme: QuantizationScheme) -> bool:
 
 
 @contextmanager
-def separated_experts(model: nn.Module) -> Iterator[None]:
-    """Take experts apart, and put those together again of which nothing was quantized."""
-    restore = separate_experts(model)
+def separated_experts(model: nn.Module, *, if_loaded_so: bool = False) -> Iterator[None]:
+    """Take experts apart, and put those together again of which nothing was quantized.
+
+    Args:
+        model: Any model, as for `separate_experts`.
+        if_loaded_so: Only those that transformers takes apart by itself when it loads a
+            compressed-tensors checkpoint, whatever is quantized in it.
+    """
+    restore = separate_experts(model, if_loaded_so=if_loaded_so)
     try:
         yield
     finally:
         restore()
 
 
-def separate_experts(model: nn.Module) -> Callable[[], None]:
+def separate_experts(model: nn.Module, *, if_loaded_so: bool = False) -> Callable[[], None]:
     """Put `LinearExperts` in place of all modules that keep their experts in one parameter.
 
     The weights of their layers are views: no memory is taken.
 
     Args:
         model: Any model; also one without such modules, or on the meta device.
+        if_loaded_so: As for `separated_experts`.
 
     Returns:
         Puts the modules back that were there, where nothing in their place is quantized; may be
@@ -281,6 +289,8 @@ def separate_experts(model: nn.Module) -> Callable[[], None]:
     replaced = []
     conversions = known_conversions(model)
     for name, module in find_fused_experts(model).items():
+        if if_loaded_so and type(module).__name__ not in _SORTED_INPUTS:
+            continue
         parent = model.get_submodule(name.rpartition(".")[0])
         # what lies on a disk must be read, and is written again one by one
         in_memory = get_cache_init_kwargs(module).get("offload_device") != "disk"

@@ -24,7 +24,12 @@ from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.plan import ObserverChoice, needs_observer
 from calipers.calibration.report import ModuleReport
 from calipers.calibration.targets import TENSORS, has_global_scale
-from calipers.calibration.write import measure_weight_error, undo_on_error, write_qparam
+from calipers.calibration.write import (
+    keep_onloaded,
+    measure_weight_error,
+    undo_on_error,
+    write_qparam,
+)
 from calipers.errors import CalipersError
 
 __all__ = ["Freezing", "freeze_modules", "initialize_modules"]
@@ -140,6 +145,7 @@ class Freezing:
                 initialize_attention(each.module, scheme)
             else:
                 initialize_module_for_quantization(each.module, scheme)
+                keep_onloaded(each.module)
 
     def judge(self, group: Sequence[ObservedModule]) -> None:
         """Let several observers answer where there are several, before anything is written."""

@@ -16,6 +16,8 @@ __all__ = ["Only", "beyond_language", "find_language_part", "find_outside"]
 Only = Literal["language"]
 #: Under these names transformers' models hold their language model, where no config tells.
 _NAMES = ("language_model", "text_model", "text_decoder")
+#: Beside their language model, what it says is brought into the space of images by one of these.
+_PROJECTIONS = ("text_projection", "text_proj")
 
 
 def find_outside(model: nn.Module) -> set[str]:
@@ -54,8 +56,17 @@ def find_language_part(model: nn.Module) -> set[str]:
 
     Those built from the config that transformers' `get_text_config` gives, where a model has
     several; else its decoder, where its input is an image or a sound; else modules of the usual
-    names. Empty where there are none.
+    names. With them the projection of the text beside them (CLIP's). Empty where there are none.
     """
+    roots = _find_text_models(model)
+    for root in list(roots - {""}):
+        parent = root.rpartition(".")[0]
+        children = model.get_submodule(parent)._modules
+        roots |= {".".join(filter(None, (parent, x))) for x in _PROJECTIONS if children.get(x)}
+    return roots
+
+
+def _find_text_models(model: nn.Module) -> set[str]:
     config = getattr(model, "config", None)
     text = _kind(_text_config(config))
     if text is not None and text != _kind(config):

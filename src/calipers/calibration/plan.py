@@ -162,8 +162,13 @@ def plan_observers(
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
+    *,
+    spare_shadows: bool = False,
 ) -> Plan:
     """Resolve, check and build all that `attach` needs; the model is not touched.
+
+    With `spare_shadows` those that would look at nothing are left out of the plan's choice, where
+    they are refused otherwise.
 
     Raises:
         ValueError: As `attach`.
@@ -175,7 +180,11 @@ def plan_observers(
     _warn_of_fused_experts(model)
     observed = [_observed(each, choice) for each in resolution.targets]
     tensors = [tensor for each in observed for tensor in each.tensors.values()]
-    choice.shadows.refuse_unused((each.base_name, each.observers) for each in tensors)
+    built = [(each.base_name, each.observers) for each in tensors]
+    if spare_shadows:
+        choice = replace(choice, shadows=choice.shadows.without_unused(built))
+    else:
+        choice.shadows.refuse_unused(built)
     return Plan(config, resolution, observed, choice)
 
 
@@ -248,7 +257,18 @@ def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
 def _warn_of_fused_experts(model: torch.nn.Module) -> None:
     """Say that experts stay unquantized that could not be taken apart into Linear layers."""
     with disable_onloading():
-        names = [name for name, module in model.named_modules() if has_fused_experts(module)]
+        fused = {name: each for name, each in model.named_modules() if has_fused_experts(each)}
+    hooked = [name for name, module in fused.items() if hasattr(module, "_hf_hook")]
+    if hooked:
+        logger.warning(
+            "{} modules hold experts fused into one parameter ({}, ...) and have hooks of "
+            "accelerate around their forwards, so that they cannot be taken apart: they stay as "
+            "they are, unless compressed_tensors.offload.from_accelerate(model) takes the hooks "
+            "off before",
+            len(hooked),
+            hooked[0],
+        )
+    names = [name for name in fused if name not in hooked]
     if names:
         logger.warning(
             "{} modules hold experts fused into one parameter ({}, ...) in a way that is not "

@@ -52,6 +52,8 @@ __all__ = ["Calibration", "OnMissing", "Record"]
 OnMissing = Literal["error", "skip", "fallback"]
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
+#: A larger share of batches held out is warned of: that of four batches.
+_MUCH_HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,11 @@ class Calibration:
         share = quantized_share(rows, self.model, left_alone)
         self._wrappers.close()
         layers = [each for each in self.observed if not each.is_attention]
-        _tell(left_alone, share if layers or not self.observed else None)
+        _tell(left_alone)
+        if layers or not self.observed:
+            _tell_of_little(rows, self.model, left_alone)
+        if self._held_out > self.batches * _MUCH_HELD_OUT:
+            _tell_of_held_out(self._held_out, self.batches)
         return CalibrationReport(
             modules=rows,
             skipped=[name for name, reason in reasons.items() if reason == "no data"],
@@ -438,7 +444,7 @@ class Calibration:
             self._seconds += time.perf_counter() - start
 
 
-def _tell(left_alone: Sequence[LeftAlone], share: float | None) -> None:
+def _tell(left_alone: Sequence[LeftAlone]) -> None:
     never_called = [each.name for each in left_alone if each.reason == "never called"]
     if never_called:
         logger.warning(
@@ -447,9 +453,28 @@ def _tell(left_alone: Sequence[LeftAlone], share: float | None) -> None:
             len(never_called),
             never_called[0],
         )
-    if share is not None and share < _LITTLE:
+
+
+def _tell_of_little(
+    rows: Sequence[ModuleReport], model: torch.nn.Module, left_alone: Sequence[LeftAlone]
+) -> None:
+    """Warn where most of the weights that were to be quantized are not."""
+    wanted = [each for each in left_alone if each.reason != "not the language part"]
+    share = quantized_share(rows, model, wanted)
+    if share < _LITTLE:
+        whose = "model" if len(wanted) == len(left_alone) else "language part"
         logger.warning(
-            "only {:.0%} of the model's projection weights are quantized: see the report's "
+            "only {:.0%} of the {}'s projection weights are quantized: see the report's "
             "left_alone for what was not, and why",
             share,
+            whose,
         )
+
+
+def _tell_of_held_out(held_out: int, batches: int) -> None:
+    logger.warning(
+        "{} of {} batches held out to judge observers by: they learnt from the others alone; of "
+        "eight batches or more it is one in eight, so give more and smaller ones",
+        held_out,
+        batches,
+    )

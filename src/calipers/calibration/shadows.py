@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -147,21 +147,41 @@ class Shadows:
         Raises:
             CalipersError: Names the observer, and says why nothing has it.
         """
+        for argument, shadow, why in self._unused(built):
+            raise CalipersError(f"{argument} {shadow.label!r} would look at nothing: {why}")
+
+    def without_unused(self, built: Iterable[tuple[str, Sequence[Observer]]]) -> Shadows:
+        """Those that look at something; `built` as for `refuse_unused`."""
+        idle = {(argument, shadow.label) for argument, shadow, _ in self._unused(built)}
+        weight, activation = (
+            tuple(each for each in wanted if (argument, each.label) not in idle)
+            for argument, wanted in self._by_argument.items()
+        )
+        pick: Pick = self.pick if weight or activation else "first"
+        return Shadows(weight, activation, pick)
+
+    @property
+    def _by_argument(self) -> dict[str, tuple[Shadow, ...]]:
+        return {"shadow": self.weight, "activation_shadow": self.activation}
+
+    def _unused(
+        self, built: Iterable[tuple[str, Sequence[Observer]]]
+    ) -> Iterator[tuple[str, Shadow, str]]:
+        """Arguments and shadows that look at nothing, with the reason."""
         tensors = list(built)
-        for argument, wanted in (("shadow", self.weight), ("activation_shadow", self.activation)):
+        for argument, wanted in self._by_argument.items():
             of_weights = argument == "shadow"
             alike = [own for base, own in tensors if (base == "weight") is of_weights]
             used = {observer_label(each) for own in alike for each in own[1:]}
             for shadow in wanted:
-                label = shadow.label
-                if label in used:
+                if shadow.label in used:
                     continue
                 what = "weights" if of_weights else "static activations or states"
                 why = f"the scheme quantizes no {what}"
                 if alike:
                     why = f"{what} have that observer already"
                     why += ", or have no inputs that it could weigh by" * of_weights
-                raise CalipersError(f"{argument} {label!r} would look at nothing: {why}")
+                yield argument, shadow, why
 
     def recorded_args(self, base_name: str, args: QuantizationArgs) -> QuantizationArgs:
         """Arguments for a module's scheme, which names no observer where each module has its own.

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
-from compressed_tensors.offload import disable_onloading, update_offload_parameter
+from compressed_tensors.offload import (
+    disable_offloading,
+    disable_onloading,
+    update_offload_parameter,
+)
+from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationMetadata,
@@ -23,6 +30,7 @@ from calipers.grouping import chunk_size
 
 __all__ = [
     "forget_quantization",
+    "keep_onloaded",
     "measure_output_error",
     "measure_weight_error",
     "undo_on_error",
@@ -76,6 +84,29 @@ def _fits(value: torch.Tensor, dtype: torch.dtype) -> bool:
     if value.dtype == dtype:
         return True
     return bool(torch.equal(value.to(dtype).to(value.dtype), value))
+
+
+def keep_onloaded(module: Any) -> None:
+    """Let tensors of an offloaded module stay once they are brought in, while its forward runs.
+
+    compressed-tensors' quantized forward fake-quantizes the weight that it has got, and calls the
+    forward of the class, which asks for the weight again. What a disk gives then is another tensor,
+    which is not fake-quantized.
+
+    Args:
+        module: A module whose forward is quantized already; one that is not offloaded stays as it
+            is.
+    """
+    if not isinstance(module._parameters, OffloadCache):
+        return
+    quantized = module._original_forward_func
+
+    @wraps(quantized.__wrapped__)  # to which clear_quantization goes back
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with disable_offloading():
+            return quantized(self, *args, **kwargs)
+
+    module._original_forward_func = forward
 
 
 @contextmanager

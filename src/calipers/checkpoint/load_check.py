@@ -39,7 +39,7 @@ from calipers.calibration.attention import (
 from calipers.calibration.calls import example_inputs
 from calipers.calibration.checks import OnUnfit, resolve_and_check
 from calipers.calibration.config import KVCacheLike, SchemeLike, resolve_config
-from calipers.calibration.experts import LinearExperts, find_fused_experts, separated_experts
+from calipers.calibration.experts import LinearExperts, separated_experts
 from calipers.calibration.parts import Only, beyond_language
 from calipers.calibration.targets import kind_of
 from calipers.checkpoint.loading import loading_experts
@@ -181,8 +181,7 @@ def refuse_unloadable(
         logger.info("whether the checkpoint loads back could not be checked: {}", check.unchecked)
     if check.experts is not None:
         logger.warning(
-            "transformers loads this checkpoint inside `with calipers.loading_experts():` alone, "
-            "which takes its experts one by one, as they are stored and as engines read them; "
+            "transformers loads this checkpoint inside `with calipers.loading_experts():` alone; "
             "without it: {}",
             check.experts,
         )
@@ -276,9 +275,7 @@ _Loader = Callable[[], AbstractContextManager[None]]
 def _try_loaders(
     twin: nn.Module, schemes: Mapping[str, QuantizationScheme], *, runs: bool
 ) -> tuple[dict[str, str], bool, str | None]:
-    """As `_try_kinds`, and why experts need `loading_experts`, where that is what they need."""
-    if not find_fused_experts(twin):
-        return *_try_kinds(twin, schemes, nullcontext, runs=runs), None
+    """As `_try_kinds`, and why it takes `loading_experts`, where that is what it takes."""
     plain = _try(twin, schemes, nullcontext, runs=runs)
     if plain is None:
         return {}, False, None
@@ -377,6 +374,8 @@ def _difference(
     different = _other_values(wrong) or _joined_experts(quantized, loaded)
     if different is not None or not runs:
         return different
+    for each in (quantized, loaded):
+        _run_as_loaded(each)
     expected, found = _outputs(quantized), _outputs(loaded)
     if isinstance(expected, str):
         return None  # the fake-quantized model does not run: no matter of loading
@@ -410,6 +409,19 @@ def _joined_experts(quantized: nn.Module, loaded: nn.Module) -> str | None:
             if scheme and (scheme.input_activations or scheme.output_activations):
                 return "experts come back as one parameter, whose inputs are not quantized"
     return _other_values(wrong)
+
+
+def _run_as_loaded(model: nn.Module) -> None:
+    """Let a model round as transformers' quantized models do.
+
+    torch.matmul copies some inputs where a weight requires a gradient, which packed ones do not.
+    Jamba's mixers call a layer whose weight they multiply by otherwise.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            config._is_quantized = True
 
 
 def _other_values(wrong: list[str]) -> str | None:

@@ -15,6 +15,7 @@ from torch import nn
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import listing
 from calipers.calibration.attention import CACHE_STATES, STATES, is_attention
+from calipers.checkpoint.global_scales import refuse_unequal
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover, refuse_unwritable, replacing
 from calipers.checkpoint.source import carry_files, refuse_source, source_folder
@@ -67,7 +68,8 @@ def save(
         CheckpointError: The path is taken, or is the folder that the model was loaded from, lies
             inside of it or holds it; it cannot be written (a full disk); no module is quantized; a
             quantized module is not frozen, or holds a scale that is NaN, infinite or not positive;
-            a module cannot be compressed, or would not load back.
+            layers that engines fuse have unequal global scales (NVFP4); a module cannot be
+            compressed, or would not load back.
 
     Where the output head is tied to the embedding and one of the two is quantized, the checkpoint
     stores both and its config.json says that they are not tied, since a loader would overwrite one
@@ -160,6 +162,7 @@ def _refuse_unready(model: nn.Module) -> None:
             f"{len(bad)} of {len(modules)} quantized modules lack a scale, or hold one that is "
             f"NaN, infinite or not positive: {listing(bad, _LISTED)}"
         )
+    refuse_unequal(modules)
 
 
 def has_usable_scales(module: nn.Module) -> bool:

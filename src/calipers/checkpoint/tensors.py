@@ -16,6 +16,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from torch import Tensor, nn
 
 from calipers.calibration.attention import STATES
+from calipers.calibration.experts import separated_experts
 from calipers.checkpoint.names import are_renamed
 from calipers.errors import CheckpointError
 
@@ -56,8 +57,14 @@ def checkpoint_tensors(model: nn.Module, dtype: torch.dtype | None = None) -> di
     Raises:
         CheckpointError: A module cannot be compressed, or holds a tensor without data.
     """
+    if quantized_modules(model):
+        with separated_experts(model, if_loaded_so=True):
+            return _tensors(model, dtype if are_renamed(model) else None)
+    return _tensors(model, None)
+
+
+def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    dtype = dtype if are_renamed(model) else None
     for part in saved_parts(model):
         for key, value in saved_state(part, dtype).items():
             if key in part.tied:

@@ -63,6 +63,9 @@ def make_twin(model: nn.Module, attention: str = "eager") -> Any:
         _fewer_layers(each, needed)
     with disable_onloading():
         is_small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+        dtypes = {
+            name: each.dtype for name, each in model.named_parameters() if each.is_floating_point()
+        }
     widths: dict[int, int] = {}
     for shrink in () if is_small else (_fewer_heads, _narrower):
         for each in configs:
@@ -76,6 +79,8 @@ def make_twin(model: nn.Module, attention: str = "eager") -> Any:
                 parameter.normal_(std=0.05)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.02)
+            if name in dtypes:  # a class may make some in float32, whatever the model's dtype
+                parameter.data = parameter.data.to(dtypes[name])
     return twin.eval()
 
 

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from compressed_tensors.quantization import QuantizationConfig
 from rich.filesize import decimal
 
 from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
 from calipers.calibration.calibrate import run_plan
-from calipers.calibration.checks import suggest_group_size
-from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
-from calipers.calibration.module_checks import find_shape_problems
-from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     plan_observers,
@@ -36,7 +31,6 @@ from calipers.calibration.report import (
 )
 from calipers.calibration.session import OnMissing
 from calipers.calibration.shadows import Shadows, read_options
-from calipers.calibration.targets import resolve_modules, schemes_by_target
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.replace import recover
@@ -53,16 +47,21 @@ from calipers.cli.judging import (
     in_words,
     measure,
 )
-from calipers.cli.models import load_model, load_tokenizer, peak_memory_bytes
+from calipers.cli.models import find_processor, load_model, load_tokenizer, peak_memory_bytes
+from calipers.cli.schemes import (
+    DEFAULT_SCHEME,
+    choose_group_size,
+    group_size_of,
+    kv_cache_of,
+    sized,
+)
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
 from calipers.text.for_model import fitting_length, model_inputs
 
-__all__ = ["DEFAULT_SCHEME", "calibrate", "choose_group_size", "sized"]
-
-DEFAULT_SCHEME = "W4A16"
+__all__ = ["calibrate"]
 
 
 def calibrate(
@@ -88,28 +87,9 @@ def calibrate(
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
     activation_observer: options.ActivationObserver = None,
-    shadow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:KEY=VALUE,...]",
-            help="Another observer of weights, with options of its own, that sees the same in the "
-            "same pass: the report compares all of them on batches held out. May be repeated.",
-        ),
-    ] = None,
-    activation_shadow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME[:KEY=VALUE,...]",
-            help="Another observer of static activations and of the cache; may be repeated.",
-        ),
-    ] = None,
-    pick: Annotated[
-        str,
-        typer.Option(
-            help="Whose scales are written where there are shadows: first (the observer's) or best "
-            "(in each module those of the least error)."
-        ),
-    ] = "first",
+    shadow: options.Shadow = None,
+    activation_shadow: options.ActivationShadow = None,
+    pick: options.Pick = "first",
     plugin: options.Plugins = None,
     data: options.DataFile = None,
     no_data: Annotated[
@@ -249,7 +229,8 @@ def calibrate(
             except MissingDataError as error:
                 raise error if no_text is None else CalipersError(f"{path}: {no_text}") from None
         length = fitting_length(loaded, sequence_length)
-        read = None if texts is None else texts.read(tokenizer, length, samples)
+        media = find_processor(path), loaded.dtype
+        read = None if texts is None else texts.read(tokenizer, length, samples, *media)
         judged = (
             None if judged_texts is None else judged_texts.read(tokenizer, length, eval_samples)
         )
@@ -315,50 +296,6 @@ def find_tokenizer(path: Path, *texts: Text | None) -> tuple[Any, str | None]:
     if any(each.given for each in wanted):
         raise CalipersError(f"{path}: text needs a tokenizer, and {told}")
     return None, told
-
-
-def sized(group_size: int | None) -> dict[str, Any]:
-    """`--group-size` as an option of a scheme."""
-    return {} if group_size is None else {"group_size": group_size}
-
-
-def choose_group_size(
-    model: Any, patterns: tuple[str, ...], only: Only | None = None
-) -> tuple[int | None, str | None]:
-    """A group size for the default scheme, where its own does not fit all modules.
-
-    Returns:
-        The size, and what to say about it; None and None where the scheme's own fits, or none does.
-    """
-    targets = resolve_modules(model, resolve_config(DEFAULT_SCHEME, patterns), only).targets
-    unfit = [each.name for each in targets if any(find_shape_problems(each))]
-    size = suggest_group_size(targets) if unfit else None
-    if size is None:
-        return None, None
-    return size, (
-        f"{size}, since 128 does not divide the columns of {len(unfit)} of {len(targets)} modules"
-    )
-
-
-def group_size_of(config: QuantizationConfig) -> int | None:
-    """The size of the groups that weights are quantized in; None without groups, or with several.
-
-    That of a format which fixes it (NVFP4, MXFP4) is not told: nobody chooses it.
-    """
-    weights = [each.weights for each in schemes_by_target(config).values()]
-    sizes = {args.group_size for args in weights if args and has_free_group_size(args)}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def kv_cache_of(config: QuantizationConfig) -> str | None:
-    """A word for what keys and values are quantized to; None where they are not."""
-    args = config.kv_cache_scheme
-    if args is None:
-        return None
-    kind, strategy = (getattr(each, "value", each) for each in (args.type, args.strategy))
-    known = {(each["type"], each["strategy"]): word for word, each in KV_CACHES.items()}
-    word = known.get((kind, strategy)) if args.num_bits == 8 and args.symmetric else None
-    return word or f"{kind}{args.num_bits} {strategy}"
 
 
 def print_result(

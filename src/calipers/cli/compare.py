@@ -2,63 +2,43 @@
 
 from __future__ import annotations
 
-import gc
-import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.filesize import decimal
-from torch import Tensor
 
-from calipers.calibration import calibrate, resolve_config
-from calipers.calibration.batches import Progress
-from calipers.calibration.config import has_free_group_size
+from calipers.calibration import resolve_config
 from calipers.calibration.experts import separated_experts
-from calipers.calibration.parts import Only
-from calipers.calibration.plan import ObserverChoice, plan_observers
-from calipers.calibration.shadows import read_options, split_options
-from calipers.calibration.targets import schemes_by_target
-from calipers.checkpoint import compressed_size
+from calipers.calibration.report import (
+    shadow_cells,
+    shadow_headings,
+    summarize_coverage,
+    summarize_shadows,
+)
+from calipers.calibration.shadows import Shadows
 from calipers.checkpoint.replace import recover
 from calipers.cli import options
-from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, sized
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
-    Change,
     Measured,
     change_json,
-    common_objective,
-    compare_measured,
-    figure,
     figure_json,
     figure_text,
-    in_words,
     json_number,
     measure,
 )
-from calipers.cli.models import load_model, load_tokenizer
+from calipers.cli.models import find_processor, load_model, load_tokenizer
+from calipers.cli.runs import RunResult, check_runs, execute, judge_schemes, plan_runs
+from calipers.cli.schemes import DEFAULT_SCHEME, choose_group_size
 from calipers.cli.texts import TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
-from calipers.errors import CalipersError
 from calipers.evaluation import Perplexity
-from calipers.observers import Observer
-from calipers.text.for_model import fitting_length, model_inputs
+from calipers.text.for_model import fitting_length
 
-__all__ = [
-    "Comparison",
-    "Run",
-    "RunResult",
-    "compare",
-    "comparison_json",
-    "execute",
-    "judge_schemes",
-    "plan_runs",
-    "print_comparison",
-]
+__all__ = ["Comparison", "compare", "comparison_json", "print_comparison"]
 
 _OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
 
@@ -70,6 +50,7 @@ def compare(
         typer.Option(help="A preset or a YAML file; may be repeated. Default: W4A16."),
     ] = None,
     group_size: options.GroupSize = None,
+    kv_cache: options.KVCache = None,
     observer: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +66,9 @@ def compare(
         ),
     ] = None,
     activation_observer: options.ActivationObserver = None,
+    shadow: options.Shadow = None,
+    activation_shadow: options.ActivationShadow = None,
+    pick: options.Pick = "first",
     plugin: options.Plugins = None,
     data: options.DataFile = None,
     samples: options.DataSamples = 128,
@@ -111,6 +95,10 @@ def compare(
       calipers compare ./model --observer imatrix_mse --observer optimal --data text.jsonl
 
       calipers compare ./model --observer imatrix_mse --observer optimal:negative_scales=true
+
+      calipers compare ./model --scheme FP8_DYNAMIC --scheme UNQUANTIZED --kv-cache fp8
+
+      calipers compare ./model --observer optimal --shadow mse --shadow imatrix_mse --pick best
     """
     with plain_errors(), show_progress() as progress:
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
@@ -123,7 +111,9 @@ def compare(
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
         observers = observer or list(_OBSERVERS)
-        runs = plan_runs(schemes, observers, option or [], group_size)
+        shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
+        plan = partial(plan_runs, schemes, observers, option or [])
+        runs = plan(group_size, kv_cache, shadows)
         for run in runs:
             resolve_config(run.scheme, patterns)
         loaded = load_model(path, device=device, dtype=dtype)
@@ -131,12 +121,11 @@ def compare(
         with separated_experts(loaded):
             if scheme is None and group_size is None and on_unfit == "error":
                 group_size, size_note = choose_group_size(loaded, patterns, part)
-                runs = plan_runs(schemes, observers, option or [], group_size)
-            for run in runs:
-                _check(loaded, run, activation_observer, patterns, on_unfit, part)
+                runs = plan(group_size, kv_cache, shadows)
+            runs = check_runs(loaded, runs, activation_observer, patterns, on_unfit, part)
         tokenizer = load_tokenizer(path)
         length = fitting_length(loaded, sequence_length)
-        read = texts.read(tokenizer, length, samples)
+        read = texts.read(tokenizer, length, samples, find_processor(path), loaded.dtype)
         judged = judged_texts.read(tokenizer, length, eval_samples)
         before, size = measure(loaded, judged.batches, progress), loaded.get_memory_footprint()
         # Each run begins with an unquantized model, which is read again rather than copied: two
@@ -164,60 +153,6 @@ def compare(
         print_comparison(f"{name}, quantized and judged", comparison)
 
 
-def _check(
-    model: Any,
-    run: Run,
-    activation_observer: str | None,
-    ignore: Sequence[str],
-    on_unfit: Any,
-    only: Only | None,
-) -> None:
-    """Refuse what the model cannot take before anything is run."""
-    choice = ObserverChoice(run.observer, activation_observer, run.options, has_data=True)
-    try:
-        plan_observers(model, run.scheme, choice, ignore, on_unfit, run.scheme_options, only=only)
-    except CalipersError as error:
-        raise CalipersError(f"scheme {run.scheme}, observer {run.name}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One scheme with one observer of weights and its options."""
-
-    scheme: str
-    observer: str
-    options: dict[str, Any]
-    scheme_options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The observer with its options, as a table shows it."""
-        return " ".join([self.observer, *(f"{k}={v}" for k, v in self.options.items())])
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What came of a run.
-
-    Attributes:
-        run: What was asked for.
-        weight_error: Mean relative error of the weights over modules; None where none changed.
-        after: Perplexity; None for a model without a language head.
-        change: Of the perplexity, or the output error.
-        bytes: Of the tensors of the checkpoint that it would make.
-        seconds: Wall-clock time of the calibration.
-        objective: What the observer minimised, where it has a choice.
-    """
-
-    run: Run
-    weight_error: float | None
-    after: Perplexity | None
-    change: Change
-    bytes: int
-    seconds: float
-    objective: str | None
-
-
 @dataclass(frozen=True)
 class Comparison:
     """All runs of one model, and what they were done with.
@@ -243,125 +178,6 @@ class Comparison:
     size_note: str | None = None
 
 
-def plan_runs(
-    schemes: Sequence[str],
-    observers: Sequence[str],
-    common: list[str],
-    group_size: int | None = None,
-) -> list[Run]:
-    """Every scheme with every observer, whose options of its own stand behind a colon.
-
-    Options "key=value" in `common` go to those observers that have them, and `group_size` to those
-    schemes whose groups have no fixed size.
-
-    Raises:
-        CalipersError: An unknown observer, an option without a value, a common option that no
-            observer has, or a group size that no scheme has.
-    """
-    given = read_options(common, "--option")
-    used: set[str] = set()
-    chosen = []
-    for each in dict.fromkeys(observers):
-        name, own = split_options(each)
-        known = Observer.get_value_from_registry(name).Options.names()
-        options = {key: value for key, value in given.items() if key in known}
-        used |= options.keys()
-        options |= read_options(own, "--option")
-        chosen.append((name, options))
-    if unused := given.keys() - used:
-        names = ", ".join(name for name, _ in chosen)
-        raise CalipersError(f"--option: none of {names} has an option {min(unused)!r}")
-    by_scheme = {each: _scheme_options(each, group_size) for each in schemes}
-    if group_size is not None and not any(by_scheme.values()):
-        resolve_config(schemes[0], (), {"group_size": group_size})  # says why not
-    return [Run(s, name, having, more) for s, more in by_scheme.items() for name, having in chosen]
-
-
-def _scheme_options(scheme: str, group_size: int | None) -> dict[str, Any]:
-    """The group size as an option of a scheme; none where the scheme has no such choice."""
-    schemes = schemes_by_target(resolve_config(scheme)).values()
-    return sized(group_size) if any(has_free_group_size(each.weights) for each in schemes) else {}
-
-
-def execute(
-    fresh_model: Callable[[], Any],
-    runs: Sequence[Run],
-    texts: Sequence[Tensor],
-    judged: Sequence[Tensor],
-    before: Measured,
-    progress: Progress,
-    *,
-    stored: torch.dtype | None = None,
-    **others: Any,
-) -> list[RunResult]:
-    """Quantize a model as each run asks for, and measure what came of it.
-
-    Args:
-        fresh_model: Gives an unquantized model for each run, which is let go after it.
-        runs: Schemes and observers.
-        texts: Token ids to calibrate with, shape (batch, tokens) each.
-        judged: Token ids to measure with, likewise.
-        before: What the unquantized model did with `judged`.
-        progress: Called for each run, and for each batch that is measured.
-        stored: The dtype that the checkpoint's size is told for; None for that of the model.
-        others: Other arguments of `calibrate`.
-    """
-    results = []
-    for done, run in enumerate(runs):
-        progress("runs", done, len(runs))
-        model = fresh_model()
-        started = time.perf_counter()
-        report = calibrate(
-            model,
-            run.scheme,
-            run.observer,
-            model_inputs(texts, model),
-            observer_options=run.options,
-            scheme_options=run.scheme_options,
-            **others,
-        )
-        seconds = time.perf_counter() - started
-        errors = [each.weight_error for each in report.modules if each.weight_error is not None]
-        after = measure(model, judged, progress)
-        if stored is not None:
-            model.to(stored)  # after all that is measured
-        results.append(
-            RunResult(
-                run,
-                sum(errors) / len(errors) if errors else None,
-                after if isinstance(after, Perplexity) else None,
-                compare_measured(before, after),
-                compressed_size(model) if report.modules else model.get_memory_footprint(),
-                seconds,
-                common_objective(report),
-            )
-        )
-        del model, report
-        gc.collect()  # hooks and the modules that hold them are cycles
-    progress("runs", len(runs), len(runs))
-    return results
-
-
-def judge_schemes(results: Sequence[RunResult], ignore: Sequence[str] = ()) -> dict[str, str]:
-    """One verdict for each scheme, on the best of its runs."""
-    found = {}
-    for name in dict.fromkeys(each.run.scheme for each in results):
-        tried = [each for each in results if each.run.scheme == name]
-        best = min(tried, key=_rank)
-        # What was tried and did no better is not advised.
-        hessian = any(each.objective == "hessian" for each in tried)
-        objective = "hessian" if hessian else best.objective
-        words = in_words(resolve_config(name, ignore), best.change, objective)
-        found[name] = f"{best.run.name}: {words}"
-    return found
-
-
-def _rank(result: RunResult) -> float:
-    """The change of the perplexity, or the output error; a broken run comes last."""
-    value, _ = figure(result.change)
-    return math.inf if math.isnan(value) else value
-
-
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
     """A comparison for JSON."""
     return {
@@ -375,11 +191,14 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "observer": each.run.observer,
                 "options": each.run.options,
                 "group_size": each.run.scheme_options.get("group_size"),
+                "kv_cache": each.run.cache,
                 "weight_error": json_number(each.weight_error),
                 "perplexity": figure_json(each.after),
                 **change_json(each.change),
                 "bytes": each.bytes,
                 "seconds": each.seconds,
+                "shadows": [asdict(row) for row in summarize_shadows(each.report)],
+                "coverage": [layer.to_dict() for layer in each.report.coverage],
             }
             for each in comparison.results
         ],
@@ -408,8 +227,17 @@ def print_comparison(title: str, comparison: Comparison) -> None:
         for each in results
     ]
     print_table(title, columns, rows, right=columns[2:], fold=False)
+    for each in results:
+        if shadows := shadow_cells(summarize_shadows(each.report)):
+            heads = shadow_headings(each.report)
+            whose = f"Observers of the same tensors: {each.run.scheme}, {each.run.name}"
+            print_table(whose, heads, shadows, right=heads[2:])
     lines = [("calibrated with", str(comparison.data)), ("judged by", str(comparison.judged))]
     sizes = {each.run.scheme_options.get("group_size") for each in results} - {None}
     if sizes:
         lines.insert(0, ("group size", comparison.size_note or str(sizes.pop())))
+    caches = dict.fromkeys(each.run.cache for each in results)
+    lines += [("cache", word) for word in caches if word]
+    experts = dict.fromkeys(text for r in results for text in summarize_coverage(r.report.coverage))
+    lines += [("experts", text) for text in experts]
     print_lines([*lines, *comparison.verdicts.items()])

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from calipers._quiet import no_progress_bars
+from calipers._words import first_line
 from calipers.checkpoint.loading import loading_experts
 from calipers.checkpoint.opening import class_to_load, refuse_incomplete
 from calipers.errors import CalipersError
+from calipers.text.processors import is_processor
 
-__all__ = ["load_model", "load_tokenizer", "peak_memory_bytes"]
+__all__ = ["find_processor", "load_model", "load_tokenizer", "peak_memory_bytes"]
 
 #: An organisation and a name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: One of them lies in the folder of a model that has a processor.
+_PROCESSOR_FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 def load_model(path: Path, *, device: str | None, dtype: str) -> Any:
@@ -75,6 +85,31 @@ def load_tokenizer(path: Path) -> Any:
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise CalipersError(f"{path}: no files of a tokenizer")
     return tokenizer
+
+
+def find_processor(path: Path) -> Callable[[], Any] | None:
+    """What loads the processor of a local directory; None where there are no files of one."""
+    if not any((path / name).is_file() for name in _PROCESSOR_FILES):
+        return None
+    return partial(_load_processor, path)
+
+
+def _load_processor(path: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # whatever transformers and its plug-ins raise
+        raise CalipersError(
+            f"{path}: samples with images, videos or sounds need the model's processor, which "
+            f"does not load: {first_line(error)}"
+        ) from None
+    if not is_processor(processor):
+        raise CalipersError(
+            f"{path}: samples with images, videos or sounds need a processor that takes text as "
+            f"well; the model's is {type(processor).__name__}"
+        )
+    return processor
 
 
 def peak_memory_bytes() -> int:

@@ -13,6 +13,7 @@ from calipers.observers.plugins import load_plugin
 
 __all__ = [
     "ActivationObserver",
+    "ActivationShadow",
     "DataFile",
     "DataSamples",
     "Device",
@@ -25,8 +26,10 @@ __all__ = [
     "KVCache",
     "ModelFolder",
     "OnlyPart",
+    "Pick",
     "Plugins",
     "SequenceLength",
+    "Shadow",
     "known_part",
     "load_plugins",
 ]
@@ -38,13 +41,36 @@ ActivationObserver: TypeAlias = Annotated[
         "Default: the scheme's, else static_minmax."
     ),
 ]
+Shadow: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Another observer of weights, with options of its own, that sees the same in the "
+        "same pass: the report compares all of them on batches held out. May be repeated.",
+    ),
+]
+ActivationShadow: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:KEY=VALUE,...]",
+        help="Another observer of static activations and of the cache; may be repeated.",
+    ),
+]
+Pick: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="Whose scales are taken where there are shadows: first (the observer's) or best "
+        "(in each module those of the least error)."
+    ),
+]
 DataFile: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         "--data",
         metavar="FILE",
         help="Calibration data: .txt, .jsonl, .json, .csv, .parquet or a folder saved by "
-        "datasets (FOLDER:SPLIT). Default: the embedded calibration text.",
+        "datasets (FOLDER:SPLIT). Samples of a model that sees or hears may name files of images. "
+        "Default: the embedded calibration text.",
     ),
 ]
 DataSamples: TypeAlias = Annotated[

@@ -22,9 +22,9 @@ from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
 from calipers.cli import options
-from calipers.cli.calibrate import DEFAULT_SCHEME, choose_group_size, group_size_of, sized
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import peak_memory_bytes
+from calipers.cli.schemes import DEFAULT_SCHEME, choose_group_size, group_size_of, sized
 from calipers.demo import MODEL_PATH
 from calipers.errors import CalipersError
 from calipers.streaming.plan import StreamPlan, plan_stream

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from calipers.demo import CALIBRATION_TEXT, HELDOUT_TEXT
 from calipers.text import read_batches
 from calipers.text.files import require
+from calipers.text.for_model import is_stream, read_samples
 from calipers.texts import calibration_texts, heldout_texts
 
 __all__ = ["Text", "TokenizedText", "calibration_text", "heldout_text"]
@@ -31,14 +32,41 @@ class Text:
     source: Path | Callable[[], list[str]]
     given: bool
 
-    def read(self, tokenizer: Any, sequence_length: int, samples: int | None) -> TokenizedText:
+    def read(
+        self,
+        tokenizer: Any,
+        sequence_length: int,
+        samples: int | None,
+        processor: Callable[[], Any] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> TokenizedText:
         """Read it in a model's tokens.
 
+        Args:
+            tokenizer: The model's.
+            sequence_length: Most tokens of a sequence.
+            samples: Most sequences; None takes all.
+            processor: Loads the model's processor, asked for where a sample has images, videos or
+                sounds; without it, of such samples the text alone is read.
+            dtype: The model's, for images and sounds.
+
         Raises:
-            CalipersError: As `read_batches`.
+            CalipersError: As `read_batches`, or `read_samples`.
         """
         data = self.source if isinstance(self.source, Path) else self.source()
-        batches = read_batches(data, tokenizer, sequence_length=sequence_length, samples=samples)
+        if processor is None or is_stream(data):
+            batches: list[Any] = list(
+                read_batches(data, tokenizer, sequence_length=sequence_length, samples=samples)
+            )
+        else:
+            batches = read_samples(
+                data,
+                tokenizer,
+                processor,
+                sequence_length=sequence_length,
+                samples=samples,
+                dtype=dtype,
+            )
         return TokenizedText(self.name, batches)
 
 
@@ -48,28 +76,41 @@ class TokenizedText:
 
     Attributes:
         name: What it is called in output.
-        batches: Token ids, shape (batch, tokens) each.
+        batches: Token ids, shape (batch, tokens) each; of a sample with images, videos or sounds
+            all arguments of the model.
     """
 
     name: str
-    batches: list[Tensor]
+    batches: list[Any]
 
     @property
     def sequences(self) -> int:
         """How many sequences it has."""
-        return sum(len(each) for each in self.batches)
+        return sum(1 if isinstance(each, Mapping) else len(each) for each in self.batches)
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has."""
-        return sum(each.numel() for each in self.batches)
+        """How many tokens of text it has, the places of images among them."""
+        ids = (x.get("input_ids") if isinstance(x, Mapping) else x for x in self.batches)
+        return sum(each.numel() for each in ids if each is not None)
+
+    @property
+    def with_media(self) -> int:
+        """How many of the sequences have images, videos or sounds."""
+        return sum(isinstance(each, Mapping) for each in self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"text": self.name, "sequences": self.sequences, "tokens": self.tokens}
+        return {
+            "text": self.name,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "with_media": self.with_media,
+        }
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.sequences} sequences, {self.tokens:,} tokens"
+        told = f"{self.name}: {self.sequences} sequences, {self.tokens:,} tokens"
+        return f"{told}, {self.with_media} with images or sounds" if self.with_media else told
 
 
 def calibration_text(given: Path | None, *, demo: bool = False) -> Text:

@@ -177,6 +177,8 @@ def plan_stream(
     for each in plan.observed:
         each.module.quantization_status = QuantizationStatus.FROZEN
     restore()
+    if plan.observed:
+        separate_experts(model, if_loaded_so=True)  # as `save` does for the time of a save
     stored = loading_dtype(model)
     parts = saved_parts(model)
     units = find_units(source, parts, plan.observed, stored if are_renamed(model) else None)

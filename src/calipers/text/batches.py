@@ -86,8 +86,9 @@ def read_batches(
             if has_media(sample.value) and not told:
                 told.append(sample.where)
                 logger.warning(
-                    "{}: of a sample with images, videos or sounds its text alone is used; pass "
-                    "the model's processor to calibrate as tokenizer= to use them",
+                    "{}: of a sample with images, videos or sounds its text alone is used; to "
+                    "calibrate with them pass the model's processor as tokenizer= (the command "
+                    "takes it from the model's folder)",
                     sample.where,
                 )
             ids = encode_sample(sample, tokenizer, sequence_length)
@@ -126,10 +127,10 @@ def find_samples(
 
     Args:
         path: A file of samples, a saved folder, a dataset, or the samples themselves.
-        media: Columns of a dataset that are kept beside those of text.
+        media: Columns of a dataset, saved or not, that are kept beside those of text.
     """
     if isinstance(path, Path):
-        return str(path), open_samples(path)
+        return str(path), open_samples(path, media)
     if is_dataset(path):
         return "dataset", iterate_dataset(path, "dataset", media=media)
     return "data", (Sample(value, f"data[{place}]") for place, value in enumerate(path))

@@ -42,7 +42,7 @@ def saved_split(path: Path) -> tuple[Path, str | None] | None:
     return None
 
 
-def open_saved(folder: Path, split: str | None) -> Iterator[Sample]:
+def open_saved(folder: Path, split: str | None, media: Sequence[str] = ()) -> Iterator[Sample]:
     """Iterate over a folder that `save_to_disk` wrote; its files are mapped, not read whole.
 
     Raises:
@@ -54,7 +54,7 @@ def open_saved(folder: Path, split: str | None) -> Iterator[Sample]:
         dataset = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         raise CalipersError(f"{folder}: no dataset that can be loaded: {error}") from None
-    return iterate_dataset(dataset, str(folder), split)
+    return iterate_dataset(dataset, str(folder), split, media)
 
 
 def iterate_dataset(

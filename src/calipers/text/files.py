@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,22 @@ _ARROW_ERRORS = (ValueError, OSError, NotImplementedError)
 _FIELD = 2**30
 
 
-def open_samples(path: Path) -> Iterator[Sample]:
+def open_samples(path: Path, media: Sequence[str] = ()) -> Iterator[Sample]:
     """Iterate over the samples of a path; no more of it is read than is asked for (but of .json).
 
     Args:
         path: .jsonl, .json, .csv or .parquet, or a folder that `datasets` saved, where a split
             other than "train" is written behind a colon: "folder:test".
+        media: Columns of a saved dataset that are kept beside those of text.
 
     Raises:
         CalipersError: No such file, of another kind, not UTF-8, or not what its name says.
     """
     require(path)
     saved = saved_split(path)
-    return open_saved(*saved) if saved is not None else _READERS[path.suffix.lower()](path)
+    if saved is not None:
+        return open_saved(*saved, media)
+    return _READERS[path.suffix.lower()](path)
 
 
 def require(path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from calipers.text.processors import (
 )
 from calipers.text.samples import Sample, encode_sample, is_sample
 
-__all__ = ["batches_for_model", "fitting_length", "model_inputs"]
+__all__ = ["batches_for_model", "fitting_length", "is_stream", "model_inputs", "read_samples"]
 
 
 def batches_for_model(
@@ -48,42 +49,86 @@ def batches_for_model(
     if not text:
         return data  # type: ignore[no-any-return]
     length = fitting_length(model, sequence_length)
-    if is_processor(tokenizer) and not _is_stream(data):
-        return _processed(data, model, tokenizer, length, samples)
-    found = read_batches(data, tokenizer, sequence_length=length, samples=samples)
+    if is_processor(tokenizer) and not is_stream(data):
+        dtype = getattr(model, "dtype", torch.float32)
+        found: list[Any] = read_samples(
+            data,
+            tokenizer_of(tokenizer),
+            lambda: tokenizer,
+            sequence_length=length,
+            samples=samples,
+            dtype=dtype,
+        )
+    else:
+        found = list(read_batches(data, tokenizer, sequence_length=length, samples=samples))
     return model_inputs(found, model)
 
 
-def _is_stream(data: Any) -> bool:
+def is_stream(data: Any) -> bool:
     """Whether data is a file of text alone."""
     return isinstance(data, (str, Path)) and Path(data).suffix.lower() == ".txt"
 
 
-def _processed(
-    data: Any, model: torch.nn.Module, processor: Any, length: int, samples: int
-) -> list[dict[str, Any]]:
-    """Batches of one sample each; those of text alone go through the processor's tokenizer."""
+def read_samples(
+    data: Any,
+    tokenizer: Any,
+    processor: Callable[[], Any],
+    *,
+    sequence_length: int,
+    samples: int | None,
+    dtype: torch.dtype,
+) -> list[Tensor | dict[str, Any]]:
+    """Read samples of text, of which some have images, videos or sounds as well.
+
+    Args:
+        data: Samples as `read_batches` takes them. Files that samples of a file name are looked for
+            from its folder on.
+        tokenizer: The model's, for samples of text alone.
+        processor: Gives the model's processor; asked for once, by the first sample that needs it.
+        sequence_length: Most tokens of a sample of text; others are not cut.
+        samples: Most samples; None takes all.
+        dtype: What images and sounds are cast to.
+
+    Returns:
+        For each sample token ids of shape (1, tokens), or the arguments of the model for one with
+        images, videos or sounds.
+
+    Raises:
+        CalipersError: As `read_batches`; a sample that the processor does not take, or a file that
+            there is not.
+    """
     data = Path(data) if isinstance(data, str) else data
-    tokenizer = tokenizer_of(processor)
-    check_text(data, tokenizer, length, samples)
+    check_text(data, tokenizer, sequence_length, samples)
     name, found = find_samples(data, MEDIA)
-    options, dtype = no_cache(model), getattr(model, "dtype", torch.float32)
+    folder = data.parent if isinstance(data, Path) and data.is_file() else None
+    loaded = functools.cache(processor)
 
-    def encode(sample: Sample) -> dict[str, Any] | None:
+    def encode(sample: Sample) -> Tensor | dict[str, Any] | None:
         if has_media(sample.value):
-            return {**in_dtype(process(sample, processor), dtype), **options}
-        ids = encode_sample(sample, tokenizer, length)
-        return {"input_ids": ids[None], **options} if ids.numel() > 1 else None
+            return in_dtype(process(sample, loaded(), folder), dtype)
+        ids = encode_sample(sample, tokenizer, sequence_length)
+        return ids[None] if ids.numel() > 1 else None
 
-    batches = encode_samples(found, name, encode, samples)
+    batches: list[Tensor | dict[str, Any]] = encode_samples(found, name, encode, samples)
     if not batches:
         raise CalipersError(f"{name}: holds no sample of at least two tokens")
     return batches
 
 
-def model_inputs(batches: Iterable[Tensor], model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Token ids, shape (batch, tokens) each, as arguments of a model that shall fill no cache."""
-    return [{"input_ids": ids, **no_cache(model)} for ids in batches]
+def model_inputs(
+    batches: Iterable[Tensor | Mapping[str, Any]], model: torch.nn.Module
+) -> list[dict[str, Any]]:
+    """Batches as arguments of a model that shall fill no cache.
+
+    Args:
+        batches: Token ids, shape (batch, tokens) each, or arguments of the model.
+        model: The model.
+    """
+    options = no_cache(model)
+    return [
+        {**(each if isinstance(each, Mapping) else {"input_ids": each}), **options}
+        for each in batches
+    ]
 
 
 def fitting_length(model: Any, sequence_length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ __all__ = [
 _FIELDS = ("images", "videos", "audio")
 #: The same with what it takes along with them.
 MEDIA = (*_FIELDS, "sampling_rate")
+#: Fields of a part of a message that may name a file.
+_PART_FIELDS = ("image", "video", "audio", "path", "url")
 
 
 def is_processor(value: object) -> bool:
@@ -53,7 +56,7 @@ def _in_messages(value: Mapping[str, Any]) -> bool:
     )
 
 
-def process(sample: Sample, processor: Any) -> dict[str, Any]:
+def process(sample: Sample, processor: Any, folder: Path | None = None) -> dict[str, Any]:
     """Arguments of a model for one sample, as a batch of one.
 
     Args:
@@ -61,11 +64,14 @@ def process(sample: Sample, processor: Any) -> dict[str, Any]:
             handed to the processor under these names; or with "messages" that hold such parts,
             for its chat template. It is not cut: places of an image cannot be.
         processor: The model's processor.
+        folder: Where files lie that the sample names by relative paths; None for the working
+            directory.
 
     Raises:
-        CalipersError: The processor does not take the sample; says why.
+        CalipersError: The processor does not take the sample; says why. A file that there is not,
+            or an address in its place.
     """
-    value: Any = sample.value
+    value: Any = _with_files(sample, folder)
     try:
         if "messages" in value and value.get("text") is None:
             found = processor.apply_chat_template(
@@ -83,6 +89,42 @@ def process(sample: Sample, processor: Any) -> dict[str, Any]:
             f"{sample.where}: {kind} does not take it: {type(error).__name__}: {first_line(error)}"
         ) from None
     return dict(found)
+
+
+def _with_files(sample: Sample, folder: Path | None) -> dict[str, Any]:
+    """The fields of a sample with names of files as paths."""
+
+    def find(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [find(each) for each in value]
+        return _path_of(value, sample.where, folder) if isinstance(value, str) else value
+
+    def find_in_part(part: Any) -> Any:
+        if not isinstance(part, Mapping) or part.get("type", "text") == "text":
+            return part
+        return {key: find(part[key]) if key in _PART_FIELDS else part[key] for key in part}
+
+    def find_in_message(message: Any) -> Any:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+            return message
+        return {**message, "content": [find_in_part(part) for part in message["content"]]}
+
+    assert isinstance(sample.value, Mapping)
+    value = {key: find(v) if key in _FIELDS else v for key, v in sample.value.items()}
+    if isinstance(value.get("messages"), list):
+        value["messages"] = [find_in_message(each) for each in value["messages"]]
+    return value
+
+
+def _path_of(text: str, where: str, folder: Path | None) -> str:
+    if text.startswith(("http://", "https://")):
+        raise CalipersError(f"{where}: {text}: nothing is fetched; name a local file")
+    if folder is None or text.startswith("data:"):
+        return text
+    path = folder / text
+    if not path.is_file():
+        raise CalipersError(f"{where}: no such file: {path}")
+    return str(path)
 
 
 def in_dtype(inputs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

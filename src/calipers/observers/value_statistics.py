@@ -242,7 +242,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         grown = {}
         for name, value in zip(names, current, strict=True):
             statistic, past = self.statistics[name], getattr(self, name)
-            if statistic.float32 and value.dtype != torch.float64:
+            if statistic.reduce == "mean" and value.dtype != torch.float64:
                 value = value.float()
             if past is not None and not self._is_replaced(name):
                 if past.shape != value.shape:
@@ -268,7 +268,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         The range of a token belongs to that token alone: there is nothing to carry over.
         """
         by_token = self.args.strategy == _TOKEN and name in self.range_names
-        return by_token or self.statistics[name] is LAST
+        return by_token or super()._is_replaced(name)
 
     def _range(self, names: tuple[str, str]) -> Range:
         return getattr(self, names[0]), getattr(self, names[1])

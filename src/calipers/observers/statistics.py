@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
@@ -354,6 +354,13 @@ class HoldsStatistics:
     def _is_replaced(self, name: str) -> bool:
         """Whether a new value takes the place of the old one, whatever its shape."""
         return self.statistics[name].reduce == "last"
+
+    def _check_dtypes(self, name: str, dtypes: Sequence[torch.dtype]) -> None:
+        """Refuse values of a statistic whose dtypes tell that they cannot be merged.
+
+        Raises:
+            ValueError: Names them.
+        """
 
     def begin_batch(self) -> None:
         """Start a batch of a model: `undo_batch` brings back what is held now.

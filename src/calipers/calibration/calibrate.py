@@ -113,9 +113,8 @@ def calibrate(
         pick: "first" writes the scales of the observer that was chosen, "best" in each module those
             with the least error; layers that share a global scale have one observer, by the sum of
             their errors.
-        ranks: Processes that calibrate the same model, each with its share of the data, and how
-            long they wait for each other; see `calipers.distributed`. None takes all of
-            torch.distributed, where that is initialised.
+        ranks: Processes that calibrate the same model, each with its share of the data; None takes
+            all of torch.distributed, where that is initialised.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -125,9 +124,8 @@ def calibrate(
         SchemeError: As `attach`.
         MissingDataError: Data is needed and `data` is None, told before any work; or modules that
             it did not reach, see `Calibration.freeze`.
-        RankError: A rank failed, or did not come: on all ranks.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
-            model.
+            model; a rank that failed or did not come (`RankError`).
         ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
             nothing.
 
@@ -153,11 +151,7 @@ def calibrate(
     )
     model = unwrap(model)
     ranks = ranks or Ranks()
-    with (
-        ranks.telling_failure("calibrating"),
-        without_wrappers(model),
-        separated_experts(model),
-    ):
+    with ranks.telling_failure("calibrate"), without_wrappers(model), separated_experts(model):
         plan = plan_observers(
             model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )

@@ -8,16 +8,19 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from compressed_tensors.offload import as_single_threaded
 from torch import Tensor
 
 from calipers.distributed.meeting import Ranks
 from calipers.errors import RankError
 
-__all__ = ["gather_objects", "merge_flat"]
+__all__ = ["first_alone", "gather_objects", "merge_flat"]
+
+Result = TypeVar("Result")
 
 
 def gather_objects(ranks: Ranks, value: Any, stage: str) -> list[Any]:
@@ -45,6 +48,30 @@ def gather_objects(ranks: Ranks, value: Any, stage: str) -> list[Any]:
         pickle.loads(bytes(each[:size].cpu().numpy()))
         for each, size in zip(found, sizes, strict=True)
     ]
+
+
+def first_alone(ranks: Ranks, work: Callable[[], Result], stage: str) -> Result:
+    """What `work` gives on the first rank, which does it as if there were no others.
+
+    For what compressed-tensors and transformers would do together with all ranks: loading and
+    saving of quantized models.
+
+    Args:
+        ranks: The ranks, all of which make this call.
+        work: Gives anything that pickle takes.
+        stage: What errors call it.
+
+    Raises:
+        RankError: See `gather_objects`.
+    """
+    if ranks.size == 1:
+        return work()
+    found: Result | None = None
+    if ranks.rank == 0:
+        with as_single_threaded():
+            found = work()
+    first: Result = gather_objects(ranks, found, stage)[0]
+    return first
 
 
 def merge_flat(

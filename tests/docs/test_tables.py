@@ -74,6 +74,11 @@ UNMEASURED = {
         "tests/end_to_end/test_architectures.py::test_comes_back_or_is_refused"
     ),
     ("docs/presets.md", "with transformers 5.24"): None,
+    (
+        "docs/ranks.md",
+        "word, statistics",
+    ): "tests/distributed/test_calibrate.py::"
+    "test_any_split_over_any_number_of_ranks_gives_the_same",
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

@@ -11,6 +11,7 @@ __all__ = [
     "CheckpointError",
     "IntegrationError",
     "MissingDataError",
+    "RankError",
     "SchemeError",
     "UnknownModuleError",
     "UnknownObserverError",
@@ -44,6 +45,13 @@ class CheckpointError(CalipersError):
 
 class IntegrationError(CalipersError):
     """Another library that calipers cannot work inside: missing, or of a version not known here."""
+
+
+class RankError(CalipersError):
+    """A rank that did not come, failed, or calibrates something else than the others.
+
+    Raised on all ranks that still run. The message names the rank and the stage.
+    """
 
 
 class UnknownModuleError(CalipersError, KeyError):

@@ -72,6 +72,11 @@ UNMEASURED = {
         "preset, weights",
     ): "tests/checkpoint/test_save.py::test_every_preset_is_documented",
     ("docs/presets.md", "with transformers 5.24"): None,
+    (
+        "docs/ranks.md",
+        "word, statistics",
+    ): "tests/distributed/test_calibrate.py::"
+    "test_any_split_over_any_number_of_ranks_gives_the_same",
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

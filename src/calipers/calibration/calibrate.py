@@ -30,6 +30,7 @@ from calipers.calibration.plan import (
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing
 from calipers.calibration.shadows import Pick, Shadows
+from calipers.distributed import Ranks
 from calipers.errors import CalipersError
 from calipers.text.for_model import batches_for_model
 
@@ -61,6 +62,7 @@ def calibrate(
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
+    ranks: Ranks | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -111,6 +113,8 @@ def calibrate(
         pick: "first" writes the scales of the observer that was chosen, "best" in each module those
             with the least error; layers that share a global scale have one observer, by the sum of
             their errors.
+        ranks: Processes that calibrate the same model, each with its share of the data; None takes
+            all of torch.distributed, where that is initialised.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -121,7 +125,7 @@ def calibrate(
         MissingDataError: Data is needed and `data` is None, told before any work; or modules that
             it did not reach, see `Calibration.freeze`.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
-            model.
+            model; a rank that failed or did not come (`RankError`).
         ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
             nothing.
 
@@ -146,7 +150,8 @@ def calibrate(
         Shadows.read(shadow, activation_shadow, pick),
     )
     model = unwrap(model)
-    with without_wrappers(model), separated_experts(model):
+    ranks = ranks or Ranks()
+    with ranks.telling_failure("calibrate"), without_wrappers(model), separated_experts(model):
         plan = plan_observers(
             model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )
@@ -165,6 +170,7 @@ def calibrate(
             progress,
             use_attention_mask=use_attention_mask,
             experts=policy,
+            ranks=ranks,
         )
 
 
@@ -177,6 +183,7 @@ def run_plan(
     *,
     use_attention_mask: bool = True,
     experts: ExpertPolicy | None = None,
+    ranks: Ranks | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -188,12 +195,13 @@ def run_plan(
         progress: As in `calibrate`.
         use_attention_mask: See `Calibration.run`.
         experts: How experts see tokens, and what is done about few; None takes the defaults.
+        ranks: As in `calibrate`.
     """
     policy = experts or ExpertPolicy()
     if batches is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
-    with Calibration(model, plan) as calibration:
+    with Calibration(model, plan, ranks=ranks) as calibration:
         if batches is not None:
             calibration.run(
                 batches,
@@ -224,6 +232,7 @@ def attach(
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
+    ranks: Ranks | None = None,
 ) -> Calibration:
     """Attach observers to every module that the scheme targets.
 
@@ -250,6 +259,7 @@ def attach(
         shadow: As in `calibrate`.
         activation_shadow: As in `calibrate`.
         pick: As in `calibrate`.
+        ranks: As in `calibrate`.
 
     Returns:
         The calibration: run batches, freeze, detach.
@@ -274,7 +284,7 @@ def attach(
         plan = plan_observers(
             inner, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )
-        return Calibration(inner, plan, wrappers.pop_all())
+        return Calibration(inner, plan, wrappers.pop_all(), ranks)
     raise AssertionError  # an ExitStack of these lets no exception vanish
 
 

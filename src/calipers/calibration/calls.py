@@ -50,8 +50,17 @@ class CallCounter:
         Where that one was not called either nothing is known: an expert without tokens, a vision
         tower without images.
         """
-        calls = {name: self._calls[id(module)] for name, module in self._modules.items()}
+        calls = self.counts()
         return {name for name in self._names if not calls[name] and calls[_parent(name)]}
+
+    def counts(self) -> dict[str, int]:
+        """Calls so far, by module name."""
+        return {name: self._calls[id(module)] for name, module in self._modules.items()}
+
+    def set_counts(self, counts: Mapping[str, int]) -> None:
+        """Take over calls by module name, in place of those counted."""
+        self._calls.clear()
+        self._calls.update({id(self._modules[name]): calls for name, calls in counts.items()})
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -24,7 +24,6 @@ from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.report import ExpertCoverage
 from calipers.errors import CalipersError, MissingDataError
 from calipers.observers import Observer
-from calipers.observers.statistics import COUNT, LAST, MAX, MIN, SUM, TOKENS, Statistic
 
 __all__ = [
     "ENOUGH_TOKENS",
@@ -250,16 +249,16 @@ def _mix(own: Observer, others: Mapping[str, Tensor], share: float, weight: floa
             continue
         statistic = part.statistics[name]
         theirs = theirs.to(mine.device)
-        if statistic in (COUNT, TOKENS):
+        if statistic.integer:
             mixed[key] = mine + (theirs * weight).round().to(mine.dtype)
-        elif statistic is SUM and not mine.is_floating_point():
+        elif statistic.reduce == "sum" and not mine.is_floating_point():
             mixed[key] = mine * finest + (theirs.double() * (weight * finest)).round().long()
-        elif statistic is SUM:
+        elif statistic.reduce == "sum":
             mixed[key] = (mine.double() + theirs.double() * weight).to(mine.dtype)
-        elif statistic is LAST:
+        elif statistic.reduce == "last":
             mixed[key] = mine
         else:
-            mixed[key] = _between(statistic, mine, theirs, share)
+            mixed[key] = _between(mine, theirs, share)
     return mixed
 
 
@@ -270,12 +269,10 @@ def _finest(values: Iterable[Tensor]) -> int:
     return 1 << max(0, min(_FINEST, 61 - floor(log2(max(largest, 1.0))) - 1))
 
 
-def _between(statistic: Statistic, mine: Tensor, theirs: Tensor, share: float) -> Tensor:
+def _between(mine: Tensor, theirs: Tensor, share: float) -> Tensor:
     """Ends of ranges and moving averages; a group without values says nothing."""
     average = (mine.double() * (1 - share) + theirs.double() * share).to(mine.dtype)
-    if statistic in (MIN, MAX) or statistic.float32:
-        return torch.where(mine.isinf(), theirs, torch.where(theirs.isinf(), mine, average))
-    return statistic.merge(mine, theirs, 1, 1)
+    return torch.where(mine.isinf(), theirs, torch.where(theirs.isinf(), mine, average))
 
 
 @contextmanager

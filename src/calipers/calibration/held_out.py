@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -106,6 +107,33 @@ class Samples:
     def undo_batch(self) -> None:
         """Forget what came since `begin_batch`."""
         self._waiting = {}
+
+    def kept(self) -> dict[str, tuple[bool, list[Tensor]]]:
+        """What is kept by side: whether it is held out, and tokens of each batch, on the CPU."""
+        return {
+            side: (each.held_out, [chunk.cpu() for chunk in each.chunks])
+            for side, each in self._kept.items()
+        }
+
+    def set_kept(self, found: Sequence[Mapping[str, tuple[bool, list[Tensor]]]]) -> None:
+        """Keep what was kept of shares of the data, in place of what is kept here.
+
+        Args:
+            found: Of each share what `kept` gave. Batches take turns: the first of each share, the
+                second of each, as they were dealt out.
+        """
+        self._kept = {}
+        for side in sorted({side for each in found for side in each}):
+            shares = [each[side] for each in found if side in each]
+            held_out = any(flag for flag, _ in shares)
+            chunks = [own for flag, own in shares if flag is held_out]
+            if not held_out:
+                chunks = chunks[:1]  # of the first batch alone, as in `see`
+            self._kept[side] = kept = _Kept(held_out)
+            for turn in zip_longest(*chunks):
+                for chunk in turn:
+                    if chunk is not None:
+                        kept.add(chunk)
 
     def of(self, side: str) -> Sample | None:
         """What is kept of one side, less tokens with NaN or Inf; None where nothing is."""

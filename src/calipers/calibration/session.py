@@ -36,6 +36,7 @@ from calipers.calibration.missing import (
 )
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
+from calipers.calibration.ranks import forget_observed, reduce_observed
 from calipers.calibration.report import (
     CalibrationReport,
     ModuleReport,
@@ -43,6 +44,7 @@ from calipers.calibration.report import (
     with_shares,
 )
 from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leave_alone
+from calipers.distributed import Ranks
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
@@ -50,6 +52,8 @@ from calipers.observers.statistics import UpdateState
 __all__ = ["Calibration", "OnMissing", "Record"]
 
 OnMissing = Literal["error", "skip", "fallback"]
+#: What is counted of the data, by attribute name.
+_COUNTS = ("batches", "_tokens_given", "_tokens_counted", "_held_out")
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
 #: A larger share of batches held out is warned of: that of four batches.
@@ -88,11 +92,14 @@ class Calibration:
         plan: What to quantize and how; its observers are attached here.
         wrappers: Closed once the calibration is frozen or detached: puts wrappers of single
             blocks back that were taken out of the model.
+        ranks: Processes that calibrate the same model with other data; None takes all of
+            torch.distributed, where that is initialised.
 
     Attributes:
         model: The model.
         observed: The observed modules with their observers.
-        batches: Batches that the model took so far; none where no observer needs data.
+        batches: Batches that the model took so far; none where no observer needs data. Once frozen,
+            those of all ranks.
     """
 
     def __init__(
@@ -100,8 +107,10 @@ class Calibration:
         model: torch.nn.Module,
         plan: Plan,
         wrappers: ExitStack | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
+        self._ranks = ranks or Ranks()
         self._wrappers = wrappers or ExitStack()
         self.observed = list(plan.observed)
         self.batches = 0
@@ -166,7 +175,7 @@ class Calibration:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
                 of a type that cannot be run.
         """
-        with self._update.lock:
+        with self._update.lock, self._ranks.telling_failure("running batches"):
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
             with self._clock(), self.seeing_all(all_experts):
@@ -202,6 +211,9 @@ class Calibration:
         modules have its status FROZEN: the model runs fake-quantized from here on. Weights are
         worked on one at a time.
 
+        Where several ranks calibrate, what all of them saw is brought together first, and all come
+        to the same scales; see `calipers.distributed.reduce_statistics`.
+
         Args:
             on_missing: What to do about modules whose observers lack data. "error": refuse, with
                 one error that lists them all. "skip": leave them unquantized. "fallback": weights
@@ -224,12 +236,13 @@ class Calibration:
             MissingDataError: Modules lack data and `on_missing` is "error", or "fallback" where no
                 neighbour has any; or experts saw few tokens and `on_few_tokens` is "error". Nothing
                 is changed.
+            RankError: A rank failed, or did not come: on all ranks.
             CalipersError: The calibration is frozen or detached, or `on_missing` or
                 `on_few_tokens` is unknown.
             Exception: Whatever else went wrong. No module is quantized then and the statistics
                 are kept, so that freeze may be called again.
         """
-        with self._update.lock:
+        with self._update.lock, self._ranks.telling_failure("deriving scales"):
             return self._freeze(on_missing, progress, on_few_tokens, enough_tokens)
 
     def _freeze(
@@ -254,6 +267,8 @@ class Calibration:
         progress: Progress | None,
         on_few_tokens: OnFewTokens,
         enough_tokens: int,
+        *,
+        last: bool = True,
     ) -> None:
         """Quantize some of the observed modules, as `freeze` does all of them.
 
@@ -264,13 +279,17 @@ class Calibration:
             progress: See `freeze`.
             on_few_tokens: See `freeze`.
             enough_tokens: See `freeze`.
+            last: Whether no other modules will be given: what is counted of the data is summed over
+                all ranks then.
         """
-        never_called = self._calls.never_called
-        called = [each for each in observed if each.name not in never_called]
-        settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
-        kept = self._settle_missing(called, on_missing)
-        self._rows += freeze_modules(kept, self._plan.choice, progress)
-        forget_shared(kept)
+        counts = _COUNTS if last else ()
+        with self._whole_over_ranks(observed, counts):
+            never_called = self._calls.never_called
+            called = [each for each in observed if each.name not in never_called]
+            settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
+            kept = self._settle_missing(called, on_missing)
+            self._rows += freeze_modules(kept, self._plan.choice, progress)
+            forget_shared(kept)
         wanted = {each.name for each in kept}
         for each in observed:
             if each.name not in wanted:
@@ -372,21 +391,48 @@ class Calibration:
     def _whole_batch(self, batch: object, use_mask: bool) -> Iterator[None]:
         """Let a batch count at the end of the block, or, where that raises, not at all."""
         masked = find_mask(batch, self.model) if use_mask else BatchMask()
+        number = self.number_of(self.batches)
         with ExitStack() as stack:
             for each in self.observed:
                 if each.wants_data:
-                    stack.enter_context(each.whole_batch(self.batches))
+                    stack.enter_context(each.whole_batch(number))
             stack.enter_context(self._calls.whole())
             stack.enter_context(token_mask(masked.mask))
             yield
         self.count_batch(masked)
 
+    def number_of(self, batch: int) -> int:
+        """The number among the batches of all ranks of one of this rank's own."""
+        return self._ranks.size * batch + self._ranks.rank
+
     def count_batch(self, masked: BatchMask) -> None:
         """Count one more batch that the model took, or, in blocks, is going to take."""
-        self._held_out += bool(self._plan.choice.shadows) and is_held_out(self.batches)
+        number = self.number_of(self.batches)
+        self._held_out += bool(self._plan.choice.shadows) and is_held_out(number)
         self.batches += 1
         self._tokens_given += masked.given
         self._tokens_counted += masked.counted
+        self._ranks.show_life()
+
+    @contextmanager
+    def _whole_over_ranks(
+        self, observed: Sequence[ObservedModule], names: Sequence[str]
+    ) -> Iterator[None]:
+        """Hold what all ranks saw inside of the block.
+
+        Where that raises it stays with the first rank, and the others hold nothing: the ranks
+        together know what they knew, and may go on.
+        """
+        counts = {name: getattr(self, name) for name in names}
+        counts = reduce_observed(self._ranks, self.model, observed, self._calls, counts)
+        self.__dict__.update(counts)
+        try:
+            yield
+        except BaseException:
+            if self._ranks.rank:
+                forget_observed(observed, self._calls)
+                self.__dict__.update(dict.fromkeys(names, 0))
+            raise
 
     def record(self, observed: Sequence[ObservedModule]) -> Record:
         """What became of modules that `derive` was given."""

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.distributed import get_source_rank, is_source_process
 from compressed_tensors.modeling import IMPL_ATTR
+from compressed_tensors.offload import as_single_threaded
 from compressed_tensors.quantization import QuantizationStatus
+from loguru import logger
 from safetensors import SafetensorError
 from torch import nn
 
@@ -76,11 +79,15 @@ def save(
     of them. Where compressed-tensors decompresses a format to another dtype than the model's,
     config.json names that dtype, for the model and each model inside of it, with a warning in the
     log. A generation config that transformers calls invalid is saved as it is, with a line in the
-    log. A model under the preset UNQUANTIZED is saved as it is.
+    log. A model under the preset UNQUANTIZED is saved as it is. Where torch.distributed is
+    initialised rank 0 writes, with or without the others, for which a call does nothing.
     """
     inner = _model_to_save(model)
     target = Path(path).expanduser()
-    with without_wrappers(inner):
+    if not is_source_process():
+        logger.info("{} is left to rank {} to write", target, get_source_rank())
+        return target
+    with as_single_threaded(), without_wrappers(inner):
         _refuse_unready(inner)
         refuse_source(target, source_folder(inner))
         refuse_taken(target, force=force)

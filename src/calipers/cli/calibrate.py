@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,7 @@ from calipers.cli.judging import (
     measure,
 )
 from calipers.cli.models import find_processor, load_model, load_tokenizer, peak_memory_bytes
+from calipers.cli.ranks import RankTimeout, joined_ranks, showing_life
 from calipers.cli.schemes import (
     DEFAULT_SCHEME,
     choose_group_size,
@@ -57,6 +59,9 @@ from calipers.cli.schemes import (
 )
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
+from calipers.distributed import share_of_rank
+from calipers.distributed.collectives import first_alone
+from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
 from calipers.text.for_model import fitting_length, model_inputs
@@ -148,6 +153,7 @@ def calibrate(
     ] = 5,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    rank_timeout: RankTimeout = TIMEOUT,
     json: options.Json = False,
 ) -> None:
     """Quantize a model, judge it, and write a checkpoint that transformers and vLLM load.
@@ -172,12 +178,22 @@ def calibrate(
       calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
 
       calipers calibrate --plugin my_observers.py --observer my_observer
+
+      torchrun --nproc-per-node 8 -m calipers calibrate ./Llama-3-70B --out ./Llama-3-70B-W4A16
     """
-    with plain_errors(), show_progress() as progress:
+    with (
+        plain_errors(),
+        joined_ranks(rank_timeout) as ranks,
+        ranks.telling_failure("calibrating"),
+        show_progress() as shown,
+    ):
         started = time.perf_counter()
+        progress = showing_life(ranks, shown)
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
         path = MODEL_PATH if model is None else model
-        recover(path.expanduser().resolve())
+        if ranks.rank == 0:
+            recover(path.expanduser().resolve())
+        ranks.meet("starting")
         if out is not None:
             refuse_source(out, path)
             refuse_taken(out, force=force)
@@ -221,7 +237,8 @@ def calibrate(
         )
         if out is not None and not no_load_check:
             schemes = {each.name: each.scheme for each in plan.resolution.targets}
-            unloadable = refuse_unloadable(loaded, schemes, skip=on_unfit == "skip")
+            check = functools.partial(refuse_unloadable, loaded, schemes, skip=on_unfit == "skip")
+            unloadable = first_alone(ranks, check, "trying to load back")
             plan = without_modules(plan, unloadable, "cannot be loaded back")
         if texts is None:
             try:
@@ -231,12 +248,15 @@ def calibrate(
         length = fitting_length(loaded, sequence_length)
         media = find_processor(path), loaded.dtype
         read = None if texts is None else texts.read(tokenizer, length, samples, *media)
-        judged = (
-            None if judged_texts is None else judged_texts.read(tokenizer, length, eval_samples)
-        )
+        # the first rank alone judges and writes
+        judged = None
+        if judged_texts is not None and ranks.rank == 0:
+            judged = judged_texts.read(tokenizer, length, eval_samples)
         size_before = loaded.get_memory_footprint()
         before = None if judged is None else measure(loaded, judged.batches, progress)
-        batches = None if read is None else model_inputs(read.batches, loaded)
+        batches = None
+        if read is not None:
+            batches = model_inputs(share_of_rank(read.batches, ranks), loaded)
         report = run_plan(
             loaded,
             plan,
@@ -244,7 +264,10 @@ def calibrate(
             missing,  # type: ignore[arg-type]  # checked above
             progress,
             experts=policy,
+            ranks=ranks,
         )
+        if ranks.rank:
+            return
         put_experts_back()
         after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None if before is None or after is None else compare_measured(before, after)

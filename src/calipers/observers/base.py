@@ -6,6 +6,7 @@ What it holds is in `value_statistics.py`, and for NVFP4's global scale in `glob
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from calipers.grouping import Grouping
 from calipers.observers.global_scale import GlobalScaleStatistics
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observers.plugins import ObserverRegistry
+from calipers.observers.sharded import QParamLayout, Shard, gather, is_spread
 from calipers.observers.state_checks import Problem, check_scales
 from calipers.observers.statistics import LAST, whole_update
 from calipers.observers.value_statistics import Observation, Range
@@ -75,12 +77,17 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
 
     #: Whether a weight observer wants to see the inputs of its module first.
     needs_data: ClassVar[bool] = False
+    #: Whether the range of a value is that of its extremes.
+    extremes_only: ClassVar[bool] = False
     #: Whether the first-form hook `calculate_qparams` is overridden, whose scales are remembered.
     _first_form: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """As `HoldsStatistics`; in the first form scales are remembered, too."""
         super().__init_subclass__(**kwargs)
+        own = cls.__dict__
+        if "extremes_only" not in own and {"measure", "get_min_max", "_take_in"} & own.keys():
+            cls.extremes_only = False
         cls._first_form = cls.calculate_qparams is not Observer.calculate_qparams
         if cls._first_form:
             cls.range_names = ("_scale", "_zero_point")
@@ -140,15 +147,44 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
                 fit, a mask for a weight, a meta tensor, or nothing but NaN and Inf. Nothing is
                 changed then.
         """
-        value = self._masked(self._as_value(observed), mask)
-        if value.numel() == 0:
-            return
         if g_idx is None:
             g_idx = getattr(self.module, f"{self.base_name}_g_idx", None)
+        columns = layout = None
+        if is_spread(observed) and self._name_of_layout() == "weight":
+            shard = self._shard_of(observed)
+            problem = self._why_whole(shard, g_idx)
+            if shard is None or problem is not None:
+                observed = gather(observed, self.name, problem or "of the way it is spread")
+            else:
+                columns, observed = shard.columns, shard.local
+                layout = shard.layout()
+                if shard.torn:
+                    self._take_in(self._look_at_shard(shard))
+                    self._layout = layout
+                    return
+        value = self._masked(self._as_value(observed), mask)
+        self._layout = layout
+        if value.numel() == 0:
+            return
         if self._first_form:
             self._observe_first_form(value, g_idx)
             return
-        self._take_in(self._look_at(value, self._group(value, g_idx)))
+        observation = self._look_at(value, self._group(value, g_idx))
+        self._take_in(replace(observation, columns=columns))
+
+    def _why_whole(self, shard: Shard | None, g_idx: Tensor | None) -> str | None:
+        """Why a weight that is spread over ranks must be observed as a whole, if so."""
+        if shard is None:
+            return "of the way it is spread"
+        cut = shard.local.dim() - 1 in shard.cuts
+        if cut and g_idx is not None and bool((g_idx != -1).all()):
+            return "g_idx takes columns of a group from several shards"
+        if shard.torn and not self.extremes_only:
+            return f"{type(self).__name__} measures whole groups, which lie in several shards"
+        if self.args.strategy == _TENSOR_GROUP and not self.extremes_only:
+            given = self.global_scale if self._given_global_scale is None else True
+            return "it has no global scale yet" if given is None else None
+        return None
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Take in a batch of the inputs of the module whose weight is observed.
@@ -271,7 +307,19 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
                 self._derive()
             self._stale = False
             self.post_calculate_qparams()
-        return self._scale, self._zero_point
+        if self._layout is None:
+            return self._scale, self._zero_point
+        return self._spread_qparams(self._layout)
+
+    def _spread_qparams(self, layout: QParamLayout) -> QParams:
+        """Qparams of a weight that is spread over ranks; a rank without a value has none."""
+        scale, zero_point = self._scale, self._zero_point
+        if scale is None or zero_point is None:
+            nothing = torch.empty(layout.local, dtype=layout.dtype, device=layout.mesh.device_type)
+            scale, zero_point = nothing, nothing.to(self.args.zp_dtype)
+            if not self._first_form:
+                scale, zero_point = self._to_qparams(nothing, nothing, layout.dtype)
+        return layout.spread(scale), layout.spread(zero_point)
 
     @whole_update
     def calculate_qparams(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
@@ -10,6 +11,7 @@ from compressed_tensors.quantization.quant_args import FP4_E2M1_DATA, FP8_E4M3_D
 from torch import Tensor
 
 from calipers.grouping import Grouping
+from calipers.observers.sharded import gather, is_spread
 from calipers.observers.statistics import whole_update
 from calipers.observers.value_statistics import Observation, Range, ValueStatistics
 from calipers.ranges.qparams import cast_range, checked_global_scale, global_scale_of_range
@@ -26,7 +28,19 @@ class GlobalScaleStatistics(ValueStatistics):
     A global scale is read from the module, unless one was given for the call.
     """
 
+    #: Whether the global range follows from the extremes of a value; a subclass that measures it
+    #: in another way is asked for the whole of a weight that is spread over ranks.
+    global_by_extremes: ClassVar[bool] = True
+
     _given_global_scale: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """As `HoldsStatistics`; who measures the global range anew need say how."""
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__
+        if "global_by_extremes" not in own:
+            anew = {"measure_global", "get_global_min_max", "_take_in_global"} & own.keys()
+            cls.global_by_extremes = cls.global_by_extremes and not anew
 
     @property
     def global_scale(self) -> Tensor | None:
@@ -37,6 +51,12 @@ class GlobalScaleStatistics(ValueStatistics):
     @whole_update
     def observe_global(self, observed: Tensor, mask: Tensor | None = None) -> None:
         """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
+        shard = self._shard_of(observed)
+        if shard is not None and self.global_by_extremes:
+            self._take_in_global(self._look_at_shard(shard, whole=True))
+            return
+        if is_spread(observed) and self._name_of_layout() == "weight":
+            observed = gather(observed, self.name, "its global range needs all of it")
         value = self._masked(self._as_value(observed), mask)
         if value.numel() == 0:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import ClassVar, Literal, cast
 
@@ -173,8 +173,13 @@ class HistogramObserver(Observer):
         if self.counts is None:
             return
         assert self._observed_dtype is not None
-        past = self._observed_dtype.dtype
-        if Histogram.dtype_for(past) != Histogram.dtype_for(dtype):
+        self._check_dtypes("_observed_dtype", [self._observed_dtype.dtype, dtype])
+
+    def _check_dtypes(self, name: str, dtypes: Sequence[torch.dtype]) -> None:
+        past = dtypes[0]
+        for dtype in dtypes:
+            if name != "_observed_dtype" or Histogram.dtype_for(past) == Histogram.dtype_for(dtype):
+                continue
             raise ValueError(
                 f"{self.name}: values were {past} so far and are {dtype} now, whose bit patterns "
                 "cannot be counted together; call reset() before observing another dtype"

@@ -45,11 +45,11 @@ class IMatrixMSEObserver(InputObserver, GridSearchObserver):
 
     def importance(self, observation: Observation) -> list[Groups] | None:
         """E[x^2] / mean(E[x^2]) of each value's column."""
-        problem = self._input_problem(observation.value.shape)
+        problem = self._input_problem(observation)
         if problem is None and not bool(self.input_square_sum.any()):
             problem = "has seen nothing but zeros as input"
         if problem is None:
-            return list(observation.grouping.split(self.moments.mean_squares(observation.value)))
+            return list(observation.grouping.split(self.mean_squares(observation)))
         message = f"{self.name}: {type(self).__name__} {problem}"
         if cast(IMatrixOptions, self.options).strict:
             raise ValueError(message)

@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from calipers.observers.base import Observer
+from calipers.observers.base import Observation, Observer
 from calipers.observers.masks import select_tokens
 from calipers.observers.state_checks import Problem, check_sum, count_in
 from calipers.observers.statistics import (
@@ -173,12 +173,24 @@ class InputMoments(HoldsStatistics):
             return None
         return f"has seen inputs of {cols} columns, which do not fit a shape of {tuple(shape)}"
 
-    def mean_squares(self, value: Tensor) -> Tensor:
-        """E[x^2] / mean(E[x^2]) of each value's column, float32, expanded to the value's shape."""
-        columns = (cast(Tensor, self.input_square_sum) / self.size()).float().to(value.device)
-        if value.shape[-1] != columns.numel():
-            columns = columns.view(value.shape[-2:])
-        return columns.expand(value.shape)
+    def columns_behind(self, columns: slice) -> int:
+        """Columns of the inputs, where these hold the ones named; else how many are named."""
+        seen = 0 if self.input_square_sum is None else self.input_square_sum.numel()
+        return seen if columns.stop <= seen else columns.stop - columns.start
+
+    def mean_squares(self, value: Tensor, columns: slice | None = None) -> Tensor:
+        """E[x^2] / mean(E[x^2]) of each value's column, float32, expanded to the value's shape.
+
+        Args:
+            value: Values of a weight, or of a shard of it.
+            columns: Those of the weight that `value` has; None for all.
+        """
+        means = (cast(Tensor, self.input_square_sum) / self.size()).float().to(value.device)
+        if columns is not None and value.shape[-1] != means.numel():
+            means = means[columns]
+        if value.shape[-1] != means.numel():
+            means = means.view(value.shape[-2:])
+        return means.expand(value.shape)
 
     def size(self) -> Tensor:
         """Mean over columns of the sum of x^2, float64, greater than 0."""
@@ -247,11 +259,19 @@ class InputObserver(Observer):
             shape = (cols,)
         yield from check_sum(state, "input_square_sum", shape, needed=seen)
 
-    def _input_problem(self, shape: torch.Size) -> str | None:
-        """Why what was seen gives no weights for a value of this shape, if so."""
+    def _input_problem(self, observation: Observation) -> str | None:
+        """Why what was seen gives no weights for a value, if so."""
         if self.base_name != "weight":
             return f"weighs errors of weights only, not of {self.base_name!r}"
+        shape = observation.value.shape
+        if observation.columns is not None:
+            # a shard: its module may have seen the inputs of all columns, or of these
+            shape = torch.Size((*shape[:-1], self.moments.columns_behind(observation.columns)))
         return self.moments.problem(shape)
+
+    def mean_squares(self, observation: Observation) -> Tensor:
+        """E[x^2] / mean(E[x^2]) of each value's column, float32, of the shape of the values."""
+        return self.moments.mean_squares(observation.value, observation.columns)
 
 
 def share_moments(observers: Sequence[Observer]) -> list[Observer]:

@@ -23,6 +23,9 @@ __all__ = [
 class _Extremes(Observer):
     """The range of a value is that of its extremes."""
 
+    extremes_only = True
+    global_by_extremes = True
+
     def measure(self, observation: Observation) -> list[Range]:
         """The extremes of each view."""
         return observation.extremes

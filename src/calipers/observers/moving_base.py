@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.options import ObserverOptions
-from calipers.observers.statistics import Statistic, moving_mean
+from calipers.observers.statistics import Statistic
 from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["MovingAverageObserverBase", "MovingAverageOptions"]
@@ -37,10 +37,10 @@ class MovingAverageObserverBase(Observer):
     range_names = ("past_min_vals", "past_max_vals")
     global_range_names = ("past_global_min_vals", "past_global_max_vals")
     statistics: ClassVar[dict[str, Statistic]] = {
-        "past_min_vals": moving_mean("num_batches"),
-        "past_max_vals": moving_mean("num_batches"),
-        "past_global_min_vals": moving_mean("num_global_batches"),
-        "past_global_max_vals": moving_mean("num_global_batches"),
+        "past_min_vals": Statistic("mean"),
+        "past_max_vals": Statistic("mean"),
+        "past_global_min_vals": Statistic("mean", count="num_global_batches"),
+        "past_global_max_vals": Statistic("mean", count="num_global_batches"),
     }
 
     past_min_vals: Tensor | None

@@ -46,6 +46,7 @@ class GridSearchObserver(Observer):
     ignored_options = frozenset({"chunk_size", "triton_error_buffer"})
     #: Whether the last step of the grid is a candidate too.
     include_end: ClassVar[bool] = False
+    global_by_extremes = True
 
     @property
     def grid(self) -> ShrinkGrid:

@@ -17,6 +17,7 @@ from calipers.grouping import Groups
 from calipers.observers.base import Observation, Observer, Range
 from calipers.observers.input_moments import InputObserver
 from calipers.observers.options import ObserverOptions
+from calipers.observers.sharded import Shard
 from calipers.observers.state_checks import Problem, check_scales, check_sum, count_in
 from calipers.observers.statistics import LAST, Statistic, whole_update
 from calipers.ranges import range_of_qparams, search_optimal_scales
@@ -83,6 +84,7 @@ class OptimalObserver(InputObserver):
 
     Options = OptimalOptions
     range_names = ("found_scale", "found_zero_point")
+    global_by_extremes = True
     statistics: ClassVar[dict[str, Statistic]] = {
         "found_scale": LAST,
         "found_zero_point": LAST,
@@ -179,14 +181,14 @@ class OptimalObserver(InputObserver):
         """
         if self.objective == "mse":
             return None
-        problem = self._input_problem(observation.value.shape)
+        problem = self._input_problem(observation)
         if problem is not None:
             raise MissingDataError(
                 f"{self.name}: objective {self.objective!r} {problem}; run calibration data "
                 "through it, or choose objective='mse' or the observer memoryless_minmax, which "
                 "need none"
             )
-        return list(observation.grouping.split(self.moments.mean_squares(observation.value)))
+        return list(observation.grouping.split(self.mean_squares(observation)))
 
     def _refine(self, observation: Observation, start: list[Range]) -> list[Range]:
         """By the objective "hessian"; of its diagonal the scales are the optimum already."""
@@ -253,6 +255,11 @@ class OptimalObserver(InputObserver):
 
             found += search_in_float32([view], [extremes], refine)
         return found
+
+    def _why_whole(self, shard: Shard | None, g_idx: Tensor | None) -> str | None:
+        if self.objective == "hessian" and shard is not None and len(shard.shape) - 1 in shard.cuts:
+            return "objective 'hessian' weighs all groups of a row against each other"
+        return super()._why_whole(shard, g_idx)
 
     def _column_groups(self, cols: int) -> ColumnGroups:
         try:

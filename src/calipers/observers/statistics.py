@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from loguru import logger
 from torch import Tensor
 
+from calipers._words import check_choice
 from calipers.memory import named_tensor, plain_values
 from calipers.observers.state_checks import Problem, check_entries
 from calipers.ranges.surroundings import undisturbed
@@ -31,7 +32,7 @@ __all__ = [
     "HoldsStatistics",
     "Statistic",
     "UpdateState",
-    "moving_mean",
+    "Word",
     "read_values",
     "whole_update",
 ]
@@ -40,45 +41,71 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+#: How a statistic grows by an observation, and how those of two observers become one.
+Word: TypeAlias = Literal["min", "max", "sum", "mean", "last"]
+
+
 @dataclass(frozen=True)
 class Statistic:
-    """How a statistic grows by a new observation and how those of two observers merge.
+    """The one word by which a statistic grows, merges and is reduced over ranks.
+
+    | word | a new observation | two observers, or ranks |
+    |---|---|---|
+    | min, max | the extreme of both | the extreme of both |
+    | sum | is added | are added |
+    | mean | moves the average by the observer's averaging constant | averaged by their batches |
+    | last | takes the place of the old one | the other, or higher, one |
+
+    All but "mean" are exact: merged halves give what one observer of all data has. The order of
+    batches matters to a moving average, which a merge cannot know. It is kept in float32 at least:
+    in bfloat16 an average with constant 0.01 stalls, since its steps fall under half a unit in the
+    last place. A group of nothing but NaN has the range Inf to -Inf, which leaves no mark on an
+    average.
 
     Args:
-        grow: `(past, current, constant) -> past` for a new observation; `constant` is the
-            observer's averaging constant, which only moving averages read.
-        merge: `(a, b, batches_a, batches_b) -> merged` for the statistics of two observers.
-        count: Name of the statistic that holds the number of batches behind this one.
-        float32: Kept in float32 at least, whatever the dtype of the values.
-        exact: Whether merging two halves gives exactly what one observer of all data has.
-        integer: Kept as a Python int rather than as a tensor.
+        reduce: The word.
+        count: Name of the statistic that holds the number of batches behind a "mean".
+        integer: Kept as a Python int rather than as a tensor; for "sum" alone.
         initial: What it is before any observation.
+
+    Raises:
+        ValueError: Another word, or integers that are no sum.
+
+    Example:
+        >>> smallest = Statistic("min")
+        >>> smallest.merge(torch.tensor([3.0, 1.0]), torch.tensor([2.0, 5.0]), 1, 1)
+        tensor([2., 1.])
     """
 
-    grow: Callable[[Tensor, Tensor, float], Tensor]
-    merge: Callable[[Tensor, Tensor, int, int], Tensor]
+    reduce: Word
     count: str = "num_batches"
-    float32: bool = False
-    exact: bool = True
     integer: bool = False
     initial: int | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("reduce", self.reduce, Word)
+        if self.integer and self.reduce != "sum":
+            raise ValueError(f"integer: counts are added, got reduce={self.reduce!r}")
 
-def moving_mean(count: str) -> Statistic:
-    """A moving average; `count` names the statistic that holds its number of batches.
+    def grow(self, past: Tensor, current: Tensor, constant: float) -> Tensor:
+        """What `past` becomes by a new observation; `constant` is the averaging constant."""
+        if self.reduce == "mean":
+            # torch.lerp lacks some dtypes, and constant 1 must give exactly the current value.
+            average = past * (1 - constant) + current * constant
+            return _where_both(average, past, current)
+        return self.merge(past, current, 1, 1)
 
-    The order of batches matters to it, so a merge is approximate: both sides are weighed by how
-    many batches they saw. It is kept in float32 at least: in bfloat16 an average with constant 0.01
-    stalls, since its steps fall under half a unit in the last place.
-    """
-    return Statistic(
-        # torch.lerp lacks some dtypes, and constant 1 must give exactly the current value.
-        grow=lambda past, x, c: _where_both(past * (1 - c) + x * c, past, x),
-        merge=lambda a, b, m, n: _where_both(_weighted(a, b, m, n), a, b),
-        count=count,
-        float32=True,
-        exact=False,
-    )
+    def merge(self, a: Tensor, b: Tensor, batches_a: int, batches_b: int) -> Tensor:
+        """What the statistics `a` and `b` become together; of two "last" ones `b` is later."""
+        if self.reduce == "min":
+            return torch.minimum(a, b)
+        if self.reduce == "max":
+            return torch.maximum(a, b)
+        if self.reduce == "sum":
+            return a + b
+        if self.reduce == "mean":
+            return _where_both(_weighted(a, b, batches_a, batches_b), a, b)
+        return b
 
 
 def _weighted(a: Tensor, b: Tensor, m: int, n: int) -> Tensor:
@@ -87,25 +114,22 @@ def _weighted(a: Tensor, b: Tensor, m: int, n: int) -> Tensor:
 
 
 def _where_both(average: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The average where both sides saw a finite value, else the side that did.
-
-    A group of nothing but NaN has the range Inf to -Inf, which says nothing about it.
-    """
+    """The average where both sides saw a finite value, else the side that did."""
     return torch.where(a.isinf(), b, torch.where(b.isinf(), a, average))
 
 
 #: The latest observation alone. In a merge the other side is the later one.
-LAST = Statistic(lambda past, current, _: current, lambda a, b, m, n: b)
+LAST = Statistic("last")
 #: Smallest values seen.
-MIN = Statistic(lambda past, x, _: torch.minimum(past, x), lambda a, b, m, n: torch.minimum(a, b))
+MIN = Statistic("min")
 #: Largest values seen.
-MAX = Statistic(lambda past, x, _: torch.maximum(past, x), lambda a, b, m, n: torch.maximum(a, b))
+MAX = Statistic("max")
 #: A sum over all observations.
-SUM = Statistic(lambda past, current, _: past + current, lambda a, b, m, n: a + b)
+SUM = Statistic("sum")
 #: A number of things seen.
-COUNT = Statistic(SUM.grow, SUM.merge, integer=True, initial=0)
+COUNT = Statistic("sum", integer=True, initial=0)
 #: The same, None as long as none were counted.
-TOKENS = Statistic(SUM.grow, SUM.merge, integer=True)
+TOKENS = Statistic("sum", integer=True)
 
 
 class UpdateState:
@@ -329,7 +353,14 @@ class HoldsStatistics:
 
     def _is_replaced(self, name: str) -> bool:
         """Whether a new value takes the place of the old one, whatever its shape."""
-        return self.statistics[name] is LAST
+        return self.statistics[name].reduce == "last"
+
+    def _check_dtypes(self, name: str, dtypes: Sequence[torch.dtype]) -> None:
+        """Refuse values of a statistic whose dtypes tell that they cannot be merged.
+
+        Raises:
+            ValueError: Names them.
+        """
 
     def begin_batch(self) -> None:
         """Start a batch of a model: `undo_batch` brings back what is held now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from calipers.grouping import ATTENTION_NAMES, Grouping, Groups
 from calipers.observers.masks import blank_tokens, select_tokens
 from calipers.observers.options import ObserverOptions, build_options
+from calipers.observers.sharded import QParamLayout, Shard, is_spread, reduce_extremes
 from calipers.observers.state_checks import Problem, check_dtype, check_range
 from calipers.observers.statistics import (
     COUNT,
@@ -52,12 +53,14 @@ class Observation:
         views: The groups of the value, which together hold every value once.
         extremes: For each view the minimum and maximum of its groups, of its `qparam_shape`; Inf
             and -Inf for a group of nothing but NaN and Inf.
+        columns: Those of the whole weight that `value` has, where it is a shard; None for all.
     """
 
     value: Tensor
     grouping: Grouping
     views: tuple[Groups, ...]
     extremes: list[Range]
+    columns: slice | None = None
 
 
 class ValueStatistics(HoldsStatistics, InternalModule):
@@ -87,11 +90,13 @@ class ValueStatistics(HoldsStatistics, InternalModule):
     range_names: ClassVar[tuple[str, str]] = ("min_vals", "max_vals")
     global_range_names: ClassVar[tuple[str, str]] = ("global_min_vals", "global_max_vals")
 
-    _changing = (*HoldsStatistics._changing, "_scale", "_zero_point", "_stale")
+    _changing = (*HoldsStatistics._changing, "_scale", "_zero_point", "_stale", "_layout")
     _scale: Tensor | None
     _zero_point: Tensor | None
     #: Whether statistics have changed since the qparams were derived.
     _stale: bool
+    #: Where the qparams lie, of a weight that is spread over ranks.
+    _layout: QParamLayout | None
     _num_observed_tokens: int | None
     num_batches: int
     num_global_batches: int
@@ -158,8 +163,8 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         return f"{self.base_name}, {self.args.strategy}, {self.args.type}{self.args.num_bits}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for pickle: all but the reference to the module."""
-        return {**super().__getstate__(), "_module_ref": None}
+        """State for pickle: all but references to the module and to other processes."""
+        return {**super().__getstate__(), "_module_ref": None, "_layout": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ValueStatistics:
         """A copy that refers to the copy of the module, where that is copied too."""
@@ -186,6 +191,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         """Forget the qparams and every statistic."""
         self._scale = None
         self._zero_point = None
+        self._layout = None
         super().reset()
 
     def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
@@ -242,7 +248,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         grown = {}
         for name, value in zip(names, current, strict=True):
             statistic, past = self.statistics[name], getattr(self, name)
-            if statistic.float32 and value.dtype != torch.float64:
+            if statistic.reduce == "mean" and value.dtype != torch.float64:
                 value = value.float()
             if past is not None and not self._is_replaced(name):
                 if past.shape != value.shape:
@@ -268,7 +274,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         The range of a token belongs to that token alone: there is nothing to carry over.
         """
         by_token = self.args.strategy == _TOKEN and name in self.range_names
-        return by_token or self.statistics[name] is LAST
+        return by_token or super()._is_replaced(name)
 
     def _range(self, names: tuple[str, str]) -> Range:
         return getattr(self, names[0]), getattr(self, names[1])
@@ -323,6 +329,43 @@ class ValueStatistics(HoldsStatistics, InternalModule):
             views = tuple(view.finite() for view in views)
             extremes = [min_max(view) for view in views]
         return Observation(value, grouping, views, extremes)
+
+    def _shard_of(self, observed: Tensor) -> Shard | None:
+        """This rank's shard of a weight that is spread over ranks; None of any other value."""
+        if self._name_of_layout() != "weight" or not is_spread(observed):
+            return None
+        shard = Shard.of(observed, self.args)
+        return None if shard is None else replace(shard, local=self._as_value(shard.local))
+
+    def _look_at_shard(self, shard: Shard, *, whole: bool = False) -> Observation:
+        """Take the extremes of a weight whose groups lie in several shards, which all take part.
+
+        Args:
+            shard: This rank's part.
+            whole: Whether all of the weight is one group.
+        """
+        whole = whole or shard.one
+        dtype, device = shard.local.dtype, shard.local.device
+        shape = (1,) if whole else shard.layout().local
+        low = torch.full(shape, torch.inf, dtype=dtype, device=device)
+        high = -low
+        count = 0
+        for piece, place in shard.pieces():
+            grouping = self._group(piece, None)
+            if whole:
+                grouping, place = Grouping.whole(tuple(piece.shape), "weight"), (slice(None),)
+            views = grouping.split(piece)
+            found = grouping.join([min_max(view) for view in views])
+            if not all(bool(each.isfinite().all()) for each in found):
+                count += piece.numel() - int(piece.isfinite().sum())
+                found = grouping.join([min_max(view.finite()) for view in views])
+            low[place] = torch.minimum(low[place], found[0].reshape(low[place].shape))
+            high[place] = torch.maximum(high[place], found[1].reshape(high[place].shape))
+        low, high = reduce_extremes(shard, low, high, tuple(shard.cuts) if whole else shard.torn)
+        self._leave_out(count, shard.local.numel(), "NaN or Inf")
+        if bool(low.isposinf().all()):
+            raise ValueError(f"{self.name}: all observed values are NaN or Inf")
+        return Observation(shard.local, Grouping.over(shape, ()), (), [(low, high)])
 
     def _look_at_canonical(self, observed: Tensor) -> Observation:
         dims = (0, observed.dim() - 1)

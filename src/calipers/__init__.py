@@ -3,17 +3,19 @@
 from calipers import _guard as _guard  # first: importing compressed_tensors must not touch loguru
 
 # isort: split
-from calipers.calibration import Calibration, CalibrationReport, attach, calibrate
+from calipers.calibration import Calibration, CalibrationReport, attach, calibrate, observe
 from calipers.checkpoint import loading_experts, save
 from calipers.errors import (
     CalipersError,
     CheckpointError,
     MissingDataError,
     SchemeError,
+    StatisticsError,
     UnknownObserverError,
 )
 from calipers.evaluation import perplexity
 from calipers.observers import Observer
+from calipers.statistics_files import Statistics
 
 __version__ = "0.1.0"
 
@@ -25,11 +27,14 @@ __all__ = [
     "MissingDataError",
     "Observer",
     "SchemeError",
+    "Statistics",
+    "StatisticsError",
     "UnknownObserverError",
     "__version__",
     "attach",
     "calibrate",
     "loading_experts",
+    "observe",
     "perplexity",
     "save",
 ]

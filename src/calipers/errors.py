@@ -12,6 +12,7 @@ __all__ = [
     "IntegrationError",
     "MissingDataError",
     "SchemeError",
+    "StatisticsError",
     "UnknownModuleError",
     "UnknownObserverError",
 ]
@@ -44,6 +45,13 @@ class CheckpointError(CalipersError):
 
 class IntegrationError(CalipersError):
     """Another library that calipers cannot work inside: missing, or of a version not known here."""
+
+
+class StatisticsError(CalipersError):
+    """A statistics file that cannot be used: damaged, of another model, or without what is asked.
+
+    The message names the file or the modules, and says what the file holds.
+    """
 
 
 class UnknownModuleError(CalipersError, KeyError):

@@ -31,6 +31,7 @@ from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing
 from calipers.calibration.shadows import Pick, Shadows
 from calipers.errors import CalipersError
+from calipers.statistics_files import Statistics, read_statistics
 from calipers.text.for_model import batches_for_model
 
 __all__ = ["attach", "calibrate", "run_plan"]
@@ -61,6 +62,7 @@ def calibrate(
     shadow: str | Iterable[str] = (),
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
+    statistics: str | Path | Statistics | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -111,6 +113,8 @@ def calibrate(
         pick: "first" writes the scales of the observer that was chosen, "best" in each module those
             with the least error; layers that share a global scale have one observer, by the sum of
             their errors.
+        statistics: What `observe` gathered, or the file of it, in place of data: nothing is run,
+            and the scales are those that the same data would give.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -122,6 +126,7 @@ def calibrate(
             it did not reach, see `Calibration.freeze`.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
             model.
+        StatisticsError: Statistics of another model, or that lack what an observer asks for.
         ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
             nothing.
 
@@ -138,12 +143,16 @@ def calibrate(
     _expect_model(model, "calipers.calibrate(model, ...)")
     check_choice("on_missing", on_missing, OnMissing)
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
+    shadows = Shadows.read(shadow, activation_shadow, pick)
+    if statistics is not None:
+        refuse_beside_statistics(data=data is not None, shadows=bool(shadows), experts=policy)
+        statistics = read_statistics(statistics)
     choice = ObserverChoice(
         observer,
         activation_observer,
         dict(observer_options or {}),
-        data is not None,
-        Shadows.read(shadow, activation_shadow, pick),
+        data is not None or statistics is not None,
+        shadows,
     )
     model = unwrap(model)
     with without_wrappers(model), separated_experts(model):
@@ -151,7 +160,9 @@ def calibrate(
             model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )
         _tell_of_loader(model, plan)
-        if data is None:
+        if statistics is not None:
+            statistics.refuse_other_model(model)
+        elif data is None:
             refuse_without_data(plan)
         else:
             data = batches_for_model(
@@ -165,7 +176,23 @@ def calibrate(
             progress,
             use_attention_mask=use_attention_mask,
             experts=policy,
+            statistics=statistics,
         )
+
+
+def refuse_beside_statistics(*, data: bool, shadows: bool, experts: ExpertPolicy) -> None:
+    """Refuse what makes no sense where statistics stand in for data.
+
+    Raises:
+        CalipersError: Names it.
+    """
+    told = "statistics (--statistics) stand in for data, so that"
+    if data:
+        raise CalipersError(f"{told} there cannot be data (--data) as well")
+    if shadows:
+        raise CalipersError(f"{told} observers cannot be compared: shadows (--shadow) need data")
+    if experts.all_experts:
+        raise CalipersError(f"{told} all_experts (--all-experts) has no effect: observe with it")
 
 
 def run_plan(
@@ -177,6 +204,7 @@ def run_plan(
     *,
     use_attention_mask: bool = True,
     experts: ExpertPolicy | None = None,
+    statistics: Statistics | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -188,13 +216,16 @@ def run_plan(
         progress: As in `calibrate`.
         use_attention_mask: See `Calibration.run`.
         experts: How experts see tokens, and what is done about few; None takes the defaults.
+        statistics: Of this model, in place of batches; None where there are none.
     """
     policy = experts or ExpertPolicy()
-    if batches is None:
+    if batches is None and statistics is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan) as calibration:
-        if batches is not None:
+        if statistics is not None:
+            calibration.load(statistics)
+        elif batches is not None:
             calibration.run(
                 batches,
                 progress,

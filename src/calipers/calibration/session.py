@@ -40,6 +40,7 @@ from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leav
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
+from calipers.statistics_files import Manifest, Module, Statistics, weight_digest
 
 __all__ = ["Calibration", "OnMissing"]
 
@@ -66,6 +67,8 @@ class Calibration:
         model: The model.
         observed: The observed modules with their observers.
         batches: Batches that the model took so far; none where no observer needs data.
+        tokens_given: Tokens of those batches that carry a mask of them.
+        tokens_counted: Those of them that counted.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Calibration:
         self.batches = 0
         self._plan = plan
         self._update = UpdateState()
-        self._tokens_given = self._tokens_counted = self._held_out = 0
+        self.tokens_given = self.tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
         self._state: Literal["attached", "frozen", "detached"] = "attached"
@@ -153,6 +156,62 @@ class Calibration:
         if self.observed and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
             run_batches(self.model, first, within=lambda _: self._calls.whole())
+
+    def seen(self) -> dict[str, Module]:
+        """What was seen of each observed module, by name."""
+        found = {}
+        for each in self.observed:
+            calls, outer_calls = self._calls.count(each.name)
+            found[each.name] = Module(
+                weight=weight_digest(each.module.get_parameter("weight"))
+                if not each.is_attention
+                else "",
+                tokens=each.tokens,
+                calls=calls,
+                outer_calls=outer_calls,
+                unmasked=each.unmasked,
+            )
+        return found
+
+    def load(self, statistics: Statistics) -> None:
+        """Let the observers know what statistics tell, as if they had seen the same data.
+
+        Args:
+            statistics: Of this model, see `Statistics.refuse_other_model`.
+
+        Raises:
+            StatisticsError: They lack what an observer asks for; nothing is changed then.
+            CalipersError: The calibration is frozen or detached.
+        """
+        observers = {
+            tensor.full_name: tensor.observer
+            for each in self.observed
+            for tensor in each.tensors.values()
+        }
+        states = statistics.states_for(observers)
+        self.take_over(statistics.manifest)
+        for name, state in states.items():
+            observers[name].load_state(state)
+
+    def take_over(self, manifest: Manifest) -> None:
+        """Count as seen what an earlier pass over data counted, in place of what was counted here.
+
+        Args:
+            manifest: Of the statistics of that pass. The observers take over theirs by themselves.
+
+        Raises:
+            CalipersError: The calibration is frozen or detached.
+        """
+        with self._update.lock:
+            self._expect_attached("take over statistics")
+            self.batches = manifest.batches
+            self.tokens_given = sum(each.tokens_given for each in manifest.data)
+            self.tokens_counted = sum(each.tokens_counted for each in manifest.data)
+            for each in self.observed:
+                known = manifest.modules.get(each.name)
+                if known is not None:
+                    each.tokens, each.unmasked = known.tokens, known.unmasked
+                    self._calls.restore(each.name, known.calls, known.outer_calls)
 
     def freeze(
         self,
@@ -239,8 +298,8 @@ class Calibration:
             seconds=self._seconds,
             batches=self.batches,
             held_out=self._held_out,
-            tokens_given=self._tokens_given,
-            tokens_counted=self._tokens_counted,
+            tokens_given=self.tokens_given,
+            tokens_counted=self.tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
             coverage=expert_coverage(called, enough_tokens) if self.batches else [],
         )
@@ -316,8 +375,8 @@ class Calibration:
             yield
         self._held_out += bool(self._plan.choice.shadows) and is_held_out(self.batches)
         self.batches += 1
-        self._tokens_given += masked.given
-        self._tokens_counted += masked.counted
+        self.tokens_given += masked.given
+        self.tokens_counted += masked.counted
 
     @contextmanager
     def _seeing_all(self, all_experts: bool) -> Iterator[None]:

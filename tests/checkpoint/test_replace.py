@@ -208,7 +208,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_others_stay(tmp_path):
 
 @posix_only
 def test_where_there_are_no_locks_the_process_tells(tmp_path, monkeypatch):
-    monkeypatch.setattr(replace, "_lock", lambda folder: "unknown")
+    monkeypatch.setattr(replace, "lock_folder", lambda folder: "unknown")
     dead = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
     )

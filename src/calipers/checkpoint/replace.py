@@ -19,7 +19,14 @@ from typing import Any, Literal
 
 from loguru import logger
 
-__all__ = ["recover", "refuse_unwritable", "replacing"]
+__all__ = [
+    "lock_folder",
+    "move_folder",
+    "recover",
+    "refuse_unwritable",
+    "remove_folder",
+    "replacing",
+]
 
 _YOUNG = 60.0  # seconds in which a folder without a lock may still be about to get one
 _LONG = 86400.0  # seconds after which a folder whose name tells no process is nobody's
@@ -56,11 +63,11 @@ def replacing(place: Path, *, force: bool) -> Iterator[Path]:
     try:
         # What will be private is not readable by others meanwhile.
         staging.mkdir(mode=0o700 if place.exists() else 0o777)
-        lock = _lock(staging)
+        lock = lock_folder(staging)
         yield staging
-        _move(staging, place, force=force)
+        move_folder(staging, place, force=force)
     finally:
-        _remove(staging)
+        remove_folder(staging)
         if isinstance(lock, int):
             os.close(lock)
 
@@ -99,7 +106,14 @@ def refuse_unwritable(place: Path) -> None:
     trial.rmdir()
 
 
-def _move(staging: Path, place: Path, *, force: bool) -> None:
+def move_folder(staging: Path, place: Path, *, force: bool) -> None:
+    """Let a complete folder stand at `place`, as at the end of `replacing`.
+
+    A folder that stood there and could be exchanged for it lies at `staging` then.
+
+    Raises:
+        OSError: The system refuses, or `place` is not empty and `force` is False.
+    """
     if not place.exists():
         staging.rename(place)
         return
@@ -118,7 +132,7 @@ def _move(staging: Path, place: Path, *, force: bool) -> None:
     except BaseException:
         aside.rename(place)
         raise
-    _remove(aside)
+    remove_folder(aside)
 
 
 def _copy_permissions(old: Path, new: Path) -> None:
@@ -130,7 +144,7 @@ def _copy_permissions(old: Path, new: Path) -> None:
     new.chmod(status.st_mode & 0o7777)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Remove a folder as far as that can be done, one that cannot be written to included."""
     with suppress(OSError):
         folder.chmod(0o700)
@@ -170,7 +184,7 @@ def _remove_leftovers(place: Path) -> None:
     for folder in _leftovers(place):
         if not _is_held(folder):
             logger.info("removing {}, left by a save that was killed", folder)
-            _remove(folder)
+            remove_folder(folder)
 
 
 def _is_held(folder: Path) -> bool:
@@ -179,7 +193,7 @@ def _is_held(folder: Path) -> bool:
     A process holds a lock on its folder. Between making and locking it, and where the file system
     has no locks, its number in the folder's name tells.
     """
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     if lock == "taken":
         return True
     if lock != "unknown":
@@ -205,7 +219,7 @@ def _may_be_running(folder: Path) -> bool:
     return True
 
 
-def _lock(folder: Path) -> int | Literal["taken", "unknown"]:
+def lock_folder(folder: Path) -> int | Literal["taken", "unknown"]:
     """A descriptor that holds the folder until it is closed or the process ends.
 
     "taken" where another process holds it, "unknown" where the system or file system cannot tell.

@@ -3,7 +3,7 @@
 from calipers import _guard as _guard  # first: importing compressed_tensors must not touch loguru
 
 # isort: split
-from calipers.calibration import Calibration, CalibrationReport, attach, calibrate, observe
+from calipers.calibration import Calibration, CalibrationReport, attach, calibrate
 from calipers.checkpoint import loading_experts, save
 from calipers.errors import (
     CalipersError,
@@ -15,6 +15,7 @@ from calipers.errors import (
 )
 from calipers.evaluation import perplexity
 from calipers.observers import Observer
+from calipers.observing import observe
 from calipers.statistics_files import Statistics
 
 __version__ = "0.1.0"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from calipers.calibration.calibrate import attach, calibrate
 from calipers.calibration.checks import check_scheme
 from calipers.calibration.config import resolve_config
-from calipers.calibration.observe import observe
 from calipers.calibration.report import (
     CalibrationReport,
     ExpertCoverage,
@@ -25,6 +24,5 @@ __all__ = [
     "attach",
     "calibrate",
     "check_scheme",
-    "observe",
     "resolve_config",
 ]

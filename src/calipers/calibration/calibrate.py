@@ -160,18 +160,19 @@ def calibrate(
             model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )
         _tell_of_loader(model, plan)
+        batches = None
         if statistics is not None:
             statistics.refuse_other_model(model)
         elif data is None:
             refuse_without_data(plan)
         else:
-            data = batches_for_model(
+            batches = batches_for_model(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
         return run_plan(
             model,
             plan,
-            data,
+            batches,
             on_missing,
             progress,
             use_attention_mask=use_attention_mask,

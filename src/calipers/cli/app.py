@@ -14,7 +14,10 @@ from calipers.cli.coverage import coverage
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
 from calipers.cli.evaluate import evaluate
+from calipers.cli.inspect import inspect
 from calipers.cli.listings import observers, schemes
+from calipers.cli.merge import merge
+from calipers.cli.observe import observe
 
 __all__ = ["app"]
 
@@ -46,5 +49,17 @@ def _main(
     pass
 
 
-for _command in (calibrate, evaluate, compare, coverage, demo, observers, schemes, doctor):
+for _command in (
+    calibrate,
+    evaluate,
+    compare,
+    observe,
+    merge,
+    inspect,
+    coverage,
+    demo,
+    observers,
+    schemes,
+    doctor,
+):
     app.command(cls=Command, context_settings=CONTEXT)(_command)

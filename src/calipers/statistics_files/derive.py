@@ -1,4 +1,4 @@
-"""`derive_state`: the state that an observer would have, from statistics that were kept of a tensor.
+"""`derive_state`: the state that an observer would have, from what was kept of its tensor.
 
 It is what the observer would hold had it seen the same data itself, bit for bit.
 """
@@ -64,7 +64,7 @@ def derive_state(
             "statistics files hold extremes and histograms of activations, for the observers "
             "static_minmax and histogram"
         )
-    extremes = _need(kinds, "extremes", "")
+    extremes = _need(kinds, "extremes")
     if not int(extremes["num_batches"]):
         return None
     state = observer.state()
@@ -95,7 +95,7 @@ def _of_weight(
     if not standard:
         raise StatisticsError("takes in inputs in a way of its own, which no file keeps")
     assert isinstance(observer, InputObserver)
-    moments = _need(kinds, "moments", "")
+    moments = _need(kinds, "moments")
     if not int(moments["num_input_tokens"]):
         return None
     wanted = observer.wanted_products
@@ -121,7 +121,7 @@ def _of_weight(
     return {**observer.state(), **kept_entries}
 
 
-def _need(kinds: Mapping[str, State], kind: str, way: str) -> State:
+def _need(kinds: Mapping[str, State], kind: str, way: str = "") -> State:
     if kind not in kinds:
         raise StatisticsError(
             f"the file holds no {kind} of it, only {', '.join(kinds) or 'nothing'}{way}"
@@ -147,7 +147,7 @@ def _coarser(ends: Tensor, entry: str, args: QuantizationArgs) -> Tensor:
 
 def _counts(kinds: Mapping[str, State], args: QuantizationArgs) -> State:
     held = _need(kinds, "histogram", ": observe with histograms=True (--histograms)")
-    found = {name: held[name] for name in ("counts", "offsets") if name in held}
+    found: State = {name: held[name] for name in ("counts", "offsets") if name in held}
     strategy = QuantizationStrategy(args.strategy)
     if strategy == QuantizationStrategy.TENSOR:
         return {name: each.flatten(0, -2).sum(0, keepdim=True) for name, each in found.items()}

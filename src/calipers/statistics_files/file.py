@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
@@ -22,7 +21,7 @@ from calipers.grouping import BASE_NAMES
 from calipers.statistics_files.kinds import KINDS, State, stored_entries
 from calipers.statistics_files.manifest import Manifest
 
-__all__ = ["FORMAT", "read_file", "write_file"]
+__all__ = ["FORMAT", "read_file", "replace_file", "write_file"]
 
 #: Version of the format; a file of a later one is refused.
 FORMAT = 1
@@ -33,10 +32,10 @@ States = Mapping[str, Mapping[str, State]]
 
 
 def write_file(path: Path, manifest: Manifest, states: States) -> None:
-    """Write a statistics file beside `path` and move it there in one step.
+    """Write a statistics file at `path`, which is not whole until this returns.
 
     Raises:
-        OSError: It cannot be written; `path` is as it was then.
+        OSError: It cannot be written.
     """
     tensors = {
         f"{key}/{kind}/{entry}": value
@@ -46,37 +45,25 @@ def write_file(path: Path, manifest: Manifest, states: States) -> None:
     }
     told = manifest.model_dump(mode="json")
     metadata = {"format": FORMAT, "manifest": told, "sha256": _checksum(told, tensors)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.touch()
+    mode = path.stat().st_mode
     try:
-        save_file(tensors, beside, {_KEY: json.dumps(metadata, sort_keys=True)})
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
-        beside.replace(path)
+        save_file(tensors, path, {_KEY: json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # what the system says, as a text
         raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(mode)  # safetensors lets nobody but the owner read
+
+
+def replace_file(path: Path, manifest: Manifest, states: States) -> None:
+    """As `write_file`, beside `path`, which is replaced in one step once that is whole."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        write_file(beside, manifest, states)
+        with beside.open("rb+") as written:
+            os.fsync(written.fileno())
+        beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what processes that were killed left beside `path`; those of living ones stay."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        number = left.name.split(".")[-2]
-        if number.isdecimal() and not _runs(int(number)):
-            with suppress(OSError):
-                left.unlink()
-
-
-def _runs(number: int) -> bool:
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def read_file(path: Path) -> tuple[Manifest, dict[str, dict[str, State]]]:
@@ -157,5 +144,5 @@ def _checksum(manifest: Any, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         if value.numel():
             plain = value.contiguous().reshape(-1).view(torch.uint8)
-            digest.update(plain.numpy())
+            digest.update(cast(Any, plain.numpy()))  # a buffer, of which mypy does not know
     return digest.hexdigest()

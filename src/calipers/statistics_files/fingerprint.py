@@ -91,7 +91,7 @@ class Fingerprint(BaseModel):
         for name, tensor in _tensors(model):
             digest.update(f"{name} {weight_digest(tensor)}\n".encode())
             count += 1
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         found = config.to_dict() if hasattr(config, "to_dict") else {}
         return cls(
             kind=type(model).__name__,

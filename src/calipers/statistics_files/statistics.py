@@ -12,7 +12,7 @@ from calipers.errors import StatisticsError
 from calipers.grouping import ATTENTION_NAMES
 from calipers.observers import Observer
 from calipers.statistics_files.derive import derive_state
-from calipers.statistics_files.file import read_file, write_file
+from calipers.statistics_files.file import read_file, replace_file, write_file
 from calipers.statistics_files.fingerprint import Fingerprint, weight_digest
 from calipers.statistics_files.kinds import State, merge_states
 from calipers.statistics_files.manifest import Manifest, Module
@@ -44,8 +44,12 @@ class Statistics:
         self.name = name
 
     @classmethod
-    def load(cls, path: str | Path) -> Statistics:
+    def load(cls, path: str | Path, *, complete: bool = True) -> Statistics:
         """Read a statistics file.
+
+        Args:
+            path: The file.
+            complete: Refuse what an interrupted `observe` goes on from.
 
         Raises:
             StatisticsError: It is damaged, of a later format, holds an unknown entry, or is what an
@@ -54,7 +58,7 @@ class Statistics:
         """
         path = Path(path)
         manifest, states = read_file(path)
-        if not manifest.complete:
+        if complete and not manifest.complete:
             raise StatisticsError(
                 f"{path}: belongs to an `observe` that was interrupted after {manifest.batches} "
                 "batches: run the same command again, it goes on from there"
@@ -69,7 +73,11 @@ class Statistics:
         Raises:
             OSError: It cannot be written.
         """
-        write_file(Path(path), self.manifest, self.states)
+        replace_file(Path(path), self.manifest, self.states)
+
+    def write(self, path: Path) -> None:
+        """Write a statistics file at a path where nobody looks before this returns; see `save`."""
+        write_file(path, self.manifest, self.states)
 
     @property
     def modules(self) -> dict[str, Module]:

@@ -10,6 +10,7 @@ from calipers import __version__
 from calipers.cli.calibrate import calibrate
 from calipers.cli.commands import CONTEXT, Command, Group
 from calipers.cli.compare import compare
+from calipers.cli.convert import convert
 from calipers.cli.coverage import coverage
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
@@ -56,6 +57,7 @@ for _command in (
     observe,
     merge,
     inspect,
+    convert,
     coverage,
     demo,
     observers,

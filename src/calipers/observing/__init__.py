@@ -1,5 +1,6 @@
-"""`observe`: data runs once, without a scheme, and what any scheme may ask for later is kept."""
+"""Statistics of a model for any scheme to come: from data that runs once, or from an imatrix."""
 
+from calipers.observing.imatrix import statistics_from_imatrix
 from calipers.observing.observe import observe
 
-__all__ = ["observe"]
+__all__ = ["observe", "statistics_from_imatrix"]

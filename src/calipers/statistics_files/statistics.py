@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from calipers._words import listing
 from calipers.errors import StatisticsError
-from calipers.grouping import ATTENTION_NAMES
+from calipers.grouping import ATTENTION_NAMES, BASE_NAMES
 from calipers.observers import Observer
 from calipers.statistics_files.derive import derive_state
 from calipers.statistics_files.file import read_file, replace_file, write_file
@@ -111,6 +111,9 @@ class Statistics:
         if mine.modules.keys() != theirs.modules.keys():
             apart = sorted(mine.modules.keys() ^ theirs.modules.keys())
             raise StatisticsError(f"{both} are of different modules: {listing(apart, 3)}")
+        kinds = [{key: each.keys() for key, each in some.states.items()} for some in (self, other)]
+        if kinds[0] != kinds[1]:
+            raise StatisticsError(f"{both} hold different kinds of statistics of the same modules")
         seen = {each.sha256 for each in mine.data if each.batches}
         twice = [each for each in theirs.data if each.sha256 in seen]
         if twice:
@@ -128,11 +131,10 @@ class Statistics:
             },
         )
         states: dict[str, dict[str, State]] = {}
-        for key in sorted(self.states.keys() | other.states.keys()):
-            a, b = self.states.get(key, {}), other.states.get(key, {})
+        for key, own in self.states.items():
             states[key] = {
-                kind: merge_states(key, kind, a.get(kind, {}), b.get(kind, {}))
-                for kind in sorted(a.keys() | b.keys())
+                kind: merge_states(key, kind, state, other.states[key][kind])
+                for kind, state in own.items()
             }
         return Statistics(manifest, states, f"{self.name} + {other.name}")
 
@@ -223,6 +225,9 @@ class Statistics:
             return f"the file holds no states {base_name} of attention: observe with {option}"
         if module in self.modules and base_name == "output":
             return "the file holds no outputs: observe with outputs=True (--outputs)"
+        if module in self.modules:
+            own = [base for base in BASE_NAMES if f"{module}.{base}" in self.states]
+            return f"the file holds no {base_name} of it, only what concerns its {', '.join(own)}"
         return "not in the file, since the module was left alone when it was made"
 
 

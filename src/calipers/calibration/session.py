@@ -204,14 +204,17 @@ class Calibration:
         """
         with self._update.lock:
             self._expect_attached("take over statistics")
-            self.batches = manifest.batches
-            self.tokens_given = sum(each.tokens_given for each in manifest.data)
-            self.tokens_counted = sum(each.tokens_counted for each in manifest.data)
+            if any(each.wants_data for each in self.observed):
+                self.batches = manifest.batches
+                self.tokens_given = sum(each.tokens_given for each in manifest.data)
+                self.tokens_counted = sum(each.tokens_counted for each in manifest.data)
             for each in self.observed:
                 known = manifest.modules.get(each.name)
-                if known is not None:
+                if known is None:
+                    continue
+                self._calls.restore(each.name, known.calls, known.outer_calls)
+                if each.wants_data:
                     each.tokens, each.unmasked = known.tokens, known.unmasked
-                    self._calls.restore(each.name, known.calls, known.outer_calls)
 
     def freeze(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from calipers._unwrap import unwrap, without_wrappers
 from calipers.calibration.experts import separated_experts
-from calipers.observing.plan import plan_statistics
+from calipers.observing.plan import plan_statistics, renamed_modules
 from calipers.statistics_files import Fingerprint, Module, Options, Statistics, weight_digest
 from calipers.statistics_files.imatrix import read_imatrix
 
@@ -44,6 +44,10 @@ def statistics_from_imatrix(
     with without_wrappers(model), separated_experts(model):
         observed = plan_statistics(model, Options(), ignore, include).observed
         weights = {each.name: each.module.get_parameter("weight") for each in observed}
-        modules = {name: Module(weight=weight_digest(each)) for name, each in weights.items()}
+        stored = renamed_modules(model, weights)
+        modules = {
+            name: Module(weight=weight_digest(each), stored_as=stored.get(name))
+            for name, each in weights.items()
+        }
         columns = {name: each.shape[-1] for name, each in weights.items()}
         return read_imatrix(path, Fingerprint.of(model), modules, columns)

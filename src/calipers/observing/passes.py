@@ -15,7 +15,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.session import Calibration
 from calipers.checkpoint.journal import Staging
 from calipers.errors import CalipersError
-from calipers.observing.plan import kinds_of
+from calipers.observing.plan import kinds_of, renamed_modules
 from calipers.statistics_files import Data, Fingerprint, Manifest, Options, Statistics
 from calipers.statistics_files.kinds import pack, unpack
 from calipers.statistics_files.manifest import installed_versions
@@ -50,6 +50,8 @@ class Pass:
         self._batches = batches
         self._name = name
         self._fingerprint = Fingerprint.of(calibration.model)
+        layers = [each.name for each in calibration.observed if not each.is_attention]
+        self._renamed = renamed_modules(calibration.model, layers)
         self._digest = hashlib.sha256()
         #: Digest of all batches, where it can be known before they are run.
         self._whole = digest_of(batches) if isinstance(batches, (list, tuple)) else None
@@ -127,7 +129,10 @@ class Pass:
         manifest = Manifest(
             fingerprint=self._fingerprint,
             options=self._options,
-            modules=seen.seen(),
+            modules={
+                name: each.model_copy(update={"stored_as": self._renamed.get(name)})
+                for name, each in seen.seen().items()
+            },
             data=[data],
             versions=installed_versions(),
             complete=complete,

@@ -15,13 +15,14 @@ from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, Plan
 from calipers.calibration.targets import Target
+from calipers.checkpoint.names import checkpoint_names
 from calipers.errors import CalipersError, SchemeError
 from calipers.observers import Observer, OptimalObserver, StaticMinMaxObserver
 from calipers.observers.histogram import HistogramObserver
 from calipers.statistics_files.derive import finest_args, product_args
 from calipers.statistics_files.manifest import Options
 
-__all__ = ["kinds_of", "plan_statistics"]
+__all__ = ["kinds_of", "plan_statistics", "renamed_modules"]
 
 #: What stands for any activation that has one scale.
 _TENSOR = QuantizationArgs(num_bits=8, strategy="tensor")
@@ -65,6 +66,12 @@ def plan_statistics(
         raise CalipersError("there is nothing to observe: the model has no Linear that is not left")
     observed = [_observed(each, options) for each in targets]
     return Plan(config, resolution, observed, ObserverChoice(has_data=True))
+
+
+def renamed_modules(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Modules to their names in checkpoints, where those are others."""
+    found = checkpoint_names(model, names)
+    return {name: stored for name, stored in found.items() if stored != name}
 
 
 def kinds_of(tensor: ObservedTensor) -> dict[str, Observer]:

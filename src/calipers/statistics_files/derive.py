@@ -110,7 +110,8 @@ def _of_weight(
         if not fits:
             kept = "none" if products is None else "those of whole rows"
             kept = f"those of {products} columns" if products else kept
-            width = asked.index.shape[1] if len(asked.index) > 1 else 0
+            block = observer.args.block_structure
+            width = observer.args.group_size or (block[1] if block else 0)
             raise StatisticsError(
                 "needs products of inputs"
                 + (f" of groups of {width} columns" if width else " of whole rows")

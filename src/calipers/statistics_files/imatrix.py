@@ -76,7 +76,7 @@ def read_imatrix(
     found: dict[str, Module] = {}
     used: set[str] = set()
     for module, record in modules.items():
-        place = names.find(module)
+        place = names.find(record.stored_as or module)
         sums = None if place is None else tensors.get(place.tensor + _SUM)
         counts = None if place is None else tensors.get(place.tensor + _COUNT)
         state: State = {"num_nonfinite": _whole(0), "num_input_tokens": _whole(0)}
@@ -138,9 +138,9 @@ def write_imatrix(statistics: Statistics, path: str | Path) -> None:
     names = _Names.of(statistics.manifest.fingerprint)
     entries: dict[str, dict[int, State]] = defaultdict(dict)
     nameless = []
-    for module in statistics.modules:
+    for module, record in statistics.modules.items():
         moments = statistics.states.get(f"{module}.weight", {}).get("moments")
-        place = names.find(module)
+        place = names.find(record.stored_as or module)
         if moments is None:
             continue
         if place is None:
@@ -164,10 +164,8 @@ def write_imatrix(statistics: Statistics, path: str | Path) -> None:
     most = max(each.tokens for each in statistics.modules.values())
     chunks = statistics.manifest.batches
     beside = path.with_name(f".{path.name}.tmp")
-    writer = gguf.GGUFWriter(beside, "")
+    writer = gguf.GGUFWriter(beside, "")  # an imatrix names no architecture
     try:
-        # the writer's architecture is no key of an imatrix
-        writer.kv_data[0].pop("general.architecture", None)
         writer.add_string(_TYPE, "imatrix")
         writer.add_array(_DATASETS, [each.name or "batches" for each in data])
         writer.add_uint32(_CHUNKS, chunks)

@@ -63,6 +63,7 @@ class Module(_Record):
 
     Attributes:
         weight: The `weight_digest` of its weight; "" for attention, which has none of its own.
+        stored_as: Its name in checkpoints, where transformers renames weights; None for its own.
         tokens: Tokens that passed through it.
         calls: How often it was called.
         outer_calls: How often the module around it was.
@@ -70,6 +71,7 @@ class Module(_Record):
     """
 
     weight: str
+    stored_as: str | None = None
     tokens: NonNegativeInt = 0
     calls: NonNegativeInt = 0
     outer_calls: NonNegativeInt = 0
@@ -77,13 +79,13 @@ class Module(_Record):
 
     def plus(self, other: Module) -> Module:
         """What both saw together."""
-        return Module(
-            weight=self.weight,
-            tokens=self.tokens + other.tokens,
-            calls=self.calls + other.calls,
-            outer_calls=self.outer_calls + other.outer_calls,
-            unmasked=self.unmasked or other.unmasked,
-        )
+        sums = {
+            "tokens": self.tokens + other.tokens,
+            "calls": self.calls + other.calls,
+            "outer_calls": self.outer_calls + other.outer_calls,
+            "unmasked": self.unmasked or other.unmasked,
+        }
+        return self.model_copy(update=sums)
 
 
 class Manifest(_Record):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Statistics:
         self,
         manifest: Manifest,
         states: Mapping[str, Mapping[str, State]],
-        name: str = "the statistics",
+        name: str = "statistics",
     ) -> None:
         self.manifest = manifest
         self.states = {key: dict(kinds) for key, kinds in states.items()}
@@ -159,22 +160,35 @@ class Statistics:
         if changed:
             more = f" of {len(changed)} of {len(self.modules)} modules"
             differences.append(f"weights{more} are others: {listing(changed, 3)}")
-        raise StatisticsError(f"{self.name} is of another model: {'; '.join(differences)}")
+        raise StatisticsError(f"{self.name}: of another model: {'; '.join(differences)}")
 
     def refuse_other_weight(self, name: str, weight: Tensor) -> None:
         """Refuse the weight of a module, as read from a checkpoint, that these are not of.
 
+        Args:
+            name: The module's name in the model or in its checkpoint.
+            weight: Its weight.
+
         Raises:
             StatisticsError: The module is not in the file, or its weight differs.
         """
-        found = self.modules.get(name)
+        found = self.modules.get(self._own_name(name))
         if found is None:
-            raise StatisticsError(f"{self.name} knows no module {name}")
+            raise StatisticsError(f"{self.name}: has no module {name}")
         if found.weight != weight_digest(weight):
             raise StatisticsError(
-                f"{self.name} is of another model: {name} had a weight of other shape, dtype or "
+                f"{self.name}: of another model: {name} had a weight of other shape, dtype or "
                 f"values than this one of {weight.dtype} and shape {tuple(weight.shape)}"
             )
+
+    def _own_name(self, name: str) -> str:
+        """The name in the model of a module by this name, or of this name in checkpoints."""
+        return name if name in self.modules else self._stored.get(name, name)
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        """Names in checkpoints, where they are others, to those in the model."""
+        return {each.stored_as: name for name, each in self.modules.items() if each.stored_as}
 
     def _is_weight(self, name: str, module: nn.Module) -> bool:
         weight = getattr(module, "weight", None)
@@ -184,7 +198,8 @@ class Statistics:
         """States of observers that have seen what these statistics were gathered from.
 
         Args:
-            observers: By "module.base_name"; they have seen nothing yet, and are not changed.
+            observers: By "module.base_name", the module as the model or as its checkpoint names it;
+                they have seen nothing yet, and are not changed.
 
         Returns:
             By the same names what `Observer.load_state` takes, without observers that learn nothing
@@ -196,11 +211,13 @@ class Statistics:
         found: dict[str, dict[str, Tensor]] = {}
         problems: dict[str, list[str]] = {}
         for key, observer in observers.items():
-            kinds = self.states.get(key)
+            module, _, base_name = key.rpartition(".")
+            module = self._own_name(module)
+            kinds = self.states.get(f"{module}.{base_name}" if module else key)
             learns = observer.base_name != "weight" or observer.needs_data
             if kinds is None:
                 if learns:
-                    why = self._absence(key.rpartition(".")[0], observer.base_name)
+                    why = self._absence(module, observer.base_name)
                     problems.setdefault(why, []).append(key)
                 continue
             try:
@@ -214,7 +231,7 @@ class Statistics:
         if problems:
             lines = [f"  {why}: {listing(keys, 2)}" for why, keys in problems.items()]
             raise StatisticsError(
-                "\n".join([f"{self.name} does not tell all that is asked:", *lines])
+                "\n".join([f"{self.name}: not all that is asked is there:", *lines])
             )
         return found
 

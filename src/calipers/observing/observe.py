@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,16 @@ def _already_there(work: Pass, out: Path) -> Statistics:
         found = Statistics.load(out)
         if work.is_of(found.manifest):
             logger.info("{} is there already, of the same model, data and options", out)
+            _remove_staging(work, out, found)
             return found
     raise CalipersError(f"{out} exists: choose another place, or replace it with force (--force)")
+
+
+def _remove_staging(work: Pass, out: Path, found: Statistics) -> None:
+    """Remove what a process left that was killed when it had just moved its file to `out`."""
+    if any(out.parent.glob(f".{escape(out.name)}.*.part")):
+        with resumable(out, work.identity, force=True, one_file=True) as staging:
+            staging.write(out.name, {out.name: found.write})
 
 
 def _checked_width(products: int | None) -> int | None:

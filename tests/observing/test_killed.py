@@ -23,7 +23,7 @@ BATCHES = 5
 # One process that has imported everything forks one child after the other: each runs `observe` and
 # kills itself at the n-th thing that it does, be that a batch or a step on the file system.
 PARENT = """
-import json, os, pathlib, signal, sys
+import json, os, pathlib, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 from loguru import logger
@@ -75,6 +75,9 @@ for data in (lists, streams)[: int(sys.argv[5])]:
         if data is lists or not out.exists():
             code = child(0, data)
             assert code == 0, (kill_at, (out.parent / "error").read_text())
+        else:  # killed when all was done but for what is removed
+            for part in out.parent.glob(".*.part"):
+                shutil.rmtree(part)
         assert out.read_bytes() == expected, kill_at
         left = sorted(each.name for each in out.parent.iterdir())
         assert set(left) <= {"events", "error", out.name}, (kill_at, left)

@@ -24,6 +24,7 @@ from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
     plan_observers,
+    refuse_beside_statistics,
     refuse_without_data,
     without_modules,
 )
@@ -145,7 +146,7 @@ def calibrate(
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     shadows = Shadows.read(shadow, activation_shadow, pick)
     if statistics is not None:
-        refuse_beside_statistics(data=data is not None, shadows=bool(shadows), experts=policy)
+        refuse_beside_statistics(data is not None, shadows, all_experts)
         statistics = read_statistics(statistics)
     choice = ObserverChoice(
         observer,
@@ -179,21 +180,6 @@ def calibrate(
             experts=policy,
             statistics=statistics,
         )
-
-
-def refuse_beside_statistics(*, data: bool, shadows: bool, experts: ExpertPolicy) -> None:
-    """Refuse what makes no sense where statistics stand in for data.
-
-    Raises:
-        CalipersError: Names it.
-    """
-    told = "statistics (--statistics) stand in for data, so that"
-    if data:
-        raise CalipersError(f"{told} there cannot be data (--data) as well")
-    if shadows:
-        raise CalipersError(f"{told} observers cannot be compared: shadows (--shadow) need data")
-    if experts.all_experts:
-        raise CalipersError(f"{told} all_experts (--all-experts) has no effect: observe with it")
 
 
 def run_plan(

@@ -40,7 +40,7 @@ from calipers.calibration.targets import LeftAlone, Reason, gather_experts, leav
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
-from calipers.statistics_files import Manifest, Module, Statistics, weight_digest
+from calipers.statistics_files import Manifest, Statistics
 
 __all__ = ["Calibration", "OnMissing"]
 
@@ -157,21 +157,9 @@ class Calibration:
             first = itertools.islice(batches, 1)
             run_batches(self.model, first, within=lambda _: self._calls.whole())
 
-    def seen(self) -> dict[str, Module]:
-        """What was seen of each observed module, by name."""
-        found = {}
-        for each in self.observed:
-            calls, outer_calls = self._calls.count(each.name)
-            found[each.name] = Module(
-                weight=weight_digest(each.module.get_parameter("weight"))
-                if not each.is_attention
-                else "",
-                tokens=each.tokens,
-                calls=calls,
-                outer_calls=outer_calls,
-                unmasked=each.unmasked,
-            )
-        return found
+    def calls_of(self, name: str) -> tuple[int, int]:
+        """Calls of an observed module, and of the module around it."""
+        return self._calls.count(name)
 
     def load(self, statistics: Statistics) -> None:
         """Let the observers know what statistics tell, as if they had seen the same data.
@@ -181,7 +169,6 @@ class Calibration:
 
         Raises:
             StatisticsError: They lack what an observer asks for; nothing is changed then.
-            CalipersError: The calibration is frozen or detached.
         """
         observers = {
             tensor.full_name: tensor.observer

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
-from calipers.calibration.calibrate import refuse_beside_statistics, run_plan
+from calipers.calibration.calibrate import run_plan
 from calipers.calibration.checks import suggest_group_size
 from calipers.calibration.config import KV_CACHES, has_free_group_size
 from calipers.calibration.experts import separate_experts
@@ -23,6 +23,7 @@ from calipers.calibration.parts import Only
 from calipers.calibration.plan import (
     ObserverChoice,
     plan_observers,
+    refuse_beside_statistics,
     refuse_without_data,
     without_modules,
 )
@@ -228,7 +229,7 @@ def calibrate(
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
         shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
         if known is not None:
-            refuse_beside_statistics(data=data is not None, shadows=bool(shadows), experts=policy)
+            refuse_beside_statistics(data is not None, shadows, all_experts)
         has_data = texts is not None or known is not None
         choice = ObserverChoice(observer, activation_observer, chosen, has_data, shadows)
         choice.check()

@@ -12,11 +12,20 @@ from loguru import logger
 from torch import Tensor
 
 from calipers.calibration.batches import Progress
+from calipers.calibration.observed import ObservedModule
 from calipers.calibration.session import Calibration
 from calipers.checkpoint.journal import Staging
 from calipers.errors import CalipersError
 from calipers.observing.plan import kinds_of, renamed_modules
-from calipers.statistics_files import Data, Fingerprint, Manifest, Options, Statistics
+from calipers.statistics_files import (
+    Data,
+    Fingerprint,
+    Manifest,
+    Module,
+    Options,
+    Statistics,
+    weight_digest,
+)
 from calipers.statistics_files.kinds import pack, unpack
 from calipers.statistics_files.manifest import installed_versions
 
@@ -129,10 +138,7 @@ class Pass:
         manifest = Manifest(
             fingerprint=self._fingerprint,
             options=self._options,
-            modules={
-                name: each.model_copy(update={"stored_as": self._renamed.get(name)})
-                for name, each in seen.seen().items()
-            },
+            modules={each.name: self._seen(each) for each in seen.observed},
             data=[data],
             versions=installed_versions(),
             complete=complete,
@@ -145,6 +151,18 @@ class Pass:
             for tensor in each.tensors.values()
         }
         return Statistics(manifest, states)
+
+    def _seen(self, each: ObservedModule) -> Module:
+        calls, outer_calls = self._calibration.calls_of(each.name)
+        weight = "" if each.is_attention else weight_digest(each.module.get_parameter("weight"))
+        return Module(
+            weight=weight,
+            stored_as=self._renamed.get(each.name),
+            tokens=each.tokens,
+            calls=calls,
+            outer_calls=outer_calls,
+            unmasked=each.unmasked,
+        )
 
     def take_over(self, found: Statistics) -> None:
         """Go on from what an earlier process gathered."""

@@ -10,10 +10,13 @@ from calipers.errors import (
     CheckpointError,
     MissingDataError,
     SchemeError,
+    StatisticsError,
     UnknownObserverError,
 )
 from calipers.evaluation import perplexity
 from calipers.observers import Observer
+from calipers.observing import observe
+from calipers.statistics_files import Statistics
 from calipers.streaming import quantize_checkpoint
 
 __version__ = "0.1.0"
@@ -26,11 +29,14 @@ __all__ = [
     "MissingDataError",
     "Observer",
     "SchemeError",
+    "Statistics",
+    "StatisticsError",
     "UnknownObserverError",
     "__version__",
     "attach",
     "calibrate",
     "loading_experts",
+    "observe",
     "perplexity",
     "quantize_checkpoint",
     "save",

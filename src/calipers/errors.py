@@ -13,6 +13,7 @@ __all__ = [
     "MissingDataError",
     "RankError",
     "SchemeError",
+    "StatisticsError",
     "UnknownModuleError",
     "UnknownObserverError",
 ]
@@ -51,6 +52,13 @@ class RankError(CalipersError):
     """A rank that did not come, failed, or calibrates something else than the others.
 
     Raised on all ranks that still run. The message names the rank and the stage.
+    """
+
+
+class StatisticsError(CalipersError):
+    """A statistics file that cannot be used: damaged, of another model, or without what is asked.
+
+    The message names the file or the modules, and says what the file holds.
     """
 
 

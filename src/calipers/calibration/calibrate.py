@@ -24,6 +24,7 @@ from calipers.calibration.plan import (
     ObserverChoice,
     Plan,
     plan_observers,
+    refuse_beside_statistics,
     refuse_without_data,
     without_modules,
 )
@@ -32,6 +33,7 @@ from calipers.calibration.session import Calibration, OnMissing
 from calipers.calibration.shadows import Pick, Shadows
 from calipers.distributed import Ranks
 from calipers.errors import CalipersError
+from calipers.statistics_files import Statistics, read_statistics
 from calipers.text.for_model import batches_for_model
 
 __all__ = ["attach", "calibrate", "run_plan"]
@@ -63,6 +65,7 @@ def calibrate(
     activation_shadow: str | Iterable[str] = (),
     pick: Pick = "first",
     ranks: Ranks | None = None,
+    statistics: str | Path | Statistics | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -115,6 +118,8 @@ def calibrate(
             their errors.
         ranks: Processes that calibrate the same model, each with its share of the data; None takes
             all of torch.distributed, where that is initialised.
+        statistics: What `observe` gathered, or the file of it, in place of data: nothing is run,
+            and the scales are those that the same data would give.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -126,6 +131,7 @@ def calibrate(
             it did not reach, see `Calibration.freeze`.
         CalipersError: Text without a tokenizer, or that cannot be read; a path in place of the
             model; a rank that failed or did not come (`RankError`).
+        StatisticsError: Statistics of another model, or that lack what an observer asks for.
         ValueError: An unknown observer, an unknown or invalid option, a shadow that would look at
             nothing.
 
@@ -142,12 +148,16 @@ def calibrate(
     _expect_model(model, "calipers.calibrate(model, ...)")
     check_choice("on_missing", on_missing, OnMissing)
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
+    shadows = Shadows.read(shadow, activation_shadow, pick)
+    if statistics is not None:
+        refuse_beside_statistics(data is not None, shadows, all_experts)
+        statistics = read_statistics(statistics)
     choice = ObserverChoice(
         observer,
         activation_observer,
         dict(observer_options or {}),
-        data is not None,
-        Shadows.read(shadow, activation_shadow, pick),
+        data is not None or statistics is not None,
+        shadows,
     )
     model = unwrap(model)
     ranks = ranks or Ranks()
@@ -156,21 +166,25 @@ def calibrate(
             model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
         )
         _tell_of_loader(model, plan)
-        if data is None:
+        batches = None
+        if statistics is not None:
+            statistics.refuse_other_model(model)
+        elif data is None:
             refuse_without_data(plan)
         else:
-            data = batches_for_model(
+            batches = batches_for_model(
                 data, model, tokenizer, samples=samples, sequence_length=sequence_length
             )
         return run_plan(
             model,
             plan,
-            data,
+            batches,
             on_missing,
             progress,
             use_attention_mask=use_attention_mask,
             experts=policy,
             ranks=ranks,
+            statistics=statistics,
         )
 
 
@@ -184,6 +198,7 @@ def run_plan(
     use_attention_mask: bool = True,
     experts: ExpertPolicy | None = None,
     ranks: Ranks | None = None,
+    statistics: Statistics | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -196,13 +211,16 @@ def run_plan(
         use_attention_mask: See `Calibration.run`.
         experts: How experts see tokens, and what is done about few; None takes the defaults.
         ranks: As in `calibrate`.
+        statistics: Of this model, in place of batches; None where there are none.
     """
     policy = experts or ExpertPolicy()
-    if batches is None:
+    if batches is None and statistics is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
     with Calibration(model, plan, ranks=ranks) as calibration:
-        if batches is not None:
+        if statistics is not None:
+            calibration.load(statistics)
+        elif batches is not None:
             calibration.run(
                 batches,
                 progress,

@@ -62,6 +62,18 @@ class CallCounter:
         self._calls.clear()
         self._calls.update({id(self._modules[name]): calls for name, calls in counts.items()})
 
+    def count(self, name: str) -> tuple[int, int]:
+        """Calls of a module, and of the module around it; 0 of one that is not counted."""
+        modules = (self._modules.get(each) for each in (name, _parent(name)))
+        calls, outer = (0 if each is None else self._calls[id(each)] for each in modules)
+        return calls, outer
+
+    def restore(self, name: str, calls: int, outer_calls: int) -> None:
+        """Put calls of a module and of the module around it in place of those counted."""
+        for each, count in ((name, calls), (_parent(name), outer_calls)):
+            if each in self._modules:
+                self._calls[id(self._modules[each])] = count
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Let the calls inside of the block count, or, where it raises, none of them."""

@@ -30,6 +30,7 @@ __all__ = [
     "Plan",
     "needs_observer",
     "plan_observers",
+    "refuse_beside_statistics",
     "refuse_without_data",
     "without_modules",
 ]
@@ -195,6 +196,26 @@ def without_modules(plan: Plan, names: Collection[str], reason: Reason) -> Plan:
     resolution = plan.resolution.without(dict.fromkeys(names, reason))
     observed = [each for each in plan.observed if each.name not in names]
     return replace(plan, resolution=resolution, observed=observed)
+
+
+def refuse_beside_statistics(data: bool, shadows: Shadows, all_experts: bool) -> None:
+    """Refuse what makes no sense where statistics stand in for data.
+
+    Args:
+        data: Whether there is data as well.
+        shadows: Observers to be compared.
+        all_experts: Whether every expert is to see every token.
+
+    Raises:
+        CalipersError: Names it.
+    """
+    told = "statistics (--statistics) stand in for data, so that"
+    if data:
+        raise CalipersError(f"{told} there cannot be data (--data) as well")
+    if shadows:
+        raise CalipersError(f"{told} observers cannot be compared: shadows (--shadow) need data")
+    if all_experts:
+        raise CalipersError(f"{told} all_experts (--all-experts) has no effect: observe with it")
 
 
 def refuse_without_data(plan: Plan) -> None:

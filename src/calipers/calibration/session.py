@@ -48,12 +48,13 @@ from calipers.distributed import Ranks
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
+from calipers.statistics_files import Manifest, Statistics
 
 __all__ = ["Calibration", "OnMissing", "Record"]
 
 OnMissing = Literal["error", "skip", "fallback"]
 #: What is counted of the data, by attribute name.
-_COUNTS = ("batches", "_tokens_given", "_tokens_counted", "_held_out")
+_COUNTS = ("batches", "tokens_given", "tokens_counted", "_held_out")
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
 #: A larger share of batches held out is warned of: that of four batches.
@@ -99,7 +100,9 @@ class Calibration:
         model: The model.
         observed: The observed modules with their observers.
         batches: Batches that the model took so far; none where no observer needs data. Once frozen,
-            those of all ranks.
+            those of all ranks, and so are the next two.
+        tokens_given: Tokens of those batches that carry a mask of them.
+        tokens_counted: Those of them that counted.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Calibration:
         self.batches = 0
         self._plan = plan
         self._update = UpdateState()
-        self._tokens_given = self._tokens_counted = self._held_out = 0
+        self.tokens_given = self.tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
         self._rows: list[ModuleReport] = []
@@ -195,6 +198,52 @@ class Calibration:
         if self.observed and not on_meta and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
             run_batches(self.model, first, within=lambda _: self._calls.whole())
+
+    def calls_of(self, name: str) -> tuple[int, int]:
+        """Calls of an observed module, and of the module around it."""
+        return self._calls.count(name)
+
+    def load(self, statistics: Statistics) -> None:
+        """Let the observers know what statistics tell, as if they had seen the same data.
+
+        Args:
+            statistics: Of this model, see `Statistics.refuse_other_model`.
+
+        Raises:
+            StatisticsError: They lack what an observer asks for; nothing is changed then.
+        """
+        observers = {
+            tensor.full_name: tensor.observer
+            for each in self.observed
+            for tensor in each.tensors.values()
+        }
+        states = statistics.states_for(observers)
+        self.take_over(statistics.manifest)
+        for name, state in states.items():
+            observers[name].load_state(state)
+
+    def take_over(self, manifest: Manifest) -> None:
+        """Count as seen what an earlier pass over data counted, in place of what was counted here.
+
+        Args:
+            manifest: Of the statistics of that pass. The observers take over theirs by themselves.
+
+        Raises:
+            CalipersError: The calibration is frozen or detached.
+        """
+        with self._update.lock:
+            self._expect_attached("take over statistics")
+            if any(each.wants_data for each in self.observed):
+                self.batches = manifest.batches
+                self.tokens_given = sum(each.tokens_given for each in manifest.data)
+                self.tokens_counted = sum(each.tokens_counted for each in manifest.data)
+            for each in self.observed:
+                known = manifest.modules.get(each.name)
+                if known is None:
+                    continue
+                self._calls.restore(each.name, known.calls, known.outer_calls)
+                if each.wants_data:
+                    each.tokens, each.unmasked = known.tokens, known.unmasked
 
     def freeze(
         self,
@@ -323,8 +372,8 @@ class Calibration:
             seconds=self._seconds,
             batches=self.batches,
             held_out=self._held_out,
-            tokens_given=self._tokens_given,
-            tokens_counted=self._tokens_counted,
+            tokens_given=self.tokens_given,
+            tokens_counted=self.tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
             coverage=expert_coverage(called, enough_tokens) if self.batches else [],
         )
@@ -410,8 +459,8 @@ class Calibration:
         number = self.number_of(self.batches)
         self._held_out += bool(self._plan.choice.shadows) and is_held_out(number)
         self.batches += 1
-        self._tokens_given += masked.given
-        self._tokens_counted += masked.counted
+        self.tokens_given += masked.given
+        self.tokens_counted += masked.counted
         self._ranks.show_life()
 
     @contextmanager

@@ -10,11 +10,15 @@ from calipers import __version__
 from calipers.cli.calibrate import calibrate
 from calipers.cli.commands import CONTEXT, Command, Group
 from calipers.cli.compare import compare
+from calipers.cli.convert import convert
 from calipers.cli.coverage import coverage
 from calipers.cli.demo import demo
 from calipers.cli.doctor import doctor
 from calipers.cli.evaluate import evaluate
+from calipers.cli.inspect import inspect
 from calipers.cli.listings import observers, schemes
+from calipers.cli.merge import merge
+from calipers.cli.observe import observe
 from calipers.cli.quantize import quantize
 
 __all__ = ["app"]
@@ -47,7 +51,19 @@ def _main(
     pass
 
 
-_COMMANDS = (calibrate, quantize, evaluate, compare, coverage, demo, observers, schemes, doctor)
-
-for _command in _COMMANDS:
+for _command in (
+    calibrate,
+    quantize,
+    evaluate,
+    compare,
+    observe,
+    merge,
+    inspect,
+    convert,
+    coverage,
+    demo,
+    observers,
+    schemes,
+    doctor,
+):
     app.command(cls=Command, context_settings=CONTEXT)(_command)

@@ -19,6 +19,7 @@ from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.plan import (
     ObserverChoice,
     plan_observers,
+    refuse_beside_statistics,
     refuse_without_data,
     without_modules,
 )
@@ -64,6 +65,7 @@ from calipers.distributed.collectives import first_alone
 from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
+from calipers.statistics_files import Statistics
 from calipers.text.for_model import fitting_length, model_inputs
 
 __all__ = ["calibrate"]
@@ -100,6 +102,7 @@ def calibrate(
     no_data: Annotated[
         bool, typer.Option("--no-data", help="Calibrate without data: weights by themselves.")
     ] = False,
+    statistics: options.StatisticsFile = None,
     samples: options.DataSamples = 128,
     sequence_length: options.SequenceLength = 512,
     ignore: options.Ignore = None,
@@ -177,6 +180,8 @@ def calibrate(
 
       calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
 
+      calipers calibrate ./Llama-3-8B --statistics stats.safetensors --out ./Llama-3-8B-W4A16
+
       calipers calibrate --plugin my_observers.py --observer my_observer
 
       torchrun --nproc-per-node 8 -m calipers calibrate ./Llama-3-70B --out ./Llama-3-70B-W4A16
@@ -199,7 +204,12 @@ def calibrate(
             refuse_taken(out, force=force)
         _refuse_both("--data", data, "--no-data", no_data)
         _refuse_both("--eval", eval_file, "--no-eval", no_eval)
-        texts = None if no_data else calibration_text(data, demo=model is None)
+        known = None
+        if statistics is not None:
+            _refuse_both("--statistics", statistics, "--no-data", no_data)
+            known = Statistics.load(statistics)
+        without = no_data or known is not None
+        texts = None if without else calibration_text(data, demo=model is None)
         judged_texts = None if no_eval else heldout_text(eval_file, demo=model is None)
         missing = on_missing or ("error" if texts is None or texts.given else "fallback")
         check_choice("on_missing", missing, OnMissing)
@@ -214,14 +224,19 @@ def calibrate(
         patterns = tuple(ignore or ())
         resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
         shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
-        choice = ObserverChoice(observer, activation_observer, chosen, texts is not None, shadows)
+        if known is not None:
+            refuse_beside_statistics(data is not None, shadows, all_experts)
+        has_data = texts is not None or known is not None
+        choice = ObserverChoice(observer, activation_observer, chosen, has_data, shadows)
         choice.check()
         loaded = load_model(path, device=device, dtype=dtype)
         put_experts_back = separate_experts(loaded)
+        if known is not None:
+            known.refuse_other_model(loaded)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
         if no_text is not None:
             texts = judged_texts = None
-            choice = replace(choice, has_data=False)
+            choice = replace(choice, has_data=known is not None)
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns, part)
@@ -240,7 +255,7 @@ def calibrate(
             check = functools.partial(refuse_unloadable, loaded, schemes, skip=on_unfit == "skip")
             unloadable = first_alone(ranks, check, "trying to load back")
             plan = without_modules(plan, unloadable, "cannot be loaded back")
-        if texts is None:
+        if texts is None and known is None:
             try:
                 refuse_without_data(plan)
             except MissingDataError as error:
@@ -265,6 +280,7 @@ def calibrate(
             progress,
             experts=policy,
             ranks=ranks,
+            statistics=known,
         )
         if ranks.rank:
             return
@@ -281,6 +297,7 @@ def calibrate(
             "kv_cache": kv_cache_of(plan.config),
             "out": None if out is None else str(out),
             "data": None if used is None else used.to_dict(),
+            "statistics": None if statistics is None else str(statistics),
             "eval": None if judged is None else judged.to_dict(),
             "no_text": no_text,
             "perplexity_before": before.value if isinstance(before, Perplexity) else None,
@@ -368,7 +385,7 @@ def print_result(
     lines = [
         ("group size", size and (size_note or str(size))),
         ("cache", result["kv_cache"]),
-        ("calibrated with", data and str(data)),
+        ("calibrated with", str(data) if data else result.get("statistics")),
         ("no text", result["no_text"]),
         ("judged by", judged and str(judged)),
         (kind, figures),

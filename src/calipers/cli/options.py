@@ -30,6 +30,7 @@ __all__ = [
     "Plugins",
     "SequenceLength",
     "Shadow",
+    "StatisticsFile",
     "known_part",
     "load_plugins",
 ]
@@ -98,6 +99,14 @@ KVCache: TypeAlias = Annotated[
         help="Quantize keys and values of the cache: fp8, int8 (one scale a layer), fp8-head or "
         "int8-head (one a head); alone with --scheme UNQUANTIZED. Default: the scheme's, else "
         "none.",
+    ),
+]
+StatisticsFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--statistics",
+        metavar="FILE",
+        help="What `calipers observe` gathered, in place of data: nothing is run.",
     ),
 ]
 SequenceLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationArgs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
+import calipers
 from calipers.observers import Observer
 
 #: Arguments by name: all of them symmetric integers but the last.
@@ -140,3 +141,16 @@ def nothing_but_nan(rank: int, world: int) -> Any:
     except ValueError as error:
         return str(error)
     return None
+
+
+def calibrated(rank: int, world: int) -> str:
+    """A model with a weight that is spread is refused before any work."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    spread = distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)])
+    model[0].weight = nn.Parameter(spread, requires_grad=False)
+    try:
+        calipers.calibrate(model, "FP8_DYNAMIC")
+    except calipers.SchemeError as error:
+        return str(error)
+    return "calibrated"

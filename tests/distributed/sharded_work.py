@@ -32,9 +32,10 @@ ARGS: dict[str, dict[str, Any]] = {
 #: Rows and columns that two, three and four ranks share out unevenly, or not at all.
 SHAPES = [(10, 48), (7, 96), (16, 128), (3, 20), (1, 16)]
 EXTREMES = ["memoryless_minmax", "static_minmax", "minmax"]
+#: Patience counts the groups that improve, so a shard alone may end a search sooner: none here.
 SEARCHES: dict[str, dict[str, Any]] = {
-    "memoryless_mse": {},
-    "imatrix_mse": {},
+    "memoryless_mse": {"patience": 0},
+    "imatrix_mse": {"patience": 0},
     "optimal": {},
     "optimal, hessian": {"objective": "hessian"},
 }
@@ -70,8 +71,8 @@ def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def observer(name: str, args: dict[str, Any], cols: int) -> Observer:
-    kind, _, option = name.partition(", ")
-    options = {"objective": option} if option else {}
+    kind = name.partition(", ")[0]
+    options = SEARCHES.get(name, {})
     made: Observer = Observer.load_from_registry(
         kind, base_name="weight", args=QuantizationArgs(**args), **options
     )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from compressed_tensors.quantization import QuantizationArgs
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
+import calipers
 from calipers.observers import Observer
 
 #: Arguments by name: all of them symmetric integers but the last.
@@ -31,9 +32,10 @@ ARGS: dict[str, dict[str, Any]] = {
 #: Rows and columns that two, three and four ranks share out unevenly, or not at all.
 SHAPES = [(10, 48), (7, 96), (16, 128), (3, 20), (1, 16)]
 EXTREMES = ["memoryless_minmax", "static_minmax", "minmax"]
+#: Patience counts the groups that improve, so a shard alone may end a search sooner: none here.
 SEARCHES: dict[str, dict[str, Any]] = {
-    "memoryless_mse": {},
-    "imatrix_mse": {},
+    "memoryless_mse": {"patience": 0},
+    "imatrix_mse": {"patience": 0},
     "optimal": {},
     "optimal, hessian": {"objective": "hessian"},
 }
@@ -69,8 +71,8 @@ def weight(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor
 
 
 def observer(name: str, args: dict[str, Any], cols: int) -> Observer:
-    kind, _, option = name.partition(", ")
-    options = {"objective": option} if option else {}
+    kind = name.partition(", ")[0]
+    options = SEARCHES.get(name, {})
     made: Observer = Observer.load_from_registry(
         kind, base_name="weight", args=QuantizationArgs(**args), **options
     )
@@ -140,3 +142,16 @@ def nothing_but_nan(rank: int, world: int) -> Any:
     except ValueError as error:
         return str(error)
     return None
+
+
+def calibrated(rank: int, world: int) -> str:
+    """A model with a weight that is spread is refused before any work."""
+    mesh = init_device_mesh("cpu", (world,))
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    spread = distribute_tensor(model[0].weight.detach(), mesh, [Shard(0)])
+    model[0].weight = nn.Parameter(spread, requires_grad=False)
+    try:
+        calipers.calibrate(model, "FP8_DYNAMIC")
+    except calipers.SchemeError as error:
+        return str(error)
+    return "calibrated"

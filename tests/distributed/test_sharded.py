@@ -66,3 +66,9 @@ def test_rows_and_columns_may_both_be_cut(tmp_path: Path) -> None:
 def test_a_shard_without_a_number_takes_part(tmp_path: Path) -> None:
     for told in run_ranks(work.nothing_but_nan, 2, tmp_path):
         assert "all observed values are NaN or Inf" in str(told)
+
+
+@pytest.mark.slow
+def test_a_model_with_such_weights_is_refused(tmp_path: Path) -> None:
+    for told in run_ranks(work.calibrated, 2, tmp_path):
+        assert "0: its weight is a DTensor that is spread over ranks" in str(told)

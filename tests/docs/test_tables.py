@@ -77,6 +77,11 @@ UNMEASURED = {
         "word, statistics",
     ): "tests/distributed/test_calibrate.py::"
     "test_any_split_over_any_number_of_ranks_gives_the_same",
+    (
+        "docs/ranks.md",
+        "groups, min/max",
+    ): "tests/distributed/test_sharded.py::"
+    "test_searches_are_gathered_only_where_groups_lie_in_several_shards",
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

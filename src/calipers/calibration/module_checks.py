@@ -28,6 +28,7 @@ from calipers.calibration.targets import (
     Target,
 )
 from calipers.formats import FLOAT_FORMATS, is_known_to_library
+from calipers.observers.sharded import is_spread
 from calipers.ranges.qparams import scale_dtype_problem
 
 __all__ = [
@@ -54,6 +55,13 @@ def find_module_problems(target: Target) -> Iterator[str]:
     if not isinstance(weight, torch.Tensor) or weight.dtype not in _WEIGHT_DTYPES:
         kind = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         yield f"its weight must be a float16, bfloat16, float32 or float64 tensor, got {kind}"
+        return
+    if is_spread(weight):
+        yield (
+            "its weight is a DTensor that is spread over ranks, which compressed-tensors can "
+            "neither run nor save: calibrate a whole model on each rank, or derive scales by the "
+            "observer itself (Observer.get_qparams)"
+        )
         return
     for base_name, args in target.args.items():
         what = "weights" if base_name == "weight" else f"{base_name} activations"

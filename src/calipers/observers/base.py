@@ -152,7 +152,7 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
         columns = layout = None
         if is_spread(observed) and self._name_of_layout() == "weight":
             shard = self._shard_of(observed)
-            problem = self._why_whole(shard, g_idx)
+            problem = self._why_whole(shard, g_idx) if mask is None else "a mask is given"
             if shard is None or problem is not None:
                 observed = gather(observed, self.name, problem or "of the way it is spread")
             else:

@@ -52,7 +52,7 @@ class GlobalScaleStatistics(ValueStatistics):
     def observe_global(self, observed: Tensor, mask: Tensor | None = None) -> None:
         """Update the statistics behind the global scale (TENSOR_GROUP); see `observe`."""
         shard = self._shard_of(observed)
-        if shard is not None and self.global_by_extremes:
+        if shard is not None and self.global_by_extremes and mask is None:
             self._take_in_global(self._look_at_shard(shard, whole=True))
             return
         if is_spread(observed) and self._name_of_layout() == "weight":

@@ -16,7 +16,16 @@ from calipers.demo import MODEL_PATH
 from calipers.observers import Observer
 from cli.conftest import Calipers, succeeded
 
-COMMANDS = ("calibrate", "evaluate", "compare", "demo", "observers", "schemes", "doctor")
+COMMANDS = (
+    "calibrate",
+    "quantize",
+    "evaluate",
+    "compare",
+    "demo",
+    "observers",
+    "schemes",
+    "doctor",
+)
 
 
 def registered() -> dict[str, type[Observer]]:
@@ -115,10 +124,10 @@ def test_help_lists_the_commands(calipers: Calipers, args: tuple[str, ...]) -> N
 
 def test_no_command_is_a_usage_error(calipers: Calipers) -> None:
     assert calipers().exit_code == 2
-    result = calipers("quantize")
+    result = calipers("quantise")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "quantize" in result.stderr
+    assert "quantise" in result.stderr
 
 
 @pytest.mark.parametrize(

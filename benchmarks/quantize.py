@@ -172,7 +172,7 @@ def _whole_runs(source: Path, scratch: Path, runs: int) -> Iterator[dict[str, An
     for number in range(runs):
         for tool, script, observer in ways:
             out = scratch / f"{tool}-{observer}-{number}"
-            file = scratch / f"{tool}.py"
+            file = scratch / f"run_{tool}.py"
             file.write_text(script, encoding="utf-8")
             start = perf_counter()
             done = subprocess.run(

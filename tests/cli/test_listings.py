@@ -189,9 +189,11 @@ def test_an_interrupt_is_told(
         "evaluate.load_model",
         "listings.print_table",
         "doctor.print_table",
+        "quantize.SourceCheckpoint",
     ):
         monkeypatch.setattr(f"calipers.cli.{place}", interrupt)
-    result = calipers(command, *([MODEL_PATH] if command == "evaluate" else []))
+    needed = {"evaluate": [MODEL_PATH], "quantize": ["--dry-run"]}
+    result = calipers(command, *needed.get(command, []))
     assert result.exit_code == 130
     assert result.stdout == ""
     assert result.stderr == "interrupted\n"

@@ -93,8 +93,8 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint shard by shard; the model is never in memory, and no data is needed.
 
-    The tensors are those that `calipers calibrate --no-data` writes. Killed or interrupted, the
-    same command goes on after the shards that are complete. Under torchrun ranks share the work.
+    The tensors are those that calibrating without data writes. Killed or interrupted, the same
+    command goes on after the shards that are complete. Under torchrun ranks share the work.
 
     Examples:
       calipers quantize ./Llama-3-70B --scheme FP8_DYNAMIC --out ./Llama-3-70B-FP8

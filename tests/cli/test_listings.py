@@ -16,7 +16,16 @@ from calipers.demo import MODEL_PATH
 from calipers.observers import Observer
 from cli.conftest import Calipers, succeeded
 
-COMMANDS = ("calibrate", "evaluate", "compare", "demo", "observers", "schemes", "doctor")
+COMMANDS = (
+    "calibrate",
+    "quantize",
+    "evaluate",
+    "compare",
+    "demo",
+    "observers",
+    "schemes",
+    "doctor",
+)
 
 
 def registered() -> dict[str, type[Observer]]:
@@ -115,10 +124,10 @@ def test_help_lists_the_commands(calipers: Calipers, args: tuple[str, ...]) -> N
 
 def test_no_command_is_a_usage_error(calipers: Calipers) -> None:
     assert calipers().exit_code == 2
-    result = calipers("quantize")
+    result = calipers("quantise")
     assert result.exit_code == 2
     assert result.stdout == ""
-    assert "quantize" in result.stderr
+    assert "quantise" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,9 +189,11 @@ def test_an_interrupt_is_told(
         "evaluate.load_model",
         "listings.print_table",
         "doctor.print_table",
+        "quantize.SourceCheckpoint",
     ):
         monkeypatch.setattr(f"calipers.cli.{place}", interrupt)
-    result = calipers(command, *([MODEL_PATH] if command == "evaluate" else []))
+    needed = {"evaluate": [MODEL_PATH], "quantize": ["--dry-run"]}
+    result = calipers(command, *needed.get(command, []))
     assert result.exit_code == 130
     assert result.stdout == ""
     assert result.stderr == "interrupted\n"

@@ -81,7 +81,17 @@ def test_command_line_page_lists_the_commands() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["calibrate", "evaluate", "compare", "coverage", "demo", "observers", "schemes", "doctor"],
+    [
+        "calibrate",
+        "quantize",
+        "evaluate",
+        "compare",
+        "coverage",
+        "demo",
+        "observers",
+        "schemes",
+        "doctor",
+    ],
 )
 def test_command_line_page_lists_the_options(command: str) -> None:
     _, section = COMMAND_LINE.read_text("utf-8").split(f"\n## calipers {command}\n")

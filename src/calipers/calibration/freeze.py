@@ -84,13 +84,7 @@ def initialize_modules(observed: Sequence[ObservedModule], choice: ObserverChoic
 
 
 class Freezing:
-    """What is done to each group of one freeze.
-
-    Args:
-        observed: All modules that will be frozen.
-        choice: How the observers were chosen.
-        progress: As in `freeze_modules`.
-    """
+    """What is done to each group of one freeze; the arguments are those of `freeze_modules`."""
 
     def __init__(
         self,
@@ -111,15 +105,9 @@ class Freezing:
         self.verdicts: dict[str, Verdict] = {}
 
     def freeze(self, group: Sequence[ObservedModule], *, measure: bool = True) -> dict[str, float]:
-        """Quantize the modules of one group, all but their status.
+        """Quantize one fused group, all but the status; with `measure` its weights' errors.
 
-        Args:
-            group: Modules that engines fuse, their weights at hand.
-            measure: Whether the errors of weights are wanted, which cost as much as fake-quantizing
-                them.
-
-        Returns:
-            The relative error of each weight, by the name of its module; none without `measure`.
+        The errors are relative, by module name; measuring costs as much as to fake-quantize.
         """
         self.initialize(group)
         with lent_statistics(group):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -92,8 +93,8 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint shard by shard; the model is never in memory, and no data is needed.
 
-    The tensors are those that `calipers calibrate --no-data` writes. Killed or interrupted, the
-    same command goes on after the shards that are complete.
+    The tensors are those that calibrating without data writes. Killed or interrupted, the same
+    command goes on after the shards that are complete. Under torchrun ranks share the work.
 
     Examples:
       calipers quantize ./Llama-3-70B --scheme FP8_DYNAMIC --out ./Llama-3-70B-FP8
@@ -101,6 +102,8 @@ def quantize(
       calipers quantize ./Llama-3-70B --observer optimal --option objective=mse --out ./int4
 
       calipers quantize ./Qwen3-235B-A22B --scheme NVFP4A16 --dry-run
+
+      torchrun --nproc-per-node 8 --no-python calipers quantize ./Kimi-K2 --out ./Kimi-K2-int4
     """
     with plain_errors(), show_progress() as progress:
         started = time.perf_counter()
@@ -156,6 +159,8 @@ def quantize(
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(),
         }
+    if int(os.environ.get("RANK", "0")) > 0:
+        return  # the first one tells
     if json:
         print_json(result)
     else:

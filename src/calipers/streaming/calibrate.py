@@ -109,7 +109,7 @@ def calibrate_stream(
                     experts=policy,
                     propagate=propagate,
                 )
-            write_configs(plan, staging.folder)
+            write_configs(plan, staging)
             assemble(store.files, staging.folder, model)
     except (OSError, SafetensorError) as error:
         raise CannotWriteError(f"{out} cannot be written: {error}") from error

@@ -25,7 +25,7 @@ from calipers.calibration.observed import ObservedModule
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.write import forget_quantization
-from calipers.checkpoint.journal import Staging, resumable
+from calipers.checkpoint.journal import Staging, join_staging, resumable
 from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse_taken
 from calipers.checkpoint.source import carry_files, refuse_source
@@ -34,10 +34,12 @@ from calipers.errors import CheckpointError
 from calipers.streaming.assemble import INDEX
 from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
 from calipers.streaming.plan import Shard, Statistics, StreamPlan, plan_stream
+from calipers.streaming.ranks import joined_ranks, split_by_size
 from calipers.streaming.source import Load, Reader, SourceCheckpoint
 from calipers.streaming.units import Unit, stored_tensors
 
 __all__ = [
+    "RANK_TIMEOUT",
     "SHARD_BYTES",
     "StreamReport",
     "quantize_checkpoint",
@@ -48,6 +50,8 @@ __all__ = [
 
 #: Most bytes of a file of weights.
 SHARD_BYTES = 2 * 10**9
+#: Seconds.
+RANK_TIMEOUT = 1800.0
 #: Bytes of the checkpoint that are read ahead.
 _AHEAD = 2**26
 _MEGABYTE = 10**6
@@ -103,14 +107,18 @@ def quantize_checkpoint(
     device: str | torch.device = "cpu",
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> StreamReport:
     """Quantize a checkpoint of safetensors into another one, a few tensors at a time.
 
     The tensors are those that `calibrate` and `save` would write, byte for byte; how they are
     distributed over files may differ. The model is never in memory: beside what PyTorch and the
-    model's structure take, memory holds at most two shards of the result (one that is filled and
-    one that is written), two units (a unit is a module, or the modules that share a global scale)
-    with what is computed of them, and 512 MiB that were read ahead.
+    model's structure take, memory holds two files of the result (one that is filled and one that is
+    written), 128 MiB that were read ahead, and 16 times the largest unit: a module, or the modules
+    that share a global scale or that transformers reads as one.
+
+    Under torchrun the files are shared over the ranks; all of them call this, with the same
+    arguments, and return once the folder is complete.
 
     Where the process is killed, or an exception goes out, the shards that are complete stay beside
     `out`, and the same call goes on after them.
@@ -137,6 +145,7 @@ def quantize_checkpoint(
         device: Where scales are computed and weights quantized.
         shard_bytes: Most bytes of a file of weights; a single unit may be larger.
         progress: Called as `progress("megabytes", done, total)`, by what was read.
+        rank_timeout: Seconds that one rank waits for the others.
 
     Raises:
         MissingDataError: The scheme or an observer needs statistics that are not there.
@@ -174,7 +183,14 @@ def quantize_checkpoint(
         load_check=load_check,
         shard_bytes=shard_bytes,
     )
-    resumed = run_stream(plan, target, force=force, device=torch.device(device), progress=progress)
+    resumed = run_stream(
+        plan,
+        target,
+        force=force,
+        device=torch.device(device),
+        progress=progress,
+        rank_timeout=rank_timeout,
+    )
     return StreamReport(
         out=target,
         modules=len(plan.plan.observed),
@@ -193,6 +209,7 @@ def run_stream(
     force: bool,
     device: torch.device,
     progress: Progress | None = None,
+    rank_timeout: float = RANK_TIMEOUT,
 ) -> int:
     """Do what was planned.
 
@@ -202,32 +219,49 @@ def run_stream(
         force: Replace an existing folder.
         device: Where to compute.
         progress: Called by what was read.
+        rank_timeout: Seconds that one rank waits for the others.
 
     Returns:
-        How many shards were there already.
+        How many shards were there already; on ranks but the first, of its own ones.
 
     Raises:
         CheckpointError: The folder cannot be written, or a module cannot be compressed.
     """
     place = out.resolve()
+    fingerprint = plan.fingerprint()
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with resumable(place, plan.fingerprint(), force=force) as staging:
-            write_configs(plan, staging.folder)
-            todo = [shard for shard in plan.shards if not staging.done(shard.name)]
-            _write_shards(plan, todo, staging, device, progress)
-            _write_index(plan, staging)
+        with joined_ranks(rank_timeout) as ranks:
+            share = split_by_size(plan.shards, lambda each: each.bytes_read, ranks.count)
+            own = share[ranks.rank]
+            if ranks.rank == 0:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with resumable(place, fingerprint, force=force) as staging:
+                    resumed = sum(staging.done(shard.name) for shard in plan.shards)
+                    write_configs(plan, staging)
+                    ranks.wait_for_all("planning")
+                    _write_shards(plan, own, staging, device, progress)
+                    ranks.wait_for_all("their files")
+                    _write_index(plan, staging)
+            else:
+                ranks.wait_for_all("planning")
+                staging = join_staging(place, fingerprint)
+                resumed = sum(staging.done(shard.name) for shard in own)
+                _write_shards(plan, own, staging, device, progress)
+                ranks.wait_for_all("their files")
+            ranks.wait_for_all("everything")
     except (OSError, SafetensorError) as error:
         raise CannotWriteError(f"{out} cannot be written: {error}") from error
-    return len(plan.shards) - len(todo)
+    return resumed
 
 
-def write_configs(plan: StreamPlan, folder: Path) -> None:
+def write_configs(plan: StreamPlan, staging: Staging) -> None:
     """Everything but the weights, as `save` writes it."""
-    write_files(plan.source.model, folder, {}, plan.dtype)
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    carry_files(plan.source.model, folder, tokenizer=True)
+    apart = staging.scratch / "configs"  # transformers removes weights from where it writes
+    write_files(plan.source.model, apart, {}, plan.dtype)
+    for file in apart.iterdir():
+        if file.suffix != ".safetensors":
+            file.replace(staging.folder / file.name)
+    carry_files(plan.source.model, staging.folder, tokenizer=True)
 
 
 def _write_shards(
@@ -237,10 +271,11 @@ def _write_shards(
     device: torch.device,
     progress: Progress | None,
 ) -> None:
-    """Read, compute and write at once."""
+    """Read, compute and write at once, but for shards that are there already."""
+    total = sum(shard.bytes_read for shard in shards)
+    shards = [shard for shard in shards if not staging.done(shard.name)]
     left = {id(unit): shard for shard in shards for unit in shard.units}
     units = [unit for shard in shards for unit in shard.units]
-    total = plan.bytes_read
     done = total - sum(unit.bytes_read for unit in units)
     counts = {shard.name: len(shard.units) for shard in shards}
     filling: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from safetensors.torch import _TYPES as DTYPES
 from torch import Tensor
 
 from calipers._quiet import no_progress_bars
+from calipers._words import listing
 from calipers.calibration.experts import joins_experts
 from calipers.checkpoint.loading import loading_experts
 from calipers.checkpoint.opening import class_to_load, refuse_incomplete
@@ -116,6 +117,13 @@ class SourceCheckpoint:
         self.model.__dict__.pop("hf_device_map", None)
         refuse_incomplete(path, info)
         self.missing = set(info["missing_keys"])
+        if info["unexpected_keys"]:
+            logger.warning(
+                "{} tensors of the checkpoint belong to no module of {} and are left out: {}",
+                len(info["unexpected_keys"]),
+                type(self.model).__name__,
+                listing(sorted(info["unexpected_keys"]), 3),
+            )
         self._converters: dict[str, Any] = {}
         self._owners: dict[int, tuple[str, Tensor]] = {}
         self._loads = dict(self._find_loads())

@@ -74,6 +74,10 @@ UNMEASURED = {
         "tests/end_to_end/test_architectures.py::test_comes_back_or_is_refused"
     ),
     ("docs/presets.md", "with transformers 5.24"): None,
+    (
+        "docs/statistics-files.md",
+        "statistics, of",
+    ): "tests/statistics_files/test_file.py::test_what_a_linear_costs",
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

@@ -43,11 +43,19 @@ class CheckpointStore:
         blocks: Names of the blocks.
         staging: Where blocks are kept.
         device: Where the model runs.
+        writes: Whether this process keeps blocks; another one does where it does not.
     """
 
     def __init__(
-        self, plan: StreamPlan, blocks: Iterable[str], staging: Staging, device: torch.device
+        self,
+        plan: StreamPlan,
+        blocks: Iterable[str],
+        staging: Staging,
+        device: torch.device,
+        *,
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._plan = plan
         self._staging = staging
         self._device = device
@@ -58,7 +66,11 @@ class CheckpointStore:
         for unit in (unit for shard in plan.shards for unit in shard.units):
             homes = {self._home(part.prefix) for part in unit.parts}
             self._units[homes.pop() if len(homes) == 1 else OUTSIDE].append(unit)
-        self._records: dict[str, Record | None] = {}
+        #: Of blocks that were kept before this run, which all ranks know alike.
+        self._records: dict[str, Record | None] = {
+            name: self._read_record(_key(name)) if staging.done(_key(name)) else None
+            for name in self._units
+        }
 
     def _home(self, name: str) -> str:
         """The block that a module lies in."""
@@ -68,9 +80,6 @@ class CheckpointStore:
 
     def record(self, block: str) -> Record | None:
         """What a run that was killed did to this block."""
-        key = _key(block)
-        if block not in self._records:
-            self._records[block] = self._read_record(key) if self._staging.done(key) else None
         return self._records[block]
 
     def _read_record(self, key: str) -> Record:
@@ -97,6 +106,8 @@ class CheckpointStore:
 
     def keep(self, block: str, record: Record) -> None:
         """Write what a checkpoint stores of a block, and what `record` gives back."""
+        if not self._writes:
+            return
         _refuse_unusable(self._units[block])
         tensors: dict[str, Tensor] = {}
         for unit in self._units[block]:

@@ -82,6 +82,7 @@ UNMEASURED = {
         "groups, min/max",
     ): "tests/distributed/test_sharded.py::"
     "test_searches_are_gathered_only_where_groups_lie_in_several_shards",
+    (
         "docs/statistics-files.md",
         "statistics, of",
     ): "tests/statistics_files/test_file.py::test_what_a_linear_costs",

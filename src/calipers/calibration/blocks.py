@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
@@ -32,8 +32,10 @@ from calipers.distributed.collectives import gather_objects
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 
-__all__ = ["OUTSIDE", "BlockStore", "InMemory", "calibrate_blocks"]
+__all__ = ["OUTSIDE", "BlockStore", "InMemory", "Way", "calibrate_blocks"]
 
+#: How a model is calibrated: see `calipers.calibration.calibrate`.
+Way: TypeAlias = Literal["whole", "blocks"]
 #: The name under which what lies outside of all blocks is kept.
 OUTSIDE = ""
 
@@ -124,14 +126,15 @@ def calibrate_blocks(
         calibration.seeing_all(policy.all_experts),
     ):
         work = _Work(calibration, ranks, blocks, store or InMemory(), on_missing, policy, progress)
-        if batches is None:
-            work.derive_all()
-        elif not calibration.wants_data:
+        if batches is not None and not calibration.wants_data:
             calibration.run(batches)  # which runs none of them
-            work.derive_all()
-        else:
-            expect_batches(batches)
-            work.run(list(batches), use_attention_mask=use_attention_mask, propagate=propagate)
+            batches = None
+        with calibration.clock():
+            if batches is None:
+                work.derive_all()
+            else:
+                expect_batches(batches)
+                work.run(list(batches), use_attention_mask=use_attention_mask, propagate=propagate)
         return calibration.finish(policy.enough_tokens)
 
 

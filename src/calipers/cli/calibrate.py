@@ -35,6 +35,7 @@ from calipers.calibration.session import OnMissing
 from calipers.calibration.shadows import Shadows, read_options
 from calipers.checkpoint import compressed_size, save
 from calipers.checkpoint.load_check import refuse_unloadable
+from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
@@ -49,7 +50,7 @@ from calipers.cli.judging import (
     in_words,
     measure,
 )
-from calipers.cli.models import find_processor, load_model, load_tokenizer, peak_memory_bytes
+from calipers.cli.models import find_processor, peak_memory_bytes
 from calipers.cli.ranks import RankTimeout, joined_ranks, showing_life
 from calipers.cli.schemes import (
     DEFAULT_SCHEME,

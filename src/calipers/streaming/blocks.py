@@ -102,6 +102,8 @@ class CheckpointStore:
                     weights_in_place(self._plan, unit, tensors, self._device, whole=True)
                 )
                 tensors.clear()
+            if block == OUTSIDE:
+                _tie(self._plan.source.model)
             yield
 
     def keep(self, block: str, record: Record) -> None:
@@ -132,6 +134,15 @@ class CheckpointStore:
     def files(self) -> list[Path]:
         """The files of all blocks that were kept, in the model's order."""
         return [self._staging.scratch / f"{_key(block)}{_SUFFIX}" for block in self._units]
+
+
+def _tie(model: Any) -> None:
+    """Let weights that are tied, of which a unit has one alone, be the same again."""
+    for target, source in model.all_tied_weights_keys.items():
+        parent, _, key = target.rpartition(".")
+        module = model.get_submodule(parent)
+        if module.get_parameter(key).is_meta:
+            module._parameters[key] = model.get_parameter(source)
 
 
 def fill_buffers(model: Any, device: torch.device) -> None:

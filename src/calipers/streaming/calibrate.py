@@ -114,8 +114,9 @@ def calibrate_stream(
                 propagate=propagate,
                 ranks=ranks,
             )
+            if ranks.rank == 0:
+                write_configs(plan, staging)
         if ranks.rank == 0:
-            write_configs(plan, staging)
             assemble(store.files, staging.folder, model)
         return report
 

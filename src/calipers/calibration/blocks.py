@@ -189,11 +189,10 @@ class _Work:
             lockstep.start(runs, self._seen_by())
             left = set(self._blocks)
             while (block := self._agree(lockstep.next_block())) is not None:
-                with self._store.bring(block):
-                    self._pass(lockstep, block, propagate=propagate)
                 left.discard(block)
-                if not left and not self._members[OUTSIDE]:
-                    lockstep.stop()  # what comes after the last block is of no interest
+                with self._store.bring(block):
+                    last = not left and not self._members[OUTSIDE]
+                    self._pass(lockstep, block, propagate=propagate, last=last)
         for block in self._blocks:
             if block in left:  # no batch came to it
                 with self._store.bring(block):
@@ -208,18 +207,21 @@ class _Work:
         order = list(self._blocks)
         return min((each for each in found if each is not None), key=order.index, default=None)
 
-    def _pass(self, lockstep: Lockstep, block: str, *, propagate: bool) -> None:
+    def _pass(self, lockstep: Lockstep, block: str, *, propagate: bool, last: bool) -> None:
         """Let all batches pass one block, observe and quantize it."""
-        if propagate:
-            if self._store.record(block) is None:
-                lockstep.run(block, self._seen_by(block), keep=False)
-            self._derive(block, keep=False)
-            lockstep.run(block, self._seen_by(), keep=True)
-            self._keep(block)
-            return
         known = self._store.record(block) is not None
-        lockstep.run(block, self._seen_by(None if known else block), keep=True)
-        self._derive(block)
+        if not propagate:
+            around = self._seen_by(None if known else block)
+            lockstep.run(block, around, keep=True, last=last)
+            self._derive(block)
+            return
+        if not known:
+            lockstep.run(block, self._seen_by(block), keep=False)
+        self._derive(block, keep=False)
+        if last:
+            lockstep.stop(but_first=True)
+        lockstep.run(block, self._seen_by(), keep=True)
+        self._keep(block)
 
     def derive_all(self) -> None:
         """Derive the scales of all blocks, where no data is needed."""

@@ -87,6 +87,10 @@ def class_to_load(path: Path) -> Any:
         names = set(config.get("architectures") or [])
     except (ValueError, AttributeError):
         return transformers.AutoModelForCausalLM  # it says what is wrong with the config
+    for name in sorted(names):
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
     # transformers before 5 does not have it
     if names & _values(getattr(known, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})):
         return transformers.AutoModelForMultimodalLM

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
+from compressed_tensors.quantization.utils import is_module_quantized
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from calipers.calibration.session import Record
 from calipers.checkpoint.journal import Staging
 from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.save import has_usable_scales
+from calipers.checkpoint.tensors import SavedPart
 from calipers.errors import CalipersError, CheckpointError
 from calipers.streaming.plan import StreamPlan
 from calipers.streaming.quantize import weights_in_place
@@ -110,10 +113,10 @@ class CheckpointStore:
         """Write what a checkpoint stores of a block, and what `record` gives back."""
         if not self._writes:
             return
-        _refuse_unusable(self._units[block])
         tensors: dict[str, Tensor] = {}
         for unit in self._units[block]:
-            tensors |= stored_tensors(self._plan.source.model, unit.parts, self._dtype)
+            parts = [_as_quantized(part) for part in unit.parts]
+            tensors |= stored_tensors(self._plan.source.model, parts, self._dtype)
         key = _key(block)
         qparams = {name: value.detach().cpu() for name, value in record.qparams.items()}
         self._staging.write(
@@ -183,10 +186,13 @@ def _invalid(value: Tensor) -> Tensor:
     return value.fill_(torch.nan if value.is_floating_point() else 0)
 
 
-def _refuse_unusable(units: Iterable[Unit]) -> None:
-    for part in (part for unit in units for part in unit.parts if part.scheme is not None):
-        if not has_usable_scales(part.module):
-            raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+def _as_quantized(part: SavedPart) -> SavedPart:
+    """The module as it is saved: what saw no data may have been left as it was."""
+    if part.scheme is None or not is_module_quantized(part.module):
+        return replace(part, scheme=None)
+    if not has_usable_scales(part.module):
+        raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+    return part
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

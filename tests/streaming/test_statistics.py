@@ -15,7 +15,7 @@ import architectures
 import calipers
 from calipers import MissingDataError, Statistics, StatisticsError
 from calipers.calibration.experts import separated_experts
-from calipers.cli.models import load_model
+from calipers.checkpoint.opening import load_model
 from calipers.statistics_files import Fingerprint
 from calipers.streaming import quantize_checkpoint
 from calipers.streaming.source import Reader, SourceCheckpoint

@@ -175,7 +175,7 @@ class Calibration:
         with self._update.lock, self._ranks.telling_failure("running batches"):
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
-            with self._clock(), self.seeing_all(all_experts):
+            with self.clock(), self.seeing_all(all_experts):
                 if self.wants_data:
                     run_batches(self.model, batches, progress, whole)
                 else:
@@ -291,7 +291,7 @@ class Calibration:
     ) -> CalibrationReport:
         self._expect_attached("freeze")
         check_choice("on_missing", on_missing, OnMissing)
-        with self._clock():
+        with self.clock():
             self.derive(self.observed, on_missing, progress, on_few_tokens, enough_tokens)
             for each in self.observed:
                 each.remove_hooks()
@@ -499,7 +499,8 @@ class Calibration:
                 each.all_experts = False
 
     @contextmanager
-    def _clock(self) -> Iterator[None]:
+    def clock(self) -> Iterator[None]:
+        """Let the time inside of the block count as the calibration's."""
         start = time.perf_counter()
         try:
             yield

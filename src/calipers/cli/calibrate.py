@@ -44,7 +44,7 @@ from calipers.cli.judging import (
     measure,
 )
 from calipers.cli.models import find_processor, peak_memory_bytes
-from calipers.cli.ranks import RankTimeout, joined_ranks, showing_life
+from calipers.cli.ranks import RankTimeout, showing_life
 from calipers.cli.schemes import (
     DEFAULT_SCHEME,
     choose_group_size,
@@ -55,7 +55,7 @@ from calipers.cli.schemes import (
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
 from calipers.cli.ways import choose_way
 from calipers.demo import MODEL_PATH
-from calipers.distributed import share_of_rank
+from calipers.distributed import joined_ranks, share_of_rank
 from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
@@ -110,16 +110,8 @@ def calibrate(
             "Default: error with --data, fallback with the embedded text."
         ),
     ] = None,
-    on_few_tokens: Annotated[
-        str,
-        typer.Option(
-            help="Experts that see few tokens: shrink (mix their statistics with those of all "
-            "experts of the layer), pooled (take those), own or error."
-        ),
-    ] = "shrink",
-    enough_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens from which an expert stands alone.")
-    ] = ENOUGH_TOKENS,
+    on_few_tokens: options.OnFew = "shrink",
+    enough_tokens: options.EnoughTokens = ENOUGH_TOKENS,
     all_experts: Annotated[
         bool,
         typer.Option("--all-experts", help="Let every expert see every token while calibrating."),

@@ -3,7 +3,8 @@
 from calipers import _guard as _guard  # first: importing compressed_tensors must not touch loguru
 
 # isort: split
-from calipers.calibration import Calibration, CalibrationReport, attach, calibrate
+from calipers.calibrating import calibrate
+from calipers.calibration import Calibration, CalibrationReport, attach
 from calipers.checkpoint import loading_experts, save
 from calipers.errors import (
     CalipersError,

@@ -29,6 +29,7 @@ FIELDS = {
     "kv_cache",
     "out",
     "data",
+    "statistics",
     "eval",
     "no_text",
     "perplexity_before",

@@ -33,7 +33,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def quantized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from calipers import calibrate, save
-    from calipers.cli.models import load_model
+    from calipers.checkpoint.opening import load_model
 
     out = tmp_path_factory.mktemp("quantized") / "llama-W4A16"
     model = load_model(llama, device="cpu", dtype="auto")

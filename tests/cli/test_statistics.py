@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from calipers.cli import app
 from cli.conftest import Calipers
 from cli.test_pipe import RUN
+from streaming.conftest import expect_same
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,11 @@ def test_calibrate_gives_the_same_checkpoint(
     for name in ("model.safetensors", "config.json"):
         expected = (tmp_path / "by-data" / name).read_bytes()
         assert (tmp_path / "by-file" / name).read_bytes() == expected
+    common = ("quantize", llama, *options, "--json", "--no-load-check")
+    streamed = calipers(*common, "--statistics", observed, "--out", tmp_path / "streamed")
+    assert streamed.exit_code == 0, streamed.output
+    assert json.loads(streamed.stdout)["statistics"] == str(observed)
+    expect_same(tmp_path / "by-file", tmp_path / "streamed")
     told, other = json.loads(by_file.stdout), json.loads(by_data.stdout)
     assert told["statistics"] == str(observed)
     assert told["calibration"]["modules"] == other["calibration"]["modules"]
@@ -83,6 +89,33 @@ def test_statistics_stand_in_for_data(
     assert "shadows (--shadow) need data" in error(llama, "--shadow", "mse")
     assert "of another model" in error(narrow)
     assert "--products 128" in error(llama, "--option", "objective=hessian")
+
+
+def test_quantize_refuses_what_calibrate_refuses(
+    llama: Path, narrow: Path, texts: Path, observed: Path, tmp_path: Path, calipers: Calipers
+) -> None:
+    def error(*args: Any) -> str:
+        result = calipers("quantize", *args, "--out", tmp_path / "out", "--no-load-check")
+        assert result.exit_code == 1
+        assert not (tmp_path / "out").exists()
+        return result.stderr
+
+    given = ("--statistics", observed)
+    assert "of another model" in error(narrow, *given, "--group-size", 64)
+    assert "--products 128" in error(llama, *given, "--option", "objective=hessian")
+    assert "no such statistics file" in error(llama, "--statistics", texts / "none")
+    assert "--on-missing" in error(llama, *given, "--on-missing", "never")
+    assert "give statistics" in error(llama, "--scheme", "FP8").lower()
+    assert "observe with outputs" in error(llama, *given, "--scheme", _outputs(tmp_path))
+
+
+def _outputs(folder: Path) -> Path:
+    path = folder / "outputs.yaml"
+    path.write_text(
+        "config_groups:\n  group_0:\n    targets: [Linear]\n"
+        "    output_activations: {num_bits: 8, type: float, symmetric: true, strategy: tensor}\n"
+    )
+    return path
 
 
 def test_merge_and_inspect(

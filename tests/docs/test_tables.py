@@ -82,6 +82,10 @@ UNMEASURED = {
         "groups, min/max",
     ): "tests/distributed/test_sharded.py::"
     "test_searches_are_gathered_only_where_groups_lie_in_several_shards",
+    (
+        "docs/statistics-files.md",
+        "statistics, of",
+    ): "tests/statistics_files/test_file.py::test_what_a_linear_costs",
     ("docs/texts.md", ", calibration, held-out"): FACTS + "test_what_is_in_the_texts",
     ("docs/texts.md", "source, work"): FACTS + "test_bytes_of_the_sources",
     ("docs/tutorial.md", "reason, which"): None,

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 import architectures
 import calipers
-from calipers.cli.models import load_model
+from calipers.checkpoint.opening import load_model
 
 
 def read_checkpoint(folder: Path) -> dict[str, tuple[Any, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from calipers.distributed import split_by_size
 from calipers.streaming import quantize_checkpoint
-from calipers.streaming.ranks import split_by_size
 from streaming.conftest import expect_same
+from streaming.test_statistics import observe
 
 SCRIPT = """
 import sys, os
@@ -20,23 +22,33 @@ from calipers.streaming import quantize_checkpoint
 
 if sys.argv[3] == os.environ["RANK"]:
     sys.exit(0)  # a rank that is lost
+if sys.argv[3] == "broken " + os.environ["RANK"]:
+    def full(*_):
+        raise OSError("disk full")
+    sys.modules["calipers.streaming.quantize"].save_file = full
+statistics = sys.argv[5] if len(sys.argv) > 5 else None
 report = quantize_checkpoint(
-    sys.argv[1], sys.argv[2], "NVFP4A16", load_check=False, shard_bytes=50_000,
-    rank_timeout=float(sys.argv[4]),
+    sys.argv[1], sys.argv[2], "NVFP4" if statistics else "NVFP4A16", load_check=False,
+    shard_bytes=50_000, statistics=statistics, rank_timeout=float(sys.argv[4]),
 )
 print("done", os.environ["RANK"], report.shards, (report.out / "config.json").is_file())
 """
 
 
 def torchrun(
-    ranks: int, folder: Path, source: Path, *, lost: int = -1, timeout: float = 120
+    ranks: int,
+    folder: Path,
+    source: Path,
+    *more: Path,
+    lost: int | str = -1,
+    timeout: float = 120,
 ) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", str(script)]
     return subprocess.run(
-        [*command, str(source), str(folder / "out"), str(lost), str(timeout)],
+        [*command, str(source), str(folder / "out"), str(lost), str(timeout), *map(str, more)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -49,15 +61,36 @@ def test_ranks_write_what_one_process_writes(checkpoints: Any, tmp_path: Path, r
     source = checkpoints("qwen3_moe")
     done = torchrun(ranks, tmp_path, source)
     assert done.returncode == 0, done.stderr
-    told = sorted(line for line in done.stdout.splitlines() if line.startswith("done"))
-    assert [line.split()[1] for line in told] == [str(rank) for rank in range(ranks)]
-    assert all(line.endswith("True") for line in told)
+    # ranks that end at once may write into one line
+    told = sorted(re.findall(r"done (\d) \d+ True", done.stdout))
+    assert told == [str(rank) for rank in range(ranks)], done.stdout
     options: dict[str, Any] = {"load_check": False, "shard_bytes": 50_000}
     quantize_checkpoint(source, tmp_path / "alone", "NVFP4A16", **options)
     expect_same(tmp_path / "alone", tmp_path / "out")
     names = {path.name for path in (tmp_path / "alone").iterdir()}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_ranks_share_statistics(checkpoints: Any, tmp_path: Path) -> None:
+    source = checkpoints("qwen3_moe")
+    file = observe(source, tmp_path / "stats.safetensors")
+    done = torchrun(2, tmp_path, source, file)
+    assert done.returncode == 0, done.stderr
+    options: dict[str, Any] = {"load_check": False, "statistics": file}
+    quantize_checkpoint(source, tmp_path / "alone", "NVFP4", **options)
+    expect_same(tmp_path / "alone", tmp_path / "out")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_rank_that_fails_is_told_to_the_other(
+    checkpoints: Any, tmp_path: Path, broken: int
+) -> None:
+    done = torchrun(2, tmp_path, checkpoints("tied_llama"), lost=f"broken {broken}")
+    assert done.returncode != 0
+    assert "cannot be written: disk full" in done.stderr
+    assert f"rank {broken} failed at 'quantizing a checkpoint': CannotWriteError" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("lost", [0, 1])

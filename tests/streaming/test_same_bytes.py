@@ -131,7 +131,7 @@ def test_layers_that_share_a_global_scale_may_lie_in_different_files(tmp_path: P
 
 def test_a_pooler_that_the_checkpoint_lacks_is_left_out(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1,
         num_attention_heads=2, max_position_embeddings=32,
     )  # fmt: skip
     model = BertModel(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from compressed_tensors.offload import disable_offloading, get_execution_device
@@ -27,11 +27,15 @@ from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing, Record
 from calipers.calibration.write import undo_on_error
+from calipers.distributed import Ranks
+from calipers.distributed.collectives import gather_objects
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 
-__all__ = ["OUTSIDE", "BlockStore", "InMemory", "calibrate_blocks"]
+__all__ = ["OUTSIDE", "BlockStore", "InMemory", "Way", "calibrate_blocks"]
 
+#: How a model is calibrated: see `calipers.calibration.calibrate`.
+Way: TypeAlias = Literal["whole", "blocks"]
 #: The name under which what lies outside of all blocks is kept.
 OUTSIDE = ""
 
@@ -79,6 +83,7 @@ def calibrate_blocks(
     use_attention_mask: bool = True,
     experts: ExpertPolicy | None = None,
     propagate: bool = False,
+    ranks: Ranks | None = None,
 ) -> CalibrationReport:
     """Attach, run, freeze and detach, one block after the other.
 
@@ -96,6 +101,8 @@ def calibrate_blocks(
         experts: How experts see tokens, and what is done about few; None takes the defaults.
         propagate: Run each block a second time once it is quantized, so that the next ones see what
             they will get; else they see what the unquantized model gives.
+        ranks: As in `calibrate`; what they saw of a block is brought together before its scales are
+            derived.
 
     Returns:
         What was done. Where an exception is raised instead the model is as it was before, but for
@@ -111,20 +118,23 @@ def calibrate_blocks(
             "memory='whole'"
         )
     policy = experts or ExpertPolicy()
+    ranks = ranks or Ranks()
     with (
+        ranks.telling_failure("calibrating block by block"),
         undo_on_error([each.module for each in plan.observed]),
-        Calibration(model, plan) as calibration,
+        Calibration(model, plan, ranks=ranks) as calibration,
         calibration.seeing_all(policy.all_experts),
     ):
-        work = _Work(calibration, blocks, store or InMemory(), on_missing, policy, progress)
-        if batches is None:
-            work.derive_all()
-        elif not calibration.wants_data:
+        work = _Work(calibration, ranks, blocks, store or InMemory(), on_missing, policy, progress)
+        if batches is not None and not calibration.wants_data:
             calibration.run(batches)  # which runs none of them
-            work.derive_all()
-        else:
-            expect_batches(batches)
-            work.run(list(batches), use_attention_mask=use_attention_mask, propagate=propagate)
+            batches = None
+        with calibration.clock():
+            if batches is None:
+                work.derive_all()
+            else:
+                expect_batches(batches)
+                work.run(list(batches), use_attention_mask=use_attention_mask, propagate=propagate)
         return calibration.finish(policy.enough_tokens)
 
 
@@ -134,6 +144,7 @@ class _Work:
     def __init__(
         self,
         calibration: Calibration,
+        ranks: Ranks,
         blocks: Mapping[str, nn.Module],
         store: BlockStore,
         on_missing: OnMissing,
@@ -141,6 +152,7 @@ class _Work:
         progress: Progress | None,
     ) -> None:
         self._calibration = calibration
+        self._ranks = ranks
         self._blocks = blocks
         self._store = store
         self._on_missing = on_missing
@@ -176,30 +188,40 @@ class _Work:
         with eval_mode(model), torch.no_grad(), uncompiled(model), lockstep.gates():
             lockstep.start(runs, self._seen_by())
             left = set(self._blocks)
-            while (block := lockstep.next_block()) is not None:
-                with self._store.bring(block):
-                    self._pass(lockstep, block, propagate=propagate)
+            while (block := self._agree(lockstep.next_block())) is not None:
                 left.discard(block)
-                if not left and not self._members[OUTSIDE]:
-                    lockstep.stop()  # what comes after the last block is of no interest
+                with self._store.bring(block):
+                    last = not left and not self._members[OUTSIDE]
+                    self._pass(lockstep, block, propagate=propagate, last=last)
         for block in self._blocks:
             if block in left:  # no batch came to it
                 with self._store.bring(block):
                     self._derive(block)
         self._derive(OUTSIDE)
 
-    def _pass(self, lockstep: Lockstep, block: str, *, propagate: bool) -> None:
+    def _agree(self, block: str | None) -> str | None:
+        """The first block that a batch of any rank stands in front of."""
+        if self._ranks.size == 1:
+            return block
+        found = gather_objects(self._ranks, block, "the next block")
+        order = list(self._blocks)
+        return min((each for each in found if each is not None), key=order.index, default=None)
+
+    def _pass(self, lockstep: Lockstep, block: str, *, propagate: bool, last: bool) -> None:
         """Let all batches pass one block, observe and quantize it."""
-        if propagate:
-            if self._store.record(block) is None:
-                lockstep.run(block, self._seen_by(block), keep=False)
-            self._derive(block, keep=False)
-            lockstep.run(block, self._seen_by(), keep=True)
-            self._keep(block)
-            return
         known = self._store.record(block) is not None
-        lockstep.run(block, self._seen_by(None if known else block), keep=True)
-        self._derive(block)
+        if not propagate:
+            around = self._seen_by(None if known else block)
+            lockstep.run(block, around, keep=True, last=last)
+            self._derive(block)
+            return
+        if not known:
+            lockstep.run(block, self._seen_by(block), keep=False)
+        self._derive(block, keep=False)
+        if last:
+            lockstep.stop(but_first=True)
+        lockstep.run(block, self._seen_by(), keep=True)
+        self._keep(block)
 
     def derive_all(self) -> None:
         """Derive the scales of all blocks, where no data is needed."""
@@ -222,7 +244,7 @@ class _Work:
         def around(number: int) -> Iterator[None]:
             with ExitStack() as stack:
                 for each in observing:
-                    stack.enter_context(each.whole_batch(number))
+                    stack.enter_context(each.whole_batch(self._calibration.number_of(number)))
                 yield
 
         return around
@@ -237,6 +259,7 @@ class _Work:
                 None,
                 self._policy.on_few_tokens,
                 self._policy.enough_tokens,
+                last=block == OUTSIDE,
             )
         else:
             self._calibration.restore(members, known)

@@ -14,6 +14,7 @@ from loguru import logger
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import check_choice
 from calipers.calibration.batches import Progress
+from calipers.calibration.blocks import Way, calibrate_blocks
 from calipers.calibration.calls import find_never_called
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
@@ -66,6 +67,8 @@ def calibrate(
     pick: Pick = "first",
     ranks: Ranks | None = None,
     statistics: str | Path | Statistics | None = None,
+    memory: Way = "whole",
+    propagate: bool = False,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -120,6 +123,11 @@ def calibrate(
             all of torch.distributed, where that is initialised.
         statistics: What `observe` gathered, or the file of it, in place of data: nothing is run,
             and the scales are those that the same data would give.
+        memory: "whole" runs one batch after the other through the model; "blocks" all batches
+            through one block after the other: of a model offloaded by compressed-tensors, each
+            block is then brought in once. The scales are the same.
+        propagate: With "blocks", let each block see what the quantized ones before it give, instead
+            of what the unquantized ones do.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -147,6 +155,9 @@ def calibrate(
     """
     _expect_model(model, "calipers.calibrate(model, ...)")
     check_choice("on_missing", on_missing, OnMissing)
+    check_choice("memory", memory, Way)
+    if propagate and memory != "blocks":
+        raise CalipersError("propagate: only memory='blocks' runs a block once it is quantized")
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     shadows = Shadows.read(shadow, activation_shadow, pick)
     if statistics is not None:
@@ -185,6 +196,8 @@ def calibrate(
             experts=policy,
             ranks=ranks,
             statistics=statistics,
+            memory=memory,
+            propagate=propagate,
         )
 
 
@@ -199,6 +212,8 @@ def run_plan(
     experts: ExpertPolicy | None = None,
     ranks: Ranks | None = None,
     statistics: Statistics | None = None,
+    memory: Way = "whole",
+    propagate: bool = False,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -212,11 +227,26 @@ def run_plan(
         experts: How experts see tokens, and what is done about few; None takes the defaults.
         ranks: As in `calibrate`.
         statistics: Of this model, in place of batches; None where there are none.
+        memory: As in `calibrate`.
+        propagate: As in `calibrate`.
     """
     policy = experts or ExpertPolicy()
     if batches is None and statistics is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
         plan = without_modules(plan, uncalled, "never called")
+    if memory == "blocks" and statistics is None:
+        return calibrate_blocks(
+            model,
+            plan,
+            batches,
+            None,
+            on_missing,
+            progress,
+            use_attention_mask=use_attention_mask,
+            experts=policy,
+            propagate=propagate,
+            ranks=ranks,
+        )
     with Calibration(model, plan, ranks=ranks) as calibration:
         if statistics is not None:
             calibration.load(statistics)

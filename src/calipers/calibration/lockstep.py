@@ -202,7 +202,7 @@ class Lockstep:
             )
         return min(waiting, key=self._order.__getitem__, default=None)
 
-    def run(self, block: str, around: Around, *, keep: bool) -> None:
+    def run(self, block: str, around: Around, *, keep: bool, last: bool = False) -> None:
         """Run a block on all batches that stand in front of it.
 
         Args:
@@ -210,7 +210,10 @@ class Lockstep:
             around: See `start`.
             keep: Let each batch go on with the block's answer, to the next block; else the answer
                 is forgotten and the batch stands where it stood.
+            last: Whether what comes after the block is of no interest: of the batches that have
+                passed it only the first goes on, to show whether the model comes back to a block.
         """
+        first = next((each for each in self._runners if each.call is not None), None)
         for runner in self._runners:
             call = runner.call
             if call is None or call.block != block:
@@ -218,13 +221,16 @@ class Lockstep:
             with around(runner.number):
                 answer = call.context.run(self._forwards[block], *call.args, **call.kwargs)
                 del call
-                if keep:
+                if last and runner is not first:
+                    runner.stop()
+                elif keep:
                     runner.resume(answer)
                 del answer
         if keep:
             self._done.add(block)
 
-    def stop(self) -> None:
-        """End all batches where they stand."""
-        for runner in self._runners:
+    def stop(self, *, but_first: bool = False) -> None:
+        """End all batches where they stand, or all but the first one."""
+        waiting = [each for each in self._runners if not each.ended]
+        for runner in waiting[1:] if but_first else waiting:
             runner.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -13,13 +14,43 @@ from calipers.calibration.parts import beyond_language
 from calipers.errors import MissingDataError
 from calipers.observers import MemorylessMinMaxObserver, Observer, OptimalObserver
 
-__all__ = [
-    "find_missing",
-    "missing_data_error",
-    "nearest_neighbours",
-    "refuse_to_skip_states",
-    "set_fallbacks",
-]
+__all__ = ["OnMissing", "nearest_neighbours", "set_fallbacks", "settle_missing"]
+
+OnMissing = Literal["error", "skip", "fallback"]
+
+
+def settle_missing(
+    observed: list[ObservedModule], on_missing: OnMissing, batches: int, model: nn.Module
+) -> list[ObservedModule]:
+    """Decide about tensors that lack data.
+
+    Args:
+        observed: The modules; a fallback is found among them.
+        on_missing: See `Calibration.freeze`.
+        batches: How many there were, for errors.
+        model: The model.
+
+    Returns:
+        The modules that can be quantized, with fallbacks set where those are asked for.
+
+    Raises:
+        MissingDataError: Tensors lack data, as `Calibration.freeze` says.
+    """
+    missing = find_missing(observed)
+    for tensor in missing:
+        tensor.fallback = None
+    if not missing:
+        return observed
+    if on_missing == "skip":
+        refuse_to_skip_states(missing, batches)
+        lacking = {tensor.name for tensor in missing}
+        return [each for each in observed if each.name not in lacking]
+    if on_missing == "error":
+        raise missing_data_error(missing, batches, model, tried_fallback=False)
+    left = set_fallbacks(observed, missing)
+    if left:
+        raise missing_data_error(left, batches, model, tried_fallback=True)
+    return observed
 
 
 def find_missing(observed: Iterable[ObservedModule]) -> list[ObservedTensor]:

@@ -28,12 +28,7 @@ from calipers.calibration.few_tokens import (
 )
 from calipers.calibration.freeze import freeze_modules, initialize_modules
 from calipers.calibration.held_out import is_held_out
-from calipers.calibration.missing import (
-    find_missing,
-    missing_data_error,
-    refuse_to_skip_states,
-    set_fallbacks,
-)
+from calipers.calibration.missing import OnMissing, settle_missing
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.ranks import forget_observed, reduce_observed
@@ -50,9 +45,8 @@ from calipers.observers.masks import token_mask
 from calipers.observers.statistics import UpdateState
 from calipers.statistics_files import Manifest, Statistics
 
-__all__ = ["Calibration", "OnMissing", "Record"]
+__all__ = ["Calibration", "OnMissing", "Record", "take_over_counts"]
 
-OnMissing = Literal["error", "skip", "fallback"]
 #: What is counted of the data, by attribute name.
 _COUNTS = ("batches", "tokens_given", "tokens_counted", "_held_out")
 #: A smaller share of quantized weights is warned of.
@@ -181,7 +175,7 @@ class Calibration:
         with self._update.lock, self._ranks.telling_failure("running batches"):
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
-            with self._clock(), self.seeing_all(all_experts):
+            with self.clock(), self.seeing_all(all_experts):
                 if self.wants_data:
                     run_batches(self.model, batches, progress, whole)
                 else:
@@ -237,13 +231,7 @@ class Calibration:
                 self.batches = manifest.batches
                 self.tokens_given = sum(each.tokens_given for each in manifest.data)
                 self.tokens_counted = sum(each.tokens_counted for each in manifest.data)
-            for each in self.observed:
-                known = manifest.modules.get(each.name)
-                if known is None:
-                    continue
-                self._calls.restore(each.name, known.calls, known.outer_calls)
-                if each.wants_data:
-                    each.tokens, each.unmasked = known.tokens, known.unmasked
+            take_over_counts(manifest, self.observed, self._calls)
 
     def freeze(
         self,
@@ -303,7 +291,7 @@ class Calibration:
     ) -> CalibrationReport:
         self._expect_attached("freeze")
         check_choice("on_missing", on_missing, OnMissing)
-        with self._clock():
+        with self.clock():
             self.derive(self.observed, on_missing, progress, on_few_tokens, enough_tokens)
             for each in self.observed:
                 each.remove_hooks()
@@ -336,7 +324,7 @@ class Calibration:
             never_called = self._calls.never_called
             called = [each for each in observed if each.name not in never_called]
             settle_few_tokens(called, on_few_tokens, enough_tokens, unseen=on_missing != "skip")
-            kept = self._settle_missing(called, on_missing)
+            kept = settle_missing(called, on_missing, self.batches, self.model)
             self._rows += freeze_modules(kept, self._plan.choice, progress)
             forget_shared(kept)
         wanted = {each.name for each in kept}
@@ -401,26 +389,6 @@ class Calibration:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
-
-    def _settle_missing(
-        self, observed: list[ObservedModule], on_missing: OnMissing
-    ) -> list[ObservedModule]:
-        """The modules that can be quantized, with fallbacks set where those are asked for."""
-        missing = find_missing(observed)
-        for tensor in missing:
-            tensor.fallback = None
-        if not missing:
-            return observed
-        if on_missing == "skip":
-            refuse_to_skip_states(missing, self.batches)
-            lacking = {tensor.name for tensor in missing}
-            return [each for each in observed if each.name not in lacking]
-        if on_missing == "error":
-            raise missing_data_error(missing, self.batches, self.model, tried_fallback=False)
-        left = set_fallbacks(observed, missing)
-        if left:
-            raise missing_data_error(left, self.batches, self.model, tried_fallback=True)
-        return observed
 
     def _left_alone(self, reasons: dict[str, Reason]) -> list[LeftAlone]:
         """Those of the plan and those found while running, in the model's order."""
@@ -531,12 +499,32 @@ class Calibration:
                 each.all_experts = False
 
     @contextmanager
-    def _clock(self) -> Iterator[None]:
+    def clock(self) -> Iterator[None]:
+        """Let the time inside of the block count as the calibration's."""
         start = time.perf_counter()
         try:
             yield
         finally:
             self._seconds += time.perf_counter() - start
+
+
+def take_over_counts(
+    manifest: Manifest, observed: Sequence[ObservedModule], calls: CallCounter
+) -> None:
+    """Count as seen by modules what an earlier pass over data counted, in place of what they saw.
+
+    Args:
+        manifest: Of the statistics of that pass.
+        observed: The modules, whose tokens are set.
+        calls: Their calls, which are set as well.
+    """
+    for each in observed:
+        known = manifest.modules.get(each.name)
+        if known is None:
+            continue
+        calls.restore(each.name, known.calls, known.outer_calls)
+        if each.wants_data:
+            each.tokens, each.unmasked = known.tokens, known.unmasked
 
 
 def _tell(left_alone: Sequence[LeftAlone]) -> None:

@@ -71,10 +71,14 @@ def write_qparam(tensor: ObservedTensor, what: str, value: torch.Tensor) -> None
             f"{tensor.name}.{parameter}: compressed-tensors expects shape "
             f"{tuple(registered.shape)}, the observer gave {tuple(value.shape)}"
         )
-    if tensor.args.strategy in GROUPED and not _fits(value, registered.dtype):
+    rounded = tensor.args.strategy in GROUPED and not _fits(value, registered.dtype)
+    # that of attention whose weights lie in a checkpoint; one that is offloaded is updated
+    empty = registered.is_meta and not isinstance(module._parameters, OffloadCache)
+    if rounded or empty:
         delattr(module, parameter)
         device = registered.device if registered.device.type != "meta" else value.device
-        new = torch.nn.Parameter(value.detach().clone().to(device), requires_grad=False)
+        new = value.detach().clone() if rounded else value.detach().to(registered.dtype)
+        new = torch.nn.Parameter(new.to(device), requires_grad=False)
         module.register_parameter(parameter, new)
     else:
         update_offload_parameter(module, parameter, value.to(registered.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +12,11 @@ from rich.filesize import decimal
 
 from calipers._words import check_choice, first_line
 from calipers.calibration import CalibrationReport, resolve_config
-from calipers.calibration.calibrate import run_plan
-from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.plan import (
     ObserverChoice,
-    plan_observers,
     refuse_beside_statistics,
     refuse_without_data,
-    without_modules,
 )
 from calipers.calibration.report import (
     shadow_cells,
@@ -33,8 +28,7 @@ from calipers.calibration.report import (
 )
 from calipers.calibration.session import OnMissing
 from calipers.calibration.shadows import Shadows, read_options
-from calipers.checkpoint import compressed_size, save
-from calipers.checkpoint.load_check import refuse_unloadable
+from calipers.checkpoint.opening import load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
@@ -49,8 +43,8 @@ from calipers.cli.judging import (
     in_words,
     measure,
 )
-from calipers.cli.models import find_processor, load_model, load_tokenizer, peak_memory_bytes
-from calipers.cli.ranks import RankTimeout, joined_ranks, showing_life
+from calipers.cli.models import find_processor, peak_memory_bytes
+from calipers.cli.ranks import RankTimeout, showing_life
 from calipers.cli.schemes import (
     DEFAULT_SCHEME,
     choose_group_size,
@@ -59,9 +53,9 @@ from calipers.cli.schemes import (
     sized,
 )
 from calipers.cli.texts import Text, TokenizedText, calibration_text, heldout_text
+from calipers.cli.ways import choose_way
 from calipers.demo import MODEL_PATH
-from calipers.distributed import share_of_rank
-from calipers.distributed.collectives import first_alone
+from calipers.distributed import joined_ranks, share_of_rank
 from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
@@ -69,6 +63,8 @@ from calipers.statistics_files import Statistics
 from calipers.text.for_model import fitting_length, model_inputs
 
 __all__ = ["calibrate"]
+
+_NOT_JUDGED = "not: block by block the model is never whole; `calipers evaluate` judges it"
 
 
 def calibrate(
@@ -114,16 +110,8 @@ def calibrate(
             "Default: error with --data, fallback with the embedded text."
         ),
     ] = None,
-    on_few_tokens: Annotated[
-        str,
-        typer.Option(
-            help="Experts that see few tokens: shrink (mix their statistics with those of all "
-            "experts of the layer), pooled (take those), own or error."
-        ),
-    ] = "shrink",
-    enough_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens from which an expert stands alone.")
-    ] = ENOUGH_TOKENS,
+    on_few_tokens: options.OnFew = "shrink",
+    enough_tokens: options.EnoughTokens = ENOUGH_TOKENS,
     all_experts: Annotated[
         bool,
         typer.Option("--all-experts", help="Let every expert see every token while calibrating."),
@@ -135,6 +123,20 @@ def calibrate(
             "be loaded back with: error, skip."
         ),
     ] = "error",
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="How much of the model is in memory: whole, blocks (one at a time; needs --out), "
+            "or auto, which is whole where it fits."
+        ),
+    ] = "auto",
+    propagate: Annotated[
+        bool,
+        typer.Option(
+            "--propagate",
+            help="Block by block, let each block see what the quantized ones before it give.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
     ] = None,
@@ -181,6 +183,8 @@ def calibrate(
       calipers calibrate ./gemma-3-4b-it --only language --out ./gemma-3-4b-it-W4A16
 
       calipers calibrate ./Llama-3-8B --statistics stats.safetensors --out ./Llama-3-8B-W4A16
+
+      calipers calibrate ./Llama-3-70B --memory blocks --out ./Llama-3-70B-W4A16
 
       calipers calibrate --plugin my_observers.py --observer my_observer
 
@@ -229,8 +233,22 @@ def calibrate(
         has_data = texts is not None or known is not None
         choice = ObserverChoice(observer, activation_observer, chosen, has_data, shadows)
         choice.check()
-        loaded = load_model(path, device=device, dtype=dtype)
-        put_experts_back = separate_experts(loaded)
+        way = choose_way(
+            path,
+            memory,
+            propagate=propagate,
+            out=out,
+            force=force,
+            statistics=known is not None,
+            judged=eval_file is not None,
+            tokens=samples * sequence_length if texts is not None else 0,
+            device=device,
+            dtype=dtype,
+            ranks=ranks,
+        )
+        loaded = way.model
+        if not way.runs_whole:
+            judged_texts = None
         if known is not None:
             known.refuse_other_model(loaded)
         tokenizer, no_text = find_tokenizer(path, texts, judged_texts)
@@ -240,21 +258,16 @@ def calibrate(
         size_note = None
         if scheme is None and group_size is None and on_unfit == "error":
             group_size, size_note = choose_group_size(loaded, patterns, part)
-        plan = plan_observers(
-            loaded,
+        plan = way.plan(
             scheme or DEFAULT_SCHEME,
             choice,
             patterns,
-            on_unfit,  # type: ignore[arg-type]  # checked there
+            on_unfit,
             sized(group_size),
             kv_cache,
             part,
+            load_check=out is not None and not no_load_check,
         )
-        if out is not None and not no_load_check:
-            schemes = {each.name: each.scheme for each in plan.resolution.targets}
-            check = functools.partial(refuse_unloadable, loaded, schemes, skip=on_unfit == "skip")
-            unloadable = first_alone(ranks, check, "trying to load back")
-            plan = without_modules(plan, unloadable, "cannot be loaded back")
         if texts is None and known is None:
             try:
                 refuse_without_data(plan)
@@ -267,28 +280,16 @@ def calibrate(
         judged = None
         if judged_texts is not None and ranks.rank == 0:
             judged = judged_texts.read(tokenizer, length, eval_samples)
-        size_before = loaded.get_memory_footprint()
         before = None if judged is None else measure(loaded, judged.batches, progress)
         batches = None
         if read is not None:
             batches = model_inputs(share_of_rank(read.batches, ranks), loaded)
-        report = run_plan(
-            loaded,
-            plan,
-            batches,
-            missing,  # type: ignore[arg-type]  # checked above
-            progress,
-            experts=policy,
-            ranks=ranks,
-            statistics=known,
-        )
+        report = way.run(plan, batches, missing, progress, experts=policy, statistics=known)
         if ranks.rank:
             return
-        put_experts_back()
         after = None if judged is None else measure(loaded, judged.batches, progress)
         change = None if before is None or after is None else compare_measured(before, after)
-        if out is not None:
-            save(loaded, out, force=force, load_check=False)
+        bytes_after = way.write(report)
         used = read if report.batches else None
         result = {
             "model": "demo" if model is None else str(model),
@@ -298,14 +299,16 @@ def calibrate(
             "out": None if out is None else str(out),
             "data": None if used is None else used.to_dict(),
             "statistics": None if statistics is None else str(statistics),
+            "memory": "whole" if way.runs_whole else "blocks",
+            "propagate": propagate,
             "eval": None if judged is None else judged.to_dict(),
             "no_text": no_text,
             "perplexity_before": before.value if isinstance(before, Perplexity) else None,
             "perplexity_after": after.value if isinstance(after, Perplexity) else None,
             **change_json(change),
             "verdict": change and in_words(plan.config, change, common_objective(report)),
-            "bytes_before": size_before,
-            "bytes_after": compressed_size(loaded) if report.modules else size_before,
+            "bytes_before": way.bytes_before,
+            "bytes_after": bytes_after,
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(),
             "calibration": report.to_dict(),
@@ -388,6 +391,7 @@ def print_result(
         ("calibrated with", str(data) if data else result.get("statistics")),
         ("no text", result["no_text"]),
         ("judged by", judged and str(judged)),
+        ("judged", None if result["memory"] == "whole" else _NOT_JUDGED),
         (kind, figures),
         ("verdict", change and result["verdict"]),
         ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),

@@ -19,6 +19,7 @@ from calipers.calibration.report import (
     summarize_shadows,
 )
 from calipers.calibration.shadows import Shadows
+from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
@@ -30,7 +31,7 @@ from calipers.cli.judging import (
     json_number,
     measure,
 )
-from calipers.cli.models import find_processor, load_model, load_tokenizer
+from calipers.cli.models import find_processor
 from calipers.cli.runs import RunResult, check_runs, execute, judge_schemes, plan_runs
 from calipers.cli.schemes import DEFAULT_SCHEME, choose_group_size
 from calipers.cli.texts import TokenizedText, calibration_text, heldout_text

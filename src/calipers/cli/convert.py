@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from calipers.checkpoint.opening import load_model
 from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines
 from calipers.cli.merge import refuse_existing
-from calipers.cli.models import load_model
 from calipers.errors import CalipersError
 from calipers.observing import statistics_from_imatrix
 from calipers.statistics_files import Statistics, write_imatrix

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
+from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.cli.compare import Comparison, comparison_json, print_comparison
 from calipers.cli.console import plain_errors, print_json, show_progress
 from calipers.cli.judging import measure
-from calipers.cli.models import load_model, load_tokenizer
 from calipers.cli.options import Json
 from calipers.cli.runs import execute, judge_schemes, plan_runs
 from calipers.cli.texts import calibration_text, heldout_text

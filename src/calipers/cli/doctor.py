@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
+from rich.filesize import decimal
 
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table
-from calipers.cli.options import Json
+from calipers.cli.options import DataSamples, Device, Dtype, Json, SequenceLength
 from calipers.engines.dispatch import (
     ENVIRONMENT,
     WORTH_BUILDING,
@@ -17,28 +21,48 @@ from calipers.engines.dispatch import (
     explain_engines,
 )
 from calipers.engines.native.build import where
+from calipers.streaming.sizes import Sizes, measure_sizes
+from calipers.streaming.source import SourceCheckpoint
 
 __all__ = ["doctor"]
 
 _PACKAGES = ("calipers", "torch", "compressed-tensors", "transformers", "llmcompressor", "triton")
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="A local transformers directory, to say how it would be calibrated."),
+    ] = None,
+    samples: DataSamples = 128,
+    sequence_length: SequenceLength = 512,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    json: Json = False,
+) -> None:
     """Say which search engines there are, which one is chosen, and why.
 
-    The native library is compiled where it is not there yet, so that the answer is not a guess.
+    The native library is compiled where it is not there yet, so that the answer is not a guess. Of
+    a model: which way `calipers calibrate --memory auto` takes, and the sizes that decide it.
 
     Examples:
       calipers doctor
+
+      calipers doctor ./Llama-3-70B
 
       CALIPERS_ENGINE=eager calipers doctor
 
       calipers doctor --json
     """
     with plain_errors():
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        sizes = None
+        if model is not None:
+            sizes = measure_sizes(
+                SourceCheckpoint(model, dtype).model, samples * sequence_length, place
+            )
         engines = explain_engines(trial=True)
-        chosen = choose_engine(device, values=WORTH_BUILDING)
+        chosen = choose_engine(place, values=WORTH_BUILDING)
         asked = os.environ.get(ENVIRONMENT)
         reason = f"{ENVIRONMENT}={asked}" if asked else "the fastest one that works here"
         folder, no_cache = where()
@@ -57,6 +81,7 @@ def doctor(json: Json = False) -> None:
                 "python": platform.python_version(),
                 "threads": torch.get_num_threads(),
                 "gpus": devices,
+                "model": None if sizes is None else sizes.to_dict(),
             }
         )
         return
@@ -79,6 +104,22 @@ def doctor(json: Json = False) -> None:
             ("GPUs", ", ".join(devices) or "none"),
         ]
     )
+    if model is not None and sizes is not None:
+        print_lines(_size_lines(model, sizes))
+
+
+def _size_lines(model: Path, sizes: Sizes) -> list[tuple[str, str]]:
+    return [
+        ("model", str(model)),
+        ("weights", decimal(sizes.model)),
+        ("blocks", f"{sizes.blocks}, of at most {decimal(sizes.block)}"),
+        ("outside of them", decimal(sizes.outside)),
+        ("hidden states", f"{decimal(sizes.hidden)}, of all tokens, in front of a block"),
+        ("free memory", decimal(sizes.free)),
+        ("whole takes", f"about {decimal(sizes.whole)}"),
+        ("blocks take", f"about {decimal(sizes.in_blocks)}"),
+        ("memory auto", f"{sizes.way}: {sizes.reason}"),
+    ]
 
 
 def _version(name: str) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from calipers._words import first_line
 from calipers.calibration.batches import Progress
+from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
@@ -22,7 +23,6 @@ from calipers.cli.judging import (
     figure_text,
     measure,
 )
-from calipers.cli.models import load_model, load_tokenizer
 from calipers.cli.options import Device, Dtype, EvalFile, EvalSamples, Json, SequenceLength
 from calipers.cli.texts import Text, TokenizedText, heldout_text
 from calipers.errors import CalipersError

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.source import refuse_source
 from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, show_progress
-from calipers.cli.models import load_model, load_tokenizer, peak_memory_bytes
+from calipers.cli.models import peak_memory_bytes
 from calipers.cli.texts import calibration_text
 from calipers.demo import MODEL_PATH
 from calipers.observing import observe as observe_model

@@ -18,6 +18,7 @@ __all__ = [
     "DataSamples",
     "Device",
     "Dtype",
+    "EnoughTokens",
     "EvalFile",
     "EvalSamples",
     "GroupSize",
@@ -25,6 +26,7 @@ __all__ = [
     "Json",
     "KVCache",
     "ModelFolder",
+    "OnFew",
     "OnlyPart",
     "Pick",
     "Plugins",
@@ -108,6 +110,17 @@ StatisticsFile: TypeAlias = Annotated[
         metavar="FILE",
         help="What `calipers observe` gathered, in place of data: nothing is run.",
     ),
+]
+OnFew: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--on-few-tokens",
+        help="Experts that see few tokens: shrink (mix their statistics with those of all "
+        "experts of the layer), pooled (take those), own or error.",
+    ),
+]
+EnoughTokens: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="Tokens from which an expert stands alone.")
 ]
 SequenceLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")]
 Device: TypeAlias = Annotated[

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,8 +12,11 @@ import typer
 from compressed_tensors.quantization import DynamicType, QuantizationArgs
 from rich.filesize import decimal
 
+from calipers._words import check_choice
 from calipers.calibration import resolve_config
 from calipers.calibration.experts import separated_experts
+from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
+from calipers.calibration.missing import OnMissing
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.report import summarize_left_alone
 from calipers.calibration.shadows import read_options
@@ -25,12 +27,23 @@ from calipers.checkpoint.source import refuse_source
 from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.models import peak_memory_bytes
-from calipers.cli.schemes import DEFAULT_SCHEME, choose_group_size, group_size_of, sized
+from calipers.cli.ranks import RankTimeout, showing_life
+from calipers.cli.schemes import (
+    DEFAULT_SCHEME,
+    choose_group_size,
+    group_size_of,
+    kv_cache_of,
+    sized,
+)
 from calipers.demo import MODEL_PATH
+from calipers.distributed import joined_ranks
+from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError
+from calipers.statistics_files import Statistics
 from calipers.streaming.plan import StreamPlan, plan_stream
 from calipers.streaming.quantize import SHARD_BYTES, run_stream
 from calipers.streaming.source import SourceCheckpoint
+from calipers.streaming.statistics import Known
 
 __all__ = ["quantize"]
 
@@ -50,15 +63,24 @@ def quantize(
     observer: Annotated[
         str | None,
         typer.Option(
-            help="Observer of weights (see `calipers observers`). "
-            "Default: the scheme's, else memoryless_minmax."
+            help="Observer of weights (see `calipers observers`). Default: the scheme's, else "
+            "memoryless_minmax, with --statistics optimal."
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
     ] = None,
+    activation_observer: options.ActivationObserver = None,
     plugin: options.Plugins = None,
+    statistics: options.StatisticsFile = None,
+    kv_cache: options.KVCache = None,
+    on_missing: Annotated[
+        str,
+        typer.Option(help="Modules that saw no data: error, skip (leave unquantized) or fallback."),
+    ] = "error",
+    on_few_tokens: options.OnFew = "shrink",
+    enough_tokens: options.EnoughTokens = ENOUGH_TOKENS,
     ignore: options.Ignore = None,
     only: options.OnlyPart = None,
     on_unfit: Annotated[
@@ -89,37 +111,55 @@ def quantize(
     ] = SHARD_BYTES // _MEGABYTE,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    rank_timeout: RankTimeout = TIMEOUT,
     json: options.Json = False,
 ) -> None:
-    """Quantize a checkpoint shard by shard; the model is never in memory, and no data is needed.
+    """Quantize a checkpoint shard by shard; the model is never in memory, and no data is run.
 
-    The tensors are those that calibrating without data writes. Killed or interrupted, the same
-    command goes on after the shards that are complete. Under torchrun ranks share the work.
+    The tensors are those that calibrating writes without data, or with the same statistics. Killed
+    or interrupted, the same command goes on after the shards that are complete. Under torchrun
+    ranks share the work.
 
     Examples:
       calipers quantize ./Llama-3-70B --scheme FP8_DYNAMIC --out ./Llama-3-70B-FP8
 
       calipers quantize ./Llama-3-70B --observer optimal --option objective=mse --out ./int4
 
+      calipers quantize ./Llama-3-70B --scheme FP8 --statistics stats.safetensors --out ./static
+
       calipers quantize ./Qwen3-235B-A22B --scheme NVFP4A16 --dry-run
 
       torchrun --nproc-per-node 8 --no-python calipers quantize ./Kimi-K2 --out ./Kimi-K2-int4
     """
-    with plain_errors(), show_progress() as progress:
+    with (
+        plain_errors(),
+        show_progress() as shown,
+        joined_ranks(rank_timeout) as ranks,
+        ranks.telling_failure("quantizing a checkpoint"),
+    ):
         started = time.perf_counter()
+        progress = showing_life(ranks, shown)
         path = MODEL_PATH if model is None else model
         if out is None and not dry_run:
             raise CalipersError("--out DIR says where to write; --dry-run writes nothing")
-        if out is not None:
+        if ranks.rank == 0:
             recover(path.expanduser().resolve())
+        ranks.meet("starting")
+        if out is not None:
             refuse_source(out, path)
             refuse_taken(out, force=force)
         part = options.known_part(only)
         options.load_plugins(plugin)
         patterns = tuple(ignore or ())
-        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size))
-        choice = ObserverChoice(observer, None, read_options(option or [], "--option"))
+        resolve_config(scheme or DEFAULT_SCHEME, patterns, sized(group_size), kv_cache)
+        chosen = read_options(option or [], "--option")
+        choice = ObserverChoice(observer, activation_observer, chosen, statistics is not None)
         choice.check()
+        check_choice("--on-missing", on_missing, OnMissing)
+        policy = ExpertPolicy(on_few_tokens, enough_tokens)  # type: ignore[arg-type]  # checked there
+        known = None
+        if statistics is not None:
+            known = Known(Statistics.load(statistics), on_missing, policy)  # type: ignore[arg-type]
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source = SourceCheckpoint(path, dtype)
         size_note = None
@@ -133,17 +173,25 @@ def quantize(
             patterns,
             on_unfit,  # type: ignore[arg-type]  # checked there
             sized(group_size),
-            only=part,
+            kv_cache,
+            part,
+            known=known,
             load_check=not no_load_check,
             shard_bytes=shard_size * _MEGABYTE,
+            ranks=ranks,
         )
+        known = None  # the observers know
         resumed = None
         if out is not None and not dry_run:
-            resumed = run_stream(plan, out, force=force, device=place, progress=progress)
+            resumed = run_stream(plan, out, ranks, force=force, device=place, progress=progress)
+        if ranks.rank:
+            return
         result = {
             "model": "demo" if model is None else str(model),
             "scheme": scheme or DEFAULT_SCHEME,
             "group_size": group_size_of(plan.plan.config),
+            "kv_cache": kv_cache_of(plan.plan.config),
+            "statistics": None if statistics is None else str(statistics),
             "modules": _kinds(plan),
             "left_alone": summarize_left_alone(
                 gather_experts(source.model, plan.plan.resolution.left_alone)
@@ -159,8 +207,6 @@ def quantize(
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": peak_memory_bytes(),
         }
-    if int(os.environ.get("RANK", "0")) > 0:
-        return  # the first one tells
     if json:
         print_json(result)
     else:
@@ -214,6 +260,7 @@ def _print(result: dict[str, Any], size_note: str | None) -> None:
     size = result["group_size"]
     resumed = result["resumed"]
     lines = [
+        ("statistics", result["statistics"]),
         ("group size", size and (size_note or str(size))),
         ("size", f"{decimal(before)} -> {decimal(after)} ({after / max(1, before):.0%})"),
         ("time", f"{result['seconds']:.1f} s"),

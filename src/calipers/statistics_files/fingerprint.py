@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from calipers._words import listing
 
-__all__ = ["SAMPLED", "Fingerprint", "weight_digest"]
+__all__ = ["SAMPLED", "Fingerprint", "saved_tensors", "weight_digest"]
 
 #: Most values of a tensor that are read.
 SAMPLED = 1024
@@ -42,11 +42,14 @@ _PASSING = frozenset(
 )
 
 
-def weight_digest(weight: Tensor) -> str:
+def weight_digest(weight: Tensor, dtype: torch.dtype | None = None) -> str:
     """What shape, dtype and sampled values of a tensor are known again by, 32 hexadecimal digits.
+
+    No other values are read, so that of a tensor in a mapped file only some pages are.
 
     Args:
         weight: Any tensor with memory, on any device, of any strides.
+        dtype: In which the tensor will be, and is known again; None for its own.
 
     Example:
         >>> weight = torch.arange(6.0).view(2, 3)
@@ -55,14 +58,16 @@ def weight_digest(weight: Tensor) -> str:
         >>> weight_digest(weight) == weight_digest(weight.bfloat16())
         False
     """
-    weight = weight.detach()
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    weight, dtype = weight.detach(), dtype or weight.dtype
+    digest = hashlib.sha256(f"{dtype} {tuple(weight.shape)}".encode())
     if weight.numel():
         count = min(weight.numel(), SAMPLED)
         places = torch.arange(count, dtype=torch.int64, device="cpu") * (weight.numel() - 1)
         places = (places // max(1, count - 1)).to(weight.device)
         plain = weight.view(torch.uint8) if weight.dtype.itemsize == 1 else weight
         values = plain[torch.unravel_index(places, plain.shape)] if plain.dim() else plain
+        if dtype != weight.dtype:
+            values = values.view(weight.dtype).to(dtype)
         digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
@@ -85,18 +90,25 @@ class Fingerprint(BaseModel):
     digest: str
 
     @classmethod
-    def of(cls, model: nn.Module) -> Fingerprint:
-        """The fingerprint of a model, its weights anywhere; experts are meant taken apart."""
-        digest, count = hashlib.sha256(), 0
-        for name, tensor in _tensors(model):
-            digest.update(f"{name} {weight_digest(tensor)}\n".encode())
-            count += 1
+    def of(cls, model: nn.Module, digests: Mapping[str, str] | None = None) -> Fingerprint:
+        """The fingerprint of a model; experts are meant taken apart.
+
+        Args:
+            model: The model, its weights anywhere.
+            digests: The `weight_digest` of each of its `saved_tensors`, in their order; None to
+                compute them.
+        """
+        if digests is None:
+            digests = {name: weight_digest(each) for name, each in saved_tensors(model)}
+        digest = hashlib.sha256()
+        for name, each in digests.items():
+            digest.update(f"{name} {each}\n".encode())
         config: Any = getattr(model, "config", None)
         found = config.to_dict() if hasattr(config, "to_dict") else {}
         return cls(
             kind=type(model).__name__,
             config=_lasting(json.loads(json.dumps(found, default=str))),
-            tensors=count,
+            tensors=len(digests),
             digest=digest.hexdigest(),
         )
 
@@ -115,8 +127,11 @@ class Fingerprint(BaseModel):
         return found
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and saved buffers by full name, each brought in as long as it is looked at."""
+def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers by full name, each brought in as long as it is looked at.
+
+    A tied one comes under each of its names.
+    """
     with disable_onloading():
         named = [
             (prefix, module, key)

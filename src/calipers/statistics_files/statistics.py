@@ -14,7 +14,7 @@ from calipers.grouping import ATTENTION_NAMES, BASE_NAMES
 from calipers.observers import Observer
 from calipers.statistics_files.derive import derive_state
 from calipers.statistics_files.file import read_file, replace_file, write_file
-from calipers.statistics_files.fingerprint import Fingerprint, weight_digest
+from calipers.statistics_files.fingerprint import Fingerprint, saved_tensors, weight_digest
 from calipers.statistics_files.kinds import State, merge_states
 from calipers.statistics_files.manifest import Manifest, Module
 
@@ -139,23 +139,27 @@ class Statistics:
             }
         return Statistics(manifest, states, f"{self.name} + {other.name}")
 
-    def refuse_other_model(self, model: nn.Module) -> None:
+    def refuse_other_model(
+        self, model: nn.Module, digests: Mapping[str, str] | None = None
+    ) -> None:
         """Refuse a model that these statistics are not of.
 
         Args:
             model: With experts that lie in one parameter taken apart, as `calibrate` does.
+            digests: As in `Fingerprint.of`, of a model whose weights lie in a checkpoint.
 
         Raises:
             StatisticsError: Says in what it differs, and names modules whose weights differ.
         """
-        differences = self.manifest.fingerprint.differences(Fingerprint.of(model))
+        if digests is None:
+            digests = {name: weight_digest(each) for name, each in saved_tensors(model)}
+        differences = self.manifest.fingerprint.differences(Fingerprint.of(model, digests))
         if not differences:
             return
-        modules = dict(model.named_modules())
         changed = [
             name
             for name, each in self.modules.items()
-            if each.weight and (name not in modules or not self._is_weight(name, modules[name]))
+            if each.weight and each.weight != digests.get(f"{name}.weight" if name else "weight")
         ]
         if changed:
             more = f" of {len(changed)} of {len(self.modules)} modules"
@@ -189,10 +193,6 @@ class Statistics:
     def _stored(self) -> dict[str, str]:
         """Names in checkpoints, where they are others, to those in the model."""
         return {each.stored_as: name for name, each in self.modules.items() if each.stored_as}
-
-    def _is_weight(self, name: str, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight_digest(weight) == self.modules[name].weight
 
     def states_for(self, observers: Mapping[str, Observer]) -> dict[str, dict[str, Tensor]]:
         """States of observers that have seen what these statistics were gathered from.

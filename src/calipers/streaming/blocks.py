@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
+from compressed_tensors.quantization.utils import is_module_quantized
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from calipers.calibration.session import Record
 from calipers.checkpoint.journal import Staging
 from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.save import has_usable_scales
+from calipers.checkpoint.tensors import SavedPart
 from calipers.errors import CalipersError, CheckpointError
 from calipers.streaming.plan import StreamPlan
 from calipers.streaming.quantize import weights_in_place
@@ -43,11 +46,19 @@ class CheckpointStore:
         blocks: Names of the blocks.
         staging: Where blocks are kept.
         device: Where the model runs.
+        writes: Whether this process keeps blocks; another one does where it does not.
     """
 
     def __init__(
-        self, plan: StreamPlan, blocks: Iterable[str], staging: Staging, device: torch.device
+        self,
+        plan: StreamPlan,
+        blocks: Iterable[str],
+        staging: Staging,
+        device: torch.device,
+        *,
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._plan = plan
         self._staging = staging
         self._device = device
@@ -58,7 +69,11 @@ class CheckpointStore:
         for unit in (unit for shard in plan.shards for unit in shard.units):
             homes = {self._home(part.prefix) for part in unit.parts}
             self._units[homes.pop() if len(homes) == 1 else OUTSIDE].append(unit)
-        self._records: dict[str, Record | None] = {}
+        #: Of blocks that were kept before this run, which all ranks know alike.
+        self._records: dict[str, Record | None] = {
+            name: self._read_record(_key(name)) if staging.done(_key(name)) else None
+            for name in self._units
+        }
 
     def _home(self, name: str) -> str:
         """The block that a module lies in."""
@@ -68,9 +83,6 @@ class CheckpointStore:
 
     def record(self, block: str) -> Record | None:
         """What a run that was killed did to this block."""
-        key = _key(block)
-        if block not in self._records:
-            self._records[block] = self._read_record(key) if self._staging.done(key) else None
         return self._records[block]
 
     def _read_record(self, key: str) -> Record:
@@ -93,14 +105,18 @@ class CheckpointStore:
                     weights_in_place(self._plan, unit, tensors, self._device, whole=True)
                 )
                 tensors.clear()
+            if block == OUTSIDE:
+                _tie(self._plan.source.model)
             yield
 
     def keep(self, block: str, record: Record) -> None:
         """Write what a checkpoint stores of a block, and what `record` gives back."""
-        _refuse_unusable(self._units[block])
+        if not self._writes:
+            return
         tensors: dict[str, Tensor] = {}
         for unit in self._units[block]:
-            tensors |= stored_tensors(self._plan.source.model, unit.parts, self._dtype)
+            parts = [_as_quantized(part) for part in unit.parts]
+            tensors |= stored_tensors(self._plan.source.model, parts, self._dtype)
         key = _key(block)
         qparams = {name: value.detach().cpu() for name, value in record.qparams.items()}
         self._staging.write(
@@ -121,6 +137,15 @@ class CheckpointStore:
     def files(self) -> list[Path]:
         """The files of all blocks that were kept, in the model's order."""
         return [self._staging.scratch / f"{_key(block)}{_SUFFIX}" for block in self._units]
+
+
+def _tie(model: Any) -> None:
+    """Let weights that are tied, of which a unit has one alone, be the same again."""
+    for target, source in model.all_tied_weights_keys.items():
+        parent, _, key = target.rpartition(".")
+        module = model.get_submodule(parent)
+        if module.get_parameter(key).is_meta:
+            module._parameters[key] = model.get_parameter(source)
 
 
 def fill_buffers(model: Any, device: torch.device) -> None:
@@ -161,10 +186,13 @@ def _invalid(value: Tensor) -> Tensor:
     return value.fill_(torch.nan if value.is_floating_point() else 0)
 
 
-def _refuse_unusable(units: Iterable[Unit]) -> None:
-    for part in (part for unit in units for part in unit.parts if part.scheme is not None):
-        if not has_usable_scales(part.module):
-            raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+def _as_quantized(part: SavedPart) -> SavedPart:
+    """The module as it is saved: what saw no data may have been left as it was."""
+    if part.scheme is None or not is_module_quantized(part.module):
+        return replace(part, scheme=None)
+    if not has_usable_scales(part.module):
+        raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+    return part
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,9 +21,11 @@ from calipers.calibration.plan import refuse_without_data
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import OnMissing
 from calipers.calibration.write import forget_quantization
-from calipers.checkpoint.journal import resumable
+from calipers.checkpoint.journal import Staging, join_staging, resumable
 from calipers.checkpoint.save import CannotWriteError, refuse_taken
 from calipers.checkpoint.source import refuse_source
+from calipers.distributed import Ranks
+from calipers.distributed.collectives import gather_objects
 from calipers.streaming.assemble import assemble
 from calipers.streaming.blocks import CheckpointStore, fill_buffers
 from calipers.streaming.plan import StreamPlan
@@ -42,6 +44,7 @@ def calibrate_stream(
     use_attention_mask: bool = True,
     experts: ExpertPolicy | None = None,
     propagate: bool = False,
+    ranks: Ranks | None = None,
     force: bool = False,
     device: str | torch.device = "cpu",
 ) -> CalibrationReport:
@@ -59,6 +62,7 @@ def calibrate_stream(
         use_attention_mask: Leave padding out.
         experts: What is done about few tokens.
         propagate: Let each block see what the quantized ones before it give.
+        ranks: As in `calibrate`; the first one alone writes.
         force: Replace an existing folder.
         device: Where the model runs.
 
@@ -74,9 +78,10 @@ def calibrate_stream(
         refuse_without_data(plan.plan)
     held = None if batches is None else list(batches)
     policy = experts or ExpertPolicy()
+    ranks = ranks or Ranks()
     fingerprint = plan.fingerprint() | {
         "blocks": {
-            "data": _digest(held),
+            "data": gather_objects(ranks, _digest(held), "digests of the data"),
             "on_missing": on_missing,
             "mask": use_attention_mask,
             "experts": asdict(policy),
@@ -93,27 +98,39 @@ def calibrate_stream(
     blocks = find_blocks(model)
     fill_buffers(model, place)
     out = out.resolve()
+
+    def run(staging: Staging) -> CalibrationReport:
+        store = CheckpointStore(plan, blocks, staging, place, writes=ranks.rank == 0)
+        with store.bring(OUTSIDE):
+            report = calibrate_blocks(
+                model,
+                plan.plan,
+                held,
+                store,
+                on_missing,
+                progress,
+                use_attention_mask=use_attention_mask,
+                experts=policy,
+                propagate=propagate,
+                ranks=ranks,
+            )
+            if ranks.rank == 0:
+                write_configs(plan, staging)
+        if ranks.rank == 0:
+            assemble(store.files, staging.folder, model)
+        return report
+
     try:
+        if ranks.rank:
+            ranks.meet("the staging folder")
+            return run(join_staging(out, fingerprint))
         out.parent.mkdir(parents=True, exist_ok=True)
         with resumable(out, fingerprint, force=force) as staging:
-            store = CheckpointStore(plan, blocks, staging, place)
-            with store.bring(OUTSIDE):
-                report = calibrate_blocks(
-                    model,
-                    plan.plan,
-                    held,
-                    store,
-                    on_missing,
-                    progress,
-                    use_attention_mask=use_attention_mask,
-                    experts=policy,
-                    propagate=propagate,
-                )
-            write_configs(plan, staging)
-            assemble(store.files, staging.folder, model)
+            ranks.meet("the staging folder")
+            return run(staging)
     except (OSError, SafetensorError) as error:
         raise CannotWriteError(f"{out} cannot be written: {error}") from error
-    return report
+    raise AssertionError  # the staging lets no exception vanish
 
 
 def _digest(batches: list[Any] | None) -> str | None:

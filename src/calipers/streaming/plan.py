@@ -6,13 +6,14 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationStatus
-from torch import Tensor, nn
+from torch import nn
 
 from calipers.calibration.attention import AttentionHooks
 from calipers.calibration.calls import find_never_called
@@ -21,7 +22,6 @@ from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.freeze import Freezing
 from calipers.calibration.fused import find_fused_groups
-from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, Plan, plan_observers, without_modules
 from calipers.calibration.targets import kind_of
@@ -29,14 +29,15 @@ from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.tensors import loading_dtype, saved_parts
 from calipers.checkpoint.twin import make_twin, plain_defaults
-from calipers.errors import CalipersError, MissingDataError
+from calipers.distributed import Ranks
+from calipers.distributed.collectives import first_alone
+from calipers.errors import CalipersError
+from calipers.statistics_files import Statistics
 from calipers.streaming.source import SourceCheckpoint
+from calipers.streaming.statistics import Known, digests_of, refuse_unknown, take_over
 from calipers.streaming.units import Unit, find_units
 
-__all__ = ["Shard", "Statistics", "StreamPlan", "plan_stream"]
-
-#: States of observers by "module.base_name", as `Observer.state` gives them.
-Statistics = Mapping[str, Mapping[str, Tensor]]
+__all__ = ["Shard", "StreamPlan", "plan_stream"]
 
 #: Those whose version may change a byte of the files.
 _PACKAGES = ("calipers", "compressed-tensors", "safetensors", "torch", "transformers")
@@ -76,7 +77,7 @@ class StreamPlan:
         attention: What shows the states of attention.
         shards: What is written.
         dtype: See `calipers.checkpoint.tensors.loading_dtype`.
-        statistics: States of observers; None where there are none.
+        known: Digest of what the observers know in place of data; None where they know nothing.
     """
 
     source: SourceCheckpoint
@@ -85,7 +86,7 @@ class StreamPlan:
     attention: AttentionHooks
     shards: list[Shard]
     dtype: torch.dtype | None
-    statistics: Statistics | None
+    known: str | None
 
     @property
     def bytes_read(self) -> int:
@@ -106,19 +107,10 @@ class StreamPlan:
             "modules": _digest(each.name for each in self.plan.observed),
             "observers": [choice.weight, choice.activation, repr(sorted(choice.options.items()))],
             "code": _code_of(self.plan),
-            "statistics": None if self.statistics is None else _digest_of(self.statistics),
+            "statistics": self.known,
             "dtype": str(self.source.model.dtype),
             "shards": [[each.name, _digest(_names(each))] for each in self.shards],
-            "versions": {
-                name: version(name)
-                for name in (
-                    "calipers",
-                    "compressed-tensors",
-                    "safetensors",
-                    "torch",
-                    "transformers",
-                )
-            },
+            "versions": {name: version(name) for name in _PACKAGES},
         }
 
 
@@ -132,10 +124,11 @@ def plan_stream(
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
     *,
-    statistics: Statistics | None = None,
+    known: Known | None = None,
     runs_data: bool = False,
     load_check: bool = True,
     shard_bytes: int,
+    ranks: Ranks | None = None,
 ) -> StreamPlan:
     """Settle what of a checkpoint will be read, quantized and written.
 
@@ -148,25 +141,35 @@ def plan_stream(
         scheme_options: Other arguments of the scheme's weights.
         kv_cache: What keys and values are quantized to.
         only: A part of the model.
-        statistics: States of observers that learn from data.
-        runs_data: Whether data will be run through the model, so that no statistics are needed.
+        known: What is known in place of data.
+        runs_data: Whether data will be run through the model, so that nothing need be known of it.
         load_check: Try first on a small twin of the model whether the result would load back.
         shard_bytes: Most bytes of a shard, where it holds more than one unit.
+        ranks: Processes that all make this plan; None takes all of torch.distributed.
 
     Raises:
         MissingDataError: Observers need statistics that are not there.
+        StatisticsError: Statistics of another model, or that lack what an observer asks for.
         ValueError: As `plan_observers` and `refuse_unloadable`.
     """
     model = source.model
     restore = separate_experts(model)
     plan = plan_observers(model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only)
+    statistics = None if known is None else known.statistics
+    if isinstance(statistics, Statistics):
+        statistics.refuse_other_model(model, digests_of(source))
+    else:  # files of statistics tell themselves
+        plan = without_modules(plan, _never_called(model, plan), "never called")
     if load_check:
         schemes = {each.name: each.scheme for each in plan.resolution.targets}
-        unloadable = refuse_unloadable(model, schemes, skip=on_unfit == "skip")
+        check = partial(refuse_unloadable, model, schemes, skip=on_unfit == "skip")
+        unloadable = first_alone(ranks or Ranks(), check, "trying to load back")
         plan = without_modules(plan, unloadable, "cannot be loaded back")
-    plan = without_modules(plan, _never_called(model, plan), "never called")
-    if not runs_data:
-        _refuse_without_statistics(plan, statistics or {})
+    digest = None
+    if known is not None:
+        plan, digest = take_over(source, plan, known)
+    elif not runs_data:
+        refuse_unknown(plan)
     _refuse_missing(source, plan)
     freezing = Freezing(plan.observed, plan.choice)
     attention = AttentionHooks(model)
@@ -183,7 +186,7 @@ def plan_stream(
     parts = saved_parts(model)
     units = find_units(source, parts, plan.observed, stored if are_renamed(model) else None)
     return StreamPlan(
-        source, plan, freezing, attention, _shards(units, shard_bytes), stored, statistics
+        source, plan, freezing, attention, _shards(units, shard_bytes), stored, digest
     )
 
 
@@ -199,46 +202,6 @@ def _never_called(model: nn.Module, plan: Plan) -> set[str]:
         names = [name for name, _ in twin.named_modules() if kind_of(name) in kinds]
         never = {kind_of(name) for name in find_never_called(twin, names)}
     return {each.name for each in plan.observed if kind_of(each.name) in never}
-
-
-def _refuse_without_statistics(plan: Plan, statistics: Statistics) -> None:
-    tensors = [tensor for each in plan.observed for tensor in each.tensors.values()]
-    lacking: dict[str, list[str]] = {}
-    for tensor in tensors:
-        if tensor.base_name == "weight" and not tensor.observer.needs_data:
-            continue
-        reason = _lack(tensor, statistics.get(tensor.full_name))
-        if reason is not None:
-            lacking.setdefault(reason, []).append(tensor.full_name)
-    if lacking:
-        told = [
-            f"  {reason}: {len(names)} tensors, {names[0]}{', ...' * (len(names) > 1)}"
-            for reason, names in lacking.items()
-        ]
-        raise MissingDataError(
-            "\n".join(
-                [
-                    "a checkpoint alone does not tell these scales, which follow from data:",
-                    *told,
-                    "Give statistics= that were gathered with data, or calibrate the model. What "
-                    "needs none: schemes without static activations (W4A16, FP8_DYNAMIC, "
-                    "NVFP4A16), the observer memoryless_minmax, optimal with objective=mse.",
-                ]
-            )
-        )
-
-
-def _lack(tensor: ObservedTensor, state: Mapping[str, Tensor] | None) -> str | None:
-    """Why a tensor cannot be quantized with these statistics, None where it can."""
-    kind = type(tensor.observer).__name__
-    if state is None:
-        if tensor.base_name == "weight":
-            return f"{kind} weighs weights by their layer's inputs"
-        return f"{tensor.base_name} activations are quantized statically ({kind} must see them)"
-    tensor.observer.load_state(state)
-    lacks = tensor.lacks
-    tensor.observer.reset()
-    return None if lacks is None else f"by the statistics {lacks}"
 
 
 def _refuse_missing(source: SourceCheckpoint, plan: Plan) -> None:
@@ -281,15 +244,6 @@ def _digest(names: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(f"{name}\n".encode())
-    return digest.hexdigest()
-
-
-def _digest_of(statistics: Statistics) -> str:
-    digest = hashlib.sha256()
-    for name, state in sorted(statistics.items()):
-        for key, value in sorted(state.items()):
-            digest.update(f"{name} {key} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

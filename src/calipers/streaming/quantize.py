@@ -17,10 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from calipers._words import check_choice
 from calipers.calibration.batches import Progress
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
+from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.fused import find_fused_groups
+from calipers.calibration.missing import OnMissing
 from calipers.calibration.observed import ObservedModule
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice
@@ -30,16 +33,18 @@ from calipers.checkpoint.names import are_renamed
 from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse_taken
 from calipers.checkpoint.source import carry_files, refuse_source
 from calipers.checkpoint.write import write_files
+from calipers.distributed import Ranks, joined_ranks, split_by_size
+from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CheckpointError
+from calipers.statistics_files import Statistics, read_statistics
 from calipers.streaming.assemble import INDEX
 from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
-from calipers.streaming.plan import Shard, Statistics, StreamPlan, plan_stream
-from calipers.streaming.ranks import joined_ranks, split_by_size
+from calipers.streaming.plan import Shard, StreamPlan, plan_stream
 from calipers.streaming.source import Load, Reader, SourceCheckpoint
+from calipers.streaming.statistics import Known, States
 from calipers.streaming.units import Unit, stored_tensors
 
 __all__ = [
-    "RANK_TIMEOUT",
     "SHARD_BYTES",
     "StreamReport",
     "quantize_checkpoint",
@@ -50,8 +55,6 @@ __all__ = [
 
 #: Most bytes of a file of weights.
 SHARD_BYTES = 2 * 10**9
-#: Seconds.
-RANK_TIMEOUT = 1800.0
 #: Bytes of the checkpoint that are read ahead.
 _AHEAD = 2**26
 _MEGABYTE = 10**6
@@ -100,14 +103,17 @@ def quantize_checkpoint(
     scheme_options: Mapping[str, Any] | None = None,
     kv_cache: KVCacheLike = None,
     only: Only | None = None,
-    statistics: Statistics | None = None,
+    statistics: str | Path | Statistics | States | None = None,
+    on_missing: OnMissing = "error",
+    on_few_tokens: OnFewTokens = "shrink",
+    enough_tokens: int = ENOUGH_TOKENS,
     force: bool = False,
     load_check: bool = True,
     dtype: str = "auto",
     device: str | torch.device = "cpu",
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-    rank_timeout: float = RANK_TIMEOUT,
+    rank_timeout: float = TIMEOUT,
 ) -> StreamReport:
     """Quantize a checkpoint of safetensors into another one, a few tensors at a time.
 
@@ -115,7 +121,8 @@ def quantize_checkpoint(
     distributed over files may differ. The model is never in memory: beside what PyTorch and the
     model's structure take, memory holds two files of the result (one that is filled and one that is
     written), 128 MiB that were read ahead, and 16 times the largest unit: a module, or the modules
-    that share a global scale or that transformers reads as one.
+    that share a global scale or that transformers reads as one. Statistics are in memory twice as
+    well, and histograms with 512 KiB for each scale.
 
     Under torchrun the files are shared over the ranks; all of them call this, with the same
     arguments, and return once the folder is complete.
@@ -136,19 +143,28 @@ def quantize_checkpoint(
         scheme_options: Arguments of the scheme's weights that are to be others.
         kv_cache: What keys and values are quantized to.
         only: "language" quantizes the language part alone.
-        statistics: For observers that learn from data: their states, as `Observer.state` gives
+        statistics: What `calipers.observe` gathered, or the file of it: the tensors are those that
+            `calibrate` gives with it. Of another model it is refused, by a few values of each
+            tensor. Or states of observers that are taken as they are, as `Observer.state` gives
             them, by the name of the tensor ("model.layers.0.mlp.down_proj.weight",
             "model.layers.0.mlp.down_proj.input").
+        on_missing: What to do about modules that saw no data; see `Calibration.freeze`, and so
+            about the next two.
+        on_few_tokens: What to do about experts that saw few tokens.
+        enough_tokens: Tokens from which an expert stands alone.
         force: Replace an existing folder, with all that is in it.
         load_check: Try first on a small twin of the model whether the result loads back.
         dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
         device: Where scales are computed and weights quantized.
         shard_bytes: Most bytes of a file of weights; a single unit may be larger.
         progress: Called as `progress("megabytes", done, total)`, by what was read.
-        rank_timeout: Seconds that one rank waits for the others.
+        rank_timeout: Seconds that one rank waits for another that shows no sign of life; it shows
+            one with each unit.
 
     Raises:
         MissingDataError: The scheme or an observer needs statistics that are not there.
+        StatisticsError: Statistics of another model, or that lack what an observer asks for.
+        RankError: Another rank failed or did not come.
         CheckpointError: The path is taken, or cannot be written; a module cannot be compressed.
         CalipersError: The checkpoint cannot be opened, is incomplete or is quantized already.
         ValueError: As `calibrate`. All of these are told before any weight is read, but for what
@@ -170,27 +186,31 @@ def quantize_checkpoint(
         observer, activation_observer, dict(observer_options or {}), statistics is not None
     )
     choice.check()
-    plan = plan_stream(
-        SourceCheckpoint(source, dtype),
-        scheme,
-        choice,
-        ignore,
-        on_unfit,
-        scheme_options,
-        kv_cache,
-        only,
-        statistics=statistics,
-        load_check=load_check,
-        shard_bytes=shard_bytes,
-    )
-    resumed = run_stream(
-        plan,
-        target,
-        force=force,
-        device=torch.device(device),
-        progress=progress,
-        rank_timeout=rank_timeout,
-    )
+    check_choice("on_missing", on_missing, OnMissing)
+    known = None
+    if statistics is not None:
+        if not isinstance(statistics, Mapping):
+            statistics = read_statistics(statistics)
+        known = Known(statistics, on_missing, ExpertPolicy(on_few_tokens, enough_tokens))
+    with joined_ranks(rank_timeout) as ranks, ranks.telling_failure("quantizing a checkpoint"):
+        plan = plan_stream(
+            SourceCheckpoint(source, dtype),
+            scheme,
+            choice,
+            ignore,
+            on_unfit,
+            scheme_options,
+            kv_cache,
+            only,
+            known=known,
+            load_check=load_check,
+            shard_bytes=shard_bytes,
+            ranks=ranks,
+        )
+        known = statistics = None  # the observers know
+        resumed = run_stream(
+            plan, target, ranks, force=force, device=torch.device(device), progress=progress
+        )
     return StreamReport(
         out=target,
         modules=len(plan.plan.observed),
@@ -205,50 +225,49 @@ def quantize_checkpoint(
 def run_stream(
     plan: StreamPlan,
     out: Path,
+    ranks: Ranks,
     *,
     force: bool,
     device: torch.device,
     progress: Progress | None = None,
-    rank_timeout: float = RANK_TIMEOUT,
 ) -> int:
     """Do what was planned.
 
     Args:
         plan: See `plan_stream`; it is used up.
-        out: As in `quantize_checkpoint`, and so are the others.
-        force: Replace an existing folder.
+        out: As in `quantize_checkpoint`.
+        ranks: Processes that share the files; all of them make this call.
+        force: As in `quantize_checkpoint`, and so are the others.
         device: Where to compute.
         progress: Called by what was read.
-        rank_timeout: Seconds that one rank waits for the others.
 
     Returns:
         How many shards were there already; on ranks but the first, of its own ones.
 
     Raises:
         CheckpointError: The folder cannot be written, or a module cannot be compressed.
+        RankError: Another rank failed or did not come.
     """
     place = out.resolve()
     fingerprint = plan.fingerprint()
     try:
-        with joined_ranks(rank_timeout) as ranks:
-            share = split_by_size(plan.shards, lambda each: each.bytes_read, ranks.count)
-            own = share[ranks.rank]
-            if ranks.rank == 0:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with resumable(place, fingerprint, force=force) as staging:
-                    resumed = sum(staging.done(shard.name) for shard in plan.shards)
-                    write_configs(plan, staging)
-                    ranks.wait_for_all("planning")
-                    _write_shards(plan, own, staging, device, progress)
-                    ranks.wait_for_all("their files")
-                    _write_index(plan, staging)
-            else:
-                ranks.wait_for_all("planning")
-                staging = join_staging(place, fingerprint)
-                resumed = sum(staging.done(shard.name) for shard in own)
-                _write_shards(plan, own, staging, device, progress)
-                ranks.wait_for_all("their files")
-            ranks.wait_for_all("everything")
+        own = split_by_size(plan.shards, lambda each: each.bytes_read, ranks.size)[ranks.rank]
+        if ranks.rank == 0:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with resumable(place, fingerprint, force=force) as staging:
+                resumed = sum(staging.done(shard.name) for shard in plan.shards)
+                write_configs(plan, staging)
+                ranks.meet("planning")
+                _write_shards(plan, own, staging, device, ranks, progress)
+                ranks.meet("writing files of weights")
+                _write_index(plan, staging)
+        else:
+            ranks.meet("planning")
+            staging = join_staging(place, fingerprint)
+            resumed = sum(staging.done(shard.name) for shard in own)
+            _write_shards(plan, own, staging, device, ranks, progress)
+            ranks.meet("writing files of weights")
+        ranks.meet("completing the folder")
     except (OSError, SafetensorError) as error:
         raise CannotWriteError(f"{out} cannot be written: {error}") from error
     return resumed
@@ -269,6 +288,7 @@ def _write_shards(
     shards: list[Shard],
     staging: Staging,
     device: torch.device,
+    ranks: Ranks,
     progress: Progress | None,
 ) -> None:
     """Read, compute and write at once, but for shards that are there already."""
@@ -292,6 +312,7 @@ def _write_shards(
         )
 
     def tell() -> None:
+        ranks.show_life()
         if progress is not None:
             progress("megabytes", done // _MEGABYTE, total // _MEGABYTE)
 
@@ -328,16 +349,9 @@ def _quantized(
 
 
 def _freeze(plan: StreamPlan, group: list[ObservedModule]) -> None:
-    states = plan.statistics or {}
-    tensors = [tensor for each in group for tensor in each.tensors.values()]
     for each in group:
         forget_quantization(each.module)
-    for tensor in tensors:
-        if tensor.full_name in states:
-            tensor.observer.load_state(states[tensor.full_name])
     plan.freezing.freeze(group, measure=False)
-    for tensor in tensors:
-        tensor.observer.reset()
     for each in group:
         each.module.quantization_status = QuantizationStatus.FROZEN
         if not has_usable_scales(each.module):

@@ -13,12 +13,11 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
+from calipers.calibration.blocks import Way
 from calipers.calibration.lockstep import find_blocks
 
-__all__ = ["Memory", "Sizes", "Way", "available_memory", "measure_sizes"]
+__all__ = ["Memory", "Sizes", "available_memory", "measure_sizes"]
 
-#: How a model is calibrated.
-Way: TypeAlias = Literal["whole", "blocks"]
 Memory: TypeAlias = Literal["auto", "whole", "blocks"]
 
 #: What a process with PyTorch and transformers takes, in bytes, before any weight.

@@ -301,9 +301,13 @@ class Reader:
 
     def read(self, load: Load) -> dict[str, Tensor]:
         """The tensors of a load by key, in memory of their own."""
-        return {key: self._tensor(key, load) for key, _ in load.keys}
+        return {key: value.to(load.dtype, copy=True) for key, value in self.mapped(load).items()}
 
-    def _tensor(self, key: str, load: Load) -> Tensor:
+    def mapped(self, load: Load) -> dict[str, Tensor]:
+        """The tensors of a load by key, as they lie in the file; read when they are looked at."""
+        return {key: self._mapped(key, load) for key, _ in load.keys}
+
+    def _mapped(self, key: str, load: Load) -> Tensor:
         path = self._source.file_of(key)
         if path != self._path or self._read > _MAPPED:
             self._opened, self._path, self._read = safe_open(path, "pt"), path, 0
@@ -312,7 +316,7 @@ class Reader:
         else:
             mapped = self._opened.get_slice(key)[load.index]
         self._read += mapped.nbytes
-        return mapped.to(load.dtype, copy=True)
+        return mapped
 
 
 def _only_stacks(converter: Any) -> bool:

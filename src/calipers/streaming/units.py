@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,7 +67,7 @@ def find_units(
         observed: The modules that are quantized.
         dtype: See `saved_state`.
     """
-    parts = [each for each in parts if not _is_empty(each)]
+    parts = [each for each in parts if not _is_empty(each, source.missing)]
     places = {id(each.module): _places(source, each.module) for each in parts}
     names = _OutputNames(source.model)
     kinds: dict[object, dict[str, Tensor]] = {}
@@ -186,14 +186,15 @@ class _Links:
         return number
 
 
-def _is_empty(part: SavedPart) -> bool:
+def _is_empty(part: SavedPart, missing: Collection[str]) -> bool:
+    """Whether a checkpoint has nothing of a part: it holds none, or (a pooler) they are missing."""
     module = part.module
     keys = {
         key
         for key, value in (*module._parameters.items(), *module._buffers.items())
         if value is not None and key not in module._non_persistent_buffers_set
     }
-    return not keys - part.tied
+    return all(_join(part.prefix, key) in missing for key in keys - part.tied)
 
 
 def _places(source: SourceCheckpoint, module: nn.Module) -> dict[str, Place]:

@@ -10,9 +10,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import nn
 
 from calipers.calibration import attach, calibrate
-from calipers.calibration.calibrate import run_plan
 from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.plan import ObserverChoice, plan_observers
+from calipers.calibration.run_plan import run_plan
 from calipers.observers import IMatrixMSEObserver, Observer
 from observers.samples import sample
 

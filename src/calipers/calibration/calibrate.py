@@ -14,8 +14,7 @@ from loguru import logger
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import check_choice
 from calipers.calibration.batches import Progress
-from calipers.calibration.blocks import Way, calibrate_blocks
-from calipers.calibration.calls import find_never_called
+from calipers.calibration.blocks import Way
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
 from calipers.calibration.experts import change_when_joined, separated_experts
@@ -27,9 +26,9 @@ from calipers.calibration.plan import (
     plan_observers,
     refuse_beside_statistics,
     refuse_without_data,
-    without_modules,
 )
 from calipers.calibration.report import CalibrationReport
+from calipers.calibration.run_plan import run_plan
 from calipers.calibration.session import Calibration, OnMissing
 from calipers.calibration.shadows import Pick, Shadows
 from calipers.distributed import Ranks
@@ -37,7 +36,7 @@ from calipers.errors import CalipersError
 from calipers.statistics_files import Statistics, read_statistics
 from calipers.text.for_model import batches_for_model
 
-__all__ = ["attach", "calibrate", "run_plan"]
+__all__ = ["attach", "calibrate"]
 
 
 def calibrate(
@@ -198,70 +197,6 @@ def calibrate(
             statistics=statistics,
             memory=memory,
             propagate=propagate,
-        )
-
-
-def run_plan(
-    model: torch.nn.Module,
-    plan: Plan,
-    batches: Iterable[Any] | None,
-    on_missing: OnMissing = "error",
-    progress: Progress | None = None,
-    *,
-    use_attention_mask: bool = True,
-    experts: ExpertPolicy | None = None,
-    ranks: Ranks | None = None,
-    statistics: Statistics | None = None,
-    memory: Way = "whole",
-    propagate: bool = False,
-) -> CalibrationReport:
-    """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
-
-    Args:
-        model: The model that was planned for; no wrapper.
-        plan: See `plan_observers`.
-        batches: See `Calibration.run`; None where `refuse_without_data` lets the plan pass.
-        on_missing: See `Calibration.freeze`.
-        progress: As in `calibrate`.
-        use_attention_mask: See `Calibration.run`.
-        experts: How experts see tokens, and what is done about few; None takes the defaults.
-        ranks: As in `calibrate`.
-        statistics: Of this model, in place of batches; None where there are none.
-        memory: As in `calibrate`.
-        propagate: As in `calibrate`.
-    """
-    policy = experts or ExpertPolicy()
-    if batches is None and statistics is None:
-        uncalled = find_never_called(model, [each.name for each in plan.observed])
-        plan = without_modules(plan, uncalled, "never called")
-    if memory == "blocks" and statistics is None:
-        return calibrate_blocks(
-            model,
-            plan,
-            batches,
-            None,
-            on_missing,
-            progress,
-            use_attention_mask=use_attention_mask,
-            experts=policy,
-            propagate=propagate,
-            ranks=ranks,
-        )
-    with Calibration(model, plan, ranks=ranks) as calibration:
-        if statistics is not None:
-            calibration.load(statistics)
-        elif batches is not None:
-            calibration.run(
-                batches,
-                progress,
-                use_attention_mask=use_attention_mask,
-                all_experts=policy.all_experts,
-            )
-        return calibration.freeze(
-            on_missing,
-            progress,
-            on_few_tokens=policy.on_few_tokens,
-            enough_tokens=policy.enough_tokens,
         )
 
 

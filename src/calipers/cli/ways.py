@@ -12,12 +12,12 @@ from loguru import logger
 
 from calipers._words import check_choice
 from calipers.calibration.batches import Progress
-from calipers.calibration.calibrate import run_plan
 from calipers.calibration.experts import separate_experts
 from calipers.calibration.few_tokens import ExpertPolicy
 from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, Plan, plan_observers, without_modules
 from calipers.calibration.report import CalibrationReport
+from calipers.calibration.run_plan import run_plan
 from calipers.checkpoint import save
 from calipers.checkpoint.load_check import refuse_unloadable
 from calipers.checkpoint.opening import load_model

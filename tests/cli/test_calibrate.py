@@ -304,7 +304,7 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
         model.model.spare = nn.ModuleDict({"unreached": nn.Linear(128, 128, bias=False)})
         return model
 
-    monkeypatch.setattr("calipers.cli.calibrate.load_model", load)
+    monkeypatch.setattr("calipers.cli.ways.load_model", load)
 
 
 @pytest.mark.usefixtures("unreached")
@@ -355,7 +355,7 @@ def test_refuses_to_overwrite_before_any_work(
     def must_not_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was loaded before --out was checked")
 
-    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    monkeypatch.setattr("calipers.cli.ways.load_model", must_not_load)
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine", encoding="utf-8")
@@ -399,7 +399,7 @@ def test_the_model_itself_is_never_overwritten(
     def must_not_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was loaded before --out was checked")
 
-    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    monkeypatch.setattr("calipers.cli.ways.load_model", must_not_load)
     link = tmp_path / "link"
     link.symlink_to(llama)
     before = sorted(llama.rglob("*"))
@@ -415,7 +415,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     def must_not_load(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the model was loaded before --out was checked")
 
-    monkeypatch.setattr("calipers.cli.calibrate.load_model", must_not_load)
+    monkeypatch.setattr("calipers.cli.ways.load_model", must_not_load)
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     message = error_of(calipers("calibrate", llama, "--out", tmp_path / "file" / "out"))
     assert "cannot be written" in message
@@ -632,7 +632,7 @@ def test_a_fault_of_ours_is_no_error_of_the_user(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("calipers.cli.calibrate.run_plan", fail)
+    monkeypatch.setattr("calipers.cli.ways.run_plan", fail)
     with pytest.raises(ZeroDivisionError):
         calipers("calibrate", llama)
 
@@ -681,7 +681,7 @@ def test_what_would_not_load_back_is_refused_before_the_work(
     def must_not_run(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("there was work before the load check")
 
-    monkeypatch.setattr("calipers.cli.calibrate.run_plan", must_not_run)
+    monkeypatch.setattr("calipers.cli.ways.run_plan", must_not_run)
     out = tmp_path / "out"
     message = error_of(calipers("calibrate", saved("falcon"), "--out", out))
     assert "would not load back" in message

@@ -53,11 +53,17 @@ def test_shell_commands_parse(
 ) -> None:
     """Every option exists and takes its value: only the work itself is left out."""
     program, *args = shlex.split(command)
-    assert program == "calipers"
+    if program == "torchrun":
+        args = args[args.index("calipers") + 1 :]
+    else:
+        assert program == "calipers"
     given = []
-    loading = ("calibrate", "evaluate", "compare", "demo", "observe", "convert")
-    for name in loading:
+    loading = ("calibrate", "quantize", "evaluate", "compare", "demo", "observe", "convert")
+    opening = ("ways", "evaluate", "compare", "demo", "observe", "convert")
+    for name in opening:
         monkeypatch.setattr(f"calipers.cli.{name}.load_model", lambda *a, **k: _stop(given))
+    for name in ("ways", "quantize", "doctor"):
+        monkeypatch.setattr(f"calipers.cli.{name}.SourceCheckpoint", lambda *a, **k: _stop(given))
     monkeypatch.setattr(Statistics, "load", lambda *a, **k: _stop(given))
     monkeypatch.chdir(tmp_path)
     for file in ("heldout.txt", "text.txt", "text.jsonl"):
@@ -68,7 +74,9 @@ def test_shell_commands_parse(
     own = ROOT / "docs" / "write-your-own-observer.md"
     monkeypatch.setattr("calipers.cli.options.load_plugin", lambda plugin: run_page(own))
     result = CliRunner().invoke(app, args)
-    if args[0] in (*loading, "merge", "inspect"):
+    if args[0] in (*loading, "merge", "inspect") or (
+        args[0] == "doctor" and set(args[1:]) - {"--json"}
+    ):
         assert result.exit_code == 1, result.output
         assert set(given) == {"called"}
     else:

@@ -79,7 +79,7 @@ UNMEASURED = {
     "test_any_split_over_any_number_of_ranks_gives_the_same",
     (
         "docs/ranks.md",
-        "groups, min/max",
+        "groups",
     ): "tests/distributed/test_sharded.py::"
     "test_searches_are_gathered_only_where_groups_lie_in_several_shards",
     (

@@ -632,7 +632,7 @@ def test_a_fault_of_ours_is_no_error_of_the_user(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise ZeroDivisionError("a fault")
 
-    monkeypatch.setattr("calipers.cli.calibrate.run_plan", fail)
+    monkeypatch.setattr("calipers.cli.ways.run_plan", fail)
     with pytest.raises(ZeroDivisionError):
         calipers("calibrate", llama)
 
@@ -681,7 +681,7 @@ def test_what_would_not_load_back_is_refused_before_the_work(
     def must_not_run(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("there was work before the load check")
 
-    monkeypatch.setattr("calipers.cli.calibrate.run_plan", must_not_run)
+    monkeypatch.setattr("calipers.cli.ways.run_plan", must_not_run)
     out = tmp_path / "out"
     message = error_of(calipers("calibrate", saved("falcon"), "--out", out))
     assert "would not load back" in message

@@ -5,7 +5,8 @@
 A random Llama checkpoint of the given size in bfloat16, int4 in groups of 128, weights alone. The
 first table has the time of compressed-tensors' own quantize and pack of all weights, and beside it
 that of choosing the scales. The second one has whole runs from folder to folder, each in a process
-of its own, alternating; "seconds" is the median.
+of its own, alternating; "seconds" is the median. Where `optimal` weighs by inputs (imatrix) these
+are random in the first table, and in the second one a statistics file of 64 tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from benchmarks.results import Table, add_json_option, measured
+from calipers import observe
+from calipers.checkpoint.opening import load_model
 from calipers.observers import Observer
 
 __all__ = ["main", "save_checkpoint"]
@@ -35,6 +38,7 @@ OBSERVERS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("min/max", "memoryless_minmax", {}),
     ("memoryless_mse", "memoryless_mse", {}),
     ("optimal, objective=mse", "optimal", {"objective": "mse"}),
+    ("optimal, objective=imatrix", "optimal", {"objective": "imatrix"}),
 )
 CHOOSING = (
     ("observer", "observer", "{}"),
@@ -50,7 +54,10 @@ RUNS = (
 OURS = """
 import sys
 from calipers.streaming import quantize_checkpoint
-quantize_checkpoint(sys.argv[1], sys.argv[2], "W4A16", sys.argv[3], load_check=False)
+statistics = sys.argv[4] if sys.argv[3] == "optimal" else None
+quantize_checkpoint(
+    sys.argv[1], sys.argv[2], "W4A16", sys.argv[3], statistics=statistics, load_check=False
+)
 """
 THEIRS = """
 import sys
@@ -79,9 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
+        file = Path(scratch) / "statistics.safetensors"
         layers = save_checkpoint(source, options.gib, options.hidden)
+        tokens = torch.arange(64, dtype=torch.int64, device="cpu").view(1, 64)
+        observe(load_model(source, device="cpu"), [{"input_ids": tokens}], file)
         choosing = Table(CHOOSING, list(_choosing(options.hidden, layers)))
-        runs = Table(RUNS, list(_whole_runs(source, Path(scratch), options.runs)))
+        runs = Table(RUNS, list(_whole_runs(source, file, Path(scratch), options.runs)))
     tables = {"choosing": choosing, "runs": runs}
     result = measured("benchmarks.quantize", arguments, tables, timed=True)
     print(f"{layers} layers of hidden size {options.hidden}\n")
@@ -141,13 +151,25 @@ def _choosing(hidden: int, layers: int) -> Iterator[dict[str, Any]]:
         torch.empty(shape, dtype=torch.bfloat16, device="cpu").normal_(std=0.02)
         for shape in _shapes(hidden)
     ]
+    moments = {
+        cols: {
+            "input_square_sum": torch.rand(cols, dtype=torch.float64, device="cpu") + 0.1,
+            "num_input_tokens": torch.tensor(64, dtype=torch.int64, device="cpu"),
+        }
+        for cols in {cols for _, cols in _shapes(hidden)}
+    }
     for title, name, given in OBSERVERS:
-        Observer.load_from_registry(name, "weight", args, **given)(weights[0])  # what is built once
+        first = Observer.load_from_registry(name, "weight", args, **given)  # what is built once
+        if first.needs_data:
+            first.load_state({**first.state(), **moments[weights[0].shape[1]]})
+        first(weights[0])
         choosing = packing = 0.0
         for _ in range(layers):
             for weight in weights:
                 start = perf_counter()
                 observer = Observer.load_from_registry(name, "weight", args, **given)
+                if observer.needs_data:
+                    observer.load_state({**observer.state(), **moments[weight.shape[1]]})
                 scale, zero_point = observer(weight)
                 chosen = perf_counter()
                 state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point}
@@ -162,12 +184,15 @@ def _choosing(hidden: int, layers: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _whole_runs(source: Path, scratch: Path, runs: int) -> Iterator[dict[str, Any]]:
+def _whole_runs(
+    source: Path, statistics_file: Path, scratch: Path, runs: int
+) -> Iterator[dict[str, Any]]:
     ways = [
         (tool, script, observer)
         for observer in ("memoryless_minmax", "memoryless_mse")
         for tool, script in (("calipers", OURS), ("llmcompressor", THEIRS))
     ]
+    ways.append(("calipers", OURS, "optimal"))
     seconds: dict[tuple[str, str], list[float]] = {}
     for number in range(runs):
         for tool, script, observer in ways:
@@ -176,7 +201,9 @@ def _whole_runs(source: Path, scratch: Path, runs: int) -> Iterator[dict[str, An
             file.write_text(script, encoding="utf-8")
             start = perf_counter()
             done = subprocess.run(
-                [sys.executable, file, source, out, observer], capture_output=True, text=True
+                [sys.executable, file, source, out, observer, statistics_file],
+                capture_output=True,
+                text=True,
             )
             if done.returncode:
                 raise RuntimeError(f"{tool} with {observer} failed:\n{done.stderr[-3000:]}")

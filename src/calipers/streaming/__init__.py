@@ -1,5 +1,6 @@
-"""Checkpoints that are quantized shard by shard, without a model in memory."""
+"""Checkpoints larger than memory: calibrated block by block, or quantized shard by shard."""
 
 from calipers.streaming.quantize import StreamReport, quantize_checkpoint
+from calipers.streaming.sizes import Sizes, measure_sizes
 
-__all__ = ["StreamReport", "quantize_checkpoint"]
+__all__ = ["Sizes", "StreamReport", "measure_sizes", "quantize_checkpoint"]

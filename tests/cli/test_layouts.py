@@ -61,6 +61,7 @@ def calibrated(
         "scheme": "W4A16",
         "group_size": 64,
         "kv_cache": None,
+        "memory": "whole",
         "out": None if change is None else "./SmolLM2-135M-W4A16",
         "no_text": "its tokenizer does not load: no files" if change is None else None,
         "perplexity_before": 18.72,

@@ -31,6 +31,8 @@ FIELDS = {
     "data",
     "statistics",
     "eval",
+    "memory",
+    "propagate",
     "no_text",
     "perplexity_before",
     "perplexity_after",

@@ -63,7 +63,6 @@ def calibrated(
         "kv_cache": None,
         "memory": "whole",
         "out": None if change is None else "./SmolLM2-135M-W4A16",
-        "memory": "whole",
         "no_text": "its tokenizer does not load: no files" if change is None else None,
         "perplexity_before": 18.72,
         "perplexity_after": 22.514,

@@ -59,9 +59,10 @@ def test_outputs_are_those_of_the_model(name: str, implementation: str, dtype: t
         for each in experts_of(model):
             each.all_experts = True
         assert torch.equal(output_of(model), found)
-    if (name, dtype) == ("gpt_oss", torch.bfloat16):
-        # a Linear adds its bias before it rounds
-        assert (found - before).abs().max() <= 0.02 * (before.max() - before.min())
+    if name == "gpt_oss":
+        # a Linear adds its bias before it rounds, which shows on processors that round in between
+        most = 0.02 if dtype == torch.bfloat16 else 1e-5
+        assert (found - before).abs().max() <= most * (before.max() - before.min())
     else:
         assert torch.equal(found, before)
     assert not experts_of(model)

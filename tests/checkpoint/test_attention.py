@@ -44,8 +44,9 @@ def expect_equal_when_loaded(model: Any, folder: Path) -> None:
     with calipers.loading_experts():
         loaded, info = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
-    # experts of GPT-OSS are stored transposed: their sums have another order
-    close = 1e-5 if type(model).__name__.startswith("GptOss") else 0
+    # experts of GPT-OSS are stored transposed: their sums have another order, by which inputs
+    # that are quantized as they come may get another code
+    close = 0.01 if type(model).__name__.startswith("GptOss") else 0
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=close)
     torch.testing.assert_close(continued(loaded), continued(model), rtol=0, atol=close)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MambaForCausalLM
 
 import architectures
 from calipers.calibration import CalibrationReport, ModuleReport
-from calipers.cli import models
+from calipers.checkpoint import opening
 from calipers.demo import HELDOUT_TEXT
 from cli.conftest import SENTENCES, Calipers, error_of, succeeded
 
@@ -302,7 +302,7 @@ def unreached(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loaded model gets one Linear that no token ever reaches."""
 
     def load(*args: Any, **kwargs: Any) -> Any:
-        model = models.load_model(*args, **kwargs)
+        model = opening.load_model(*args, **kwargs)
         model.model.spare = nn.ModuleDict({"unreached": nn.Linear(128, 128, bias=False)})
         return model
 

@@ -183,7 +183,7 @@ def test_an_interrupt_is_told(
         raise KeyboardInterrupt
 
     for place in (
-        "calibrate.load_model",
+        "ways.load_model",
         "compare.load_model",
         "demo.load_model",
         "evaluate.load_model",

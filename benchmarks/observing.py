@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", default="", help="cases whose title has this word")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     add_json_option(parser)
@@ -91,6 +92,8 @@ def _rows(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[s
 
     bare()
     for title, scheme, weights, activations, wanted in CASES:
+        if options.only not in title:
+            continue
         given = {"group_size": group_size} if group_size and scheme == "W4A16" else {}
         seconds: list[tuple[float, float]] = []
         for _ in range(options.runs):

@@ -29,8 +29,8 @@ Around: TypeAlias = Callable[[int], AbstractContextManager[object]]
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The blocks of a model by name, in the model's order.
 
-    Blocks are the members of every ModuleList that holds at least two modules which have weights
-    and can be called; lists inside of blocks are parts of these.
+    Blocks are the members of every ModuleList all of whose members have layers and can be called;
+    lists inside of blocks are parts of these.
     """
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList) or name.startswith(inside or ("\0",)):
             continue
         members = {f"{name}.{key}" if name else key: each for key, each in module.named_children()}
-        if len(members) > 1 and all(map(_can_be_block, members.values())):
+        if members and all(map(_can_be_block, members.values())):
             found |= members
             inside = (*inside, f"{name}.")
     return found

@@ -354,7 +354,7 @@ class Calibration:
             _tell_of_held_out(self._held_out, self.batches)
         return CalibrationReport(
             modules=rows,
-            skipped=[name for name, reason in reasons.items() if reason == "no data"],
+            skipped=[e.name for e in self.observed if reasons.get(e.name) == "no data"],
             left_alone=with_shares(rows, self.model, left_alone),
             quantized_share=share,
             seconds=self._seconds,

@@ -176,7 +176,7 @@ def quantize_checkpoint(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     report = quantize_checkpoint(MODEL_PATH, f"{folder}/out", "W4A16")
         >>> report.modules, report.shards
-        (28, 1)
+        (21, 1)
     """
     started = time.perf_counter()
     source, target = Path(path).expanduser(), Path(out).expanduser()

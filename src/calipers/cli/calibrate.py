@@ -69,13 +69,7 @@ _NOT_JUDGED = "not: block by block the model is never whole; `calipers evaluate`
 
 def calibrate(
     model: options.ModelFolder = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
-            "size that divides the columns of all modules."
-        ),
-    ] = None,
+    scheme: options.Scheme = None,
     group_size: options.GroupSize = None,
     kv_cache: options.KVCache = None,
     observer: Annotated[
@@ -85,10 +79,7 @@ def calibrate(
             "Default: the scheme's, else optimal; memoryless_minmax with --no-data."
         ),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
-    ] = None,
+    option: options.ObserverOption = None,
     activation_observer: options.ActivationObserver = None,
     shadow: options.Shadow = None,
     activation_shadow: options.ActivationShadow = None,
@@ -116,13 +107,7 @@ def calibrate(
         bool,
         typer.Option("--all-experts", help="Let every expert see every token while calibrating."),
     ] = False,
-    on_unfit: Annotated[
-        str,
-        typer.Option(
-            help="Modules whose columns the group size does not divide, or that --out could not "
-            "be loaded back with: error, skip."
-        ),
-    ] = "error",
+    on_unfit: options.OnUnfit = "error",
     memory: Annotated[
         str,
         typer.Option(
@@ -137,17 +122,9 @@ def calibrate(
             help="Block by block, let each block see what the quantized ones before it give.",
         ),
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
-    no_load_check: Annotated[
-        bool,
-        typer.Option(
-            "--no-load-check",
-            help="Do not try first, on a small twin of the model, whether DIR would load back.",
-        ),
-    ] = False,
+    out: options.Out = None,
+    force: options.Force = False,
+    no_load_check: options.NoLoadCheck = False,
     eval_file: options.EvalFile = None,
     eval_samples: options.EvalSamples = 128,
     no_eval: Annotated[

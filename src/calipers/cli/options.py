@@ -21,15 +21,21 @@ __all__ = [
     "EnoughTokens",
     "EvalFile",
     "EvalSamples",
+    "Force",
     "GroupSize",
     "Ignore",
     "Json",
     "KVCache",
     "ModelFolder",
+    "NoLoadCheck",
+    "ObserverOption",
     "OnFew",
+    "OnUnfit",
     "OnlyPart",
+    "Out",
     "Pick",
     "Plugins",
+    "Scheme",
     "SequenceLength",
     "Shadow",
     "StatisticsFile",
@@ -121,6 +127,35 @@ OnFew: TypeAlias = Annotated[
 ]
 EnoughTokens: TypeAlias = Annotated[
     int, typer.Option(min=1, help="Tokens from which an expert stands alone.")
+]
+Scheme: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
+        "size that divides the columns of all modules."
+    ),
+]
+ObserverOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
+]
+OnUnfit: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        help="Modules whose columns the group size does not divide, or that --out could not "
+        "be loaded back with: error, skip."
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
+]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")]
+NoLoadCheck: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--no-load-check",
+        help="Do not try first, on a small twin of the model, whether DIR would load back.",
+    ),
 ]
 SequenceLength: TypeAlias = Annotated[int, typer.Option(min=2, help="Most tokens of a sequence.")]
 Device: TypeAlias = Annotated[

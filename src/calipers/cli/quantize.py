@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -52,13 +51,7 @@ _MEGABYTE = 10**6
 
 def quantize(
     model: options.ModelFolder = None,
-    scheme: Annotated[
-        str | None,
-        typer.Option(
-            help="A preset (see `calipers schemes`) or a YAML file. Default: W4A16, in a group "
-            "size that divides the columns of all modules."
-        ),
-    ] = None,
+    scheme: options.Scheme = None,
     group_size: options.GroupSize = None,
     observer: Annotated[
         str | None,
@@ -67,10 +60,7 @@ def quantize(
             "memoryless_minmax, with --statistics optimal."
         ),
     ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the observer; may be repeated."),
-    ] = None,
+    option: options.ObserverOption = None,
     activation_observer: options.ActivationObserver = None,
     plugin: options.Plugins = None,
     statistics: options.StatisticsFile = None,
@@ -83,28 +73,14 @@ def quantize(
     enough_tokens: options.EnoughTokens = ENOUGH_TOKENS,
     ignore: options.Ignore = None,
     only: options.OnlyPart = None,
-    on_unfit: Annotated[
-        str,
-        typer.Option(
-            help="Modules whose columns the group size does not divide, or that --out could not "
-            "be loaded back with: error, skip."
-        ),
-    ] = "error",
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to write the checkpoint.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace DIR if it exists.")] = False,
+    on_unfit: options.OnUnfit = "error",
+    out: options.Out = None,
+    force: options.Force = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Say what would be done, with sizes, and write nothing."),
     ] = False,
-    no_load_check: Annotated[
-        bool,
-        typer.Option(
-            "--no-load-check",
-            help="Do not try first, on a small twin of the model, whether DIR would load back.",
-        ),
-    ] = False,
+    no_load_check: options.NoLoadCheck = False,
     shard_size: Annotated[
         int,
         typer.Option(min=1, metavar="MB", help="Most megabytes of a file of weights of DIR."),

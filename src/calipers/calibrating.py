@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 
 from calipers._words import check_choice
 from calipers.calibration import CalibrationReport
@@ -26,7 +25,7 @@ from calipers.errors import CalipersError
 from calipers.streaming.calibrate import calibrate_stream
 from calipers.streaming.plan import plan_stream
 from calipers.streaming.quantize import SHARD_BYTES
-from calipers.streaming.sizes import Memory, measure_sizes
+from calipers.streaming.sizes import Memory, open_in_blocks
 from calipers.streaming.source import SourceCheckpoint
 from calipers.text.for_model import batches_for_model
 
@@ -92,6 +91,8 @@ def calibrate(
         2
     """
     check_choice("memory", memory, Memory)
+    if propagate and memory == "whole":
+        raise CalipersError("propagate: only memory='blocks' runs a block once it is quantized")
     known = inspect.signature(calibrate_model).parameters
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -112,23 +113,20 @@ def calibrate(
     refuse_taken(target, force=force)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     given.setdefault("tokenizer", _tokenizer(path, data))
+    source = None
+    if memory == "auto" and not propagate:
+        tokens = options.get("samples", 128) * options.get("sequence_length", 512)
+        source = open_in_blocks(path, dtype, tokens, place)
+        memory = "whole" if source is None else "blocks"
     if memory == "whole":
         return _calibrate_whole(given, path, target, force, load_check, place, dtype)
-    source = SourceCheckpoint(path, dtype)
-    tokens = options.get("samples", 128) * options.get("sequence_length", 512)
-    if memory == "auto":
-        sizes = measure_sizes(source.model, tokens, place)
-        logger.info("memory='auto' takes {!r}: {}", sizes.way, sizes.reason)
-        if sizes.way == "whole" and not propagate:
-            del source
-            return _calibrate_whole(given, path, target, force, load_check, place, dtype)
     if options.get("statistics") is not None:
         raise CalipersError(
             "statistics: nothing has to be run then; quantize_checkpoint takes them for a "
             "checkpoint that does not fit into memory"
         )
     return _calibrate_blocks(
-        source,
+        source or SourceCheckpoint(path, dtype),
         target,
         given,
         propagate=propagate,

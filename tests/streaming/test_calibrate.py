@@ -15,6 +15,7 @@ from calipers.calibration import session
 from calipers.checkpoint.opening import load_model
 from calipers.errors import CalipersError, CheckpointError
 from calipers.streaming import blocks as stored_blocks
+from calipers.streaming import sizes as sizes_module
 from calipers.streaming.sizes import Sizes, available_memory, measure_sizes
 
 
@@ -180,11 +181,35 @@ def test_wrong_calls_are_refused(checkpoints: Any, tmp_path: Path) -> None:
         calipers.calibrate(source, "W4A16", out=source, force=True)
     with pytest.raises(CalipersError, match="memory"):
         calipers.calibrate(source, "W4A16", out=tmp_path / "out", memory="some")
+    with pytest.raises(CalipersError, match="propagate"):
+        calipers.calibrate(source, "W4A16", out=tmp_path / "out", memory="whole", propagate=True)
     with pytest.raises(TypeError, match="obsever"):
         calipers.calibrate(source, "W4A16", out=tmp_path / "out", obsever="mse")
     with pytest.raises(CalipersError, match="out: a model is quantized in place"):
         calipers.calibrate(load_model(source), "W4A16", out=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_opens_a_checkpoint_once_and_only_where_it_may_not_fit(
+    checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    real = sizes_module.SourceCheckpoint
+
+    def opening(path: Path, dtype: str) -> Any:
+        opened.append(path)
+        return real(path, dtype)
+
+    for module in ("sizes", "calibrating"):
+        place = "calipers.calibrating" if module == "calibrating" else "calipers.streaming.sizes"
+        monkeypatch.setattr(f"{place}.SourceCheckpoint", opening)
+    source, data = checkpoints("llama"), inputs("llama")
+    calipers.calibrate(source, "W4A16", data=data, out=tmp_path / "whole")
+    assert opened == []
+    monkeypatch.setattr(sizes_module, "available_memory", lambda device: 10**6)
+    calipers.calibrate(source, "W4A16", data=data, out=tmp_path / "blocks")
+    assert opened == [source]
+    assert digests(tmp_path / "whole") == digests(tmp_path / "blocks")
 
 
 def test_auto_takes_blocks_where_the_whole_does_not_fit() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -32,7 +32,7 @@ from calipers.distributed.collectives import gather_objects
 from calipers.errors import CalipersError
 from calipers.observers.masks import token_mask
 
-__all__ = ["OUTSIDE", "BlockStore", "InMemory", "Way", "calibrate_blocks"]
+__all__ = ["OUTSIDE", "BlockStore", "InMemory", "Way", "block_of", "calibrate_blocks"]
 
 #: How a model is calibrated: see `calipers.calibration.calibrate`.
 Way: TypeAlias = Literal["whole", "blocks"]
@@ -162,7 +162,7 @@ class _Work:
         #: Observed modules by the block that they lie in.
         self._members: dict[str, list[ObservedModule]] = {name: [] for name in (*blocks, OUTSIDE)}
         for each in calibration.observed:
-            self._members[_block_of(each.name, blocks)].append(each)
+            self._members[block_of(each.name, blocks)].append(each)
 
     def run(self, batches: list[Any], *, use_attention_mask: bool, propagate: bool) -> None:
         """Pass all batches through all blocks, and derive each block's scales after it."""
@@ -279,6 +279,8 @@ class _Work:
             self._progress("blocks", done, len(self._members))
 
 
-def _block_of(name: str, blocks: Mapping[str, nn.Module]) -> str:
-    """The block that a module lies in."""
-    return next((each for each in blocks if f"{name}.".startswith(f"{each}.")), OUTSIDE)
+def block_of(name: str, blocks: Container[str]) -> str:
+    """The block that a module lies in; `OUTSIDE` of one that lies in none."""
+    parts = name.split(".")
+    around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return next((each for each in around if each in blocks), OUTSIDE)

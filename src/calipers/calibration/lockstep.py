@@ -150,10 +150,7 @@ class Lockstep:
     @contextmanager
     def gates(self) -> Iterator[None]:
         """In the block, a batch stops in front of every block of the model; leaves no thread."""
-        own = {
-            name: {key: each.__dict__[key] for key in ("forward",) if key in each.__dict__}
-            for name, each in self._blocks.items()
-        }
+        own = {name for name, each in self._blocks.items() if "forward" in each.__dict__}
         self._forwards = {name: each.forward for name, each in self._blocks.items()}
         try:
             for name, each in self._blocks.items():
@@ -164,7 +161,8 @@ class Lockstep:
             self._runners.clear()
             for name, each in self._blocks.items():
                 each.__dict__.pop("forward", None)
-                each.__dict__.update(own[name])
+                if name in own:
+                    each.forward = self._forwards[name]
 
     def _gate(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def gate(*args: Any, **kwargs: Any) -> Any:

@@ -463,8 +463,7 @@ class Calibration:
                 f"{each.name}.{key}": value
                 for each in observed
                 if each.name not in self._reasons
-                for key, value in each.module._parameters.items()
-                if value is not None and key not in ("weight", "bias")
+                for key, value in _qparams(each.module).items()
             },
         )
 
@@ -473,7 +472,7 @@ class Calibration:
         kept = [each for each in observed if each.name not in record.reasons]
         initialize_modules(kept, self._plan.choice)
         for each in kept:
-            for key in [key for key in each.module._parameters if key not in ("weight", "bias")]:
+            for key in _qparams(each.module):
                 value = record.qparams[f"{each.name}.{key}"]
                 setattr(each.module, key, torch.nn.Parameter(value, requires_grad=False))
         for each in observed:
@@ -525,6 +524,12 @@ def take_over_counts(
         calls.restore(each.name, known.calls, known.outer_calls)
         if each.wants_data:
             each.tokens, each.unmasked = known.tokens, known.unmasked
+
+
+def _qparams(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that quantizing a module has put there, by local name."""
+    own = module._parameters.items()
+    return {key: value for key, value in own if value is not None and key not in ("weight", "bias")}
 
 
 def _tell(left_alone: Sequence[LeftAlone]) -> None:

@@ -26,7 +26,7 @@ from calipers.checkpoint.tensors import checkpoint_bytes, quantized_modules
 from calipers.checkpoint.write import write_checkpoint
 from calipers.errors import CheckpointError
 
-__all__ = ["CannotWriteError", "compressed_size", "has_usable_scales", "refuse_taken", "save"]
+__all__ = ["CannotWriteError", "compressed_size", "refuse_taken", "refuse_unusable_scales", "save"]
 
 _LISTED = 20
 
@@ -163,7 +163,7 @@ def _refuse_unready(model: nn.Module) -> None:
             f"{', '.join(told)}); freeze the calibration before saving: "
             f"{listing(open_ones, _LISTED)}"
         )
-    bad = [name for name, module in modules.items() if not has_usable_scales(module)]
+    bad = [name for name, module in modules.items() if not _has_usable_scales(module)]
     if bad:
         raise CheckpointError(
             f"{len(bad)} of {len(modules)} quantized modules lack a scale, or hold one that is "
@@ -172,7 +172,17 @@ def _refuse_unready(model: nn.Module) -> None:
     refuse_unequal(modules)
 
 
-def has_usable_scales(module: nn.Module) -> bool:
+def refuse_unusable_scales(name: str, module: nn.Module) -> None:
+    """Refuse a frozen module that lacks a scale, or holds one that nothing can be divided by.
+
+    Raises:
+        CheckpointError: Names the module.
+    """
+    if not _has_usable_scales(module):
+        raise CheckpointError(f"{name}: a scale came out NaN, infinite or not positive")
+
+
+def _has_usable_scales(module: nn.Module) -> bool:
     """Whether a frozen module has all scales that its scheme needs, finite and of a right sign."""
     scheme: Any = module.quantization_scheme
     needed = ["weight_scale"] if scheme.weights is not None else []

@@ -261,7 +261,14 @@ def calibrate(
         batches = None
         if read is not None:
             batches = model_inputs(share_of_rank(read.batches, ranks), loaded)
-        report = way.run(plan, batches, missing, progress, experts=policy, statistics=known)
+        report = way.run(
+            plan,
+            batches,
+            statistics=known,
+            on_missing=missing,
+            progress=progress,
+            experts=policy,
+        )
         if ranks.rank:
             return
         after = None if judged is None else measure(loaded, judged.batches, progress)

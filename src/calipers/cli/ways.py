@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from loguru import logger
 
 from calipers._words import check_choice
-from calipers.calibration.batches import Progress
 from calipers.calibration.experts import separate_experts
-from calipers.calibration.few_tokens import ExpertPolicy
-from calipers.calibration.parts import Only
 from calipers.calibration.plan import ObserverChoice, Plan, plan_observers, without_modules
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.run_plan import run_plan
@@ -29,7 +25,7 @@ from calipers.statistics_files import Statistics
 from calipers.streaming.calibrate import calibrate_stream
 from calipers.streaming.plan import StreamPlan, plan_stream
 from calipers.streaming.quantize import SHARD_BYTES
-from calipers.streaming.sizes import Memory, measure_sizes
+from calipers.streaming.sizes import Memory, open_in_blocks
 from calipers.streaming.source import SourceCheckpoint
 
 __all__ = ["Way", "choose_way"]
@@ -48,27 +44,25 @@ class Way(Protocol):
         self,
         scheme: str,
         choice: ObserverChoice,
-        ignore: tuple[str, ...],
+        ignore: Any,
         on_unfit: Any,
-        scheme_options: Mapping[str, Any],
-        kv_cache: str | None,
-        only: Only | None,
-        *,
+        *more: Any,
         load_check: bool,
     ) -> Plan:
-        """See `plan_observers`; with `load_check` what would not load back is refused."""
+        """What `plan_observers` gives for its arguments after the model.
+
+        With `load_check` what would not load back is refused.
+        """
 
     def run(
         self,
         plan: Plan,
         batches: Iterable[Any] | None,
-        on_missing: Any,
-        progress: Progress | None,
         *,
-        experts: ExpertPolicy,
         statistics: Statistics | None,
+        **how: Any,
     ) -> CalibrationReport:
-        """See `run_plan`."""
+        """What `run_plan` gives for its arguments after the model, by name."""
 
     def write(self, report: CalibrationReport) -> int:
         """Write the checkpoint where one was asked for; its bytes."""
@@ -97,23 +91,18 @@ class Whole:
         self,
         scheme: str,
         choice: ObserverChoice,
-        ignore: tuple[str, ...],
+        ignore: Any,
         on_unfit: Any,
-        scheme_options: Mapping[str, Any],
-        kv_cache: str | None,
-        only: Only | None,
-        *,
+        *more: Any,
         load_check: bool,
     ) -> Plan:
         """See `Way`."""
-        model = self.model
-        plan = plan_observers(
-            model, scheme, choice, ignore, on_unfit, scheme_options, kv_cache, only
-        )
+        plan = plan_observers(self.model, scheme, choice, ignore, on_unfit, *more)
         if not load_check:
             return plan
         schemes = {each.name: each.scheme for each in plan.resolution.targets}
-        check = functools.partial(refuse_unloadable, model, schemes, skip=on_unfit == "skip")
+        skip = on_unfit == "skip"
+        check = functools.partial(refuse_unloadable, self.model, schemes, skip=skip)
         unloadable = first_alone(self._ranks, check, "trying to load back")
         return without_modules(plan, unloadable, "cannot be loaded back")
 
@@ -121,22 +110,13 @@ class Whole:
         self,
         plan: Plan,
         batches: Iterable[Any] | None,
-        on_missing: Any,
-        progress: Progress | None,
         *,
-        experts: ExpertPolicy,
         statistics: Statistics | None,
+        **how: Any,
     ) -> CalibrationReport:
         """See `Way`."""
         report = run_plan(
-            self.model,
-            plan,
-            batches,
-            on_missing,
-            progress,
-            experts=experts,
-            ranks=self._ranks,
-            statistics=statistics,
+            self.model, plan, batches, ranks=self._ranks, statistics=statistics, **how
         )
         self._put_experts_back()
         return report
@@ -172,12 +152,9 @@ class Blocks:
         self,
         scheme: str,
         choice: ObserverChoice,
-        ignore: tuple[str, ...],
+        ignore: Any,
         on_unfit: Any,
-        scheme_options: Mapping[str, Any],
-        kv_cache: str | None,
-        only: Only | None,
-        *,
+        *more: Any,
         load_check: bool,
     ) -> Plan:
         """See `Way`."""
@@ -187,9 +164,7 @@ class Blocks:
             choice,
             ignore,
             on_unfit,
-            scheme_options,
-            kv_cache,
-            only,
+            *more,
             runs_data=True,
             load_check=load_check,
             shard_bytes=SHARD_BYTES,
@@ -200,26 +175,21 @@ class Blocks:
         self,
         plan: Plan,
         batches: Iterable[Any] | None,
-        on_missing: Any,
-        progress: Progress | None,
         *,
-        experts: ExpertPolicy,
         statistics: Statistics | None,
+        **how: Any,
     ) -> CalibrationReport:
-        """See `Way`."""
+        """See `Way`; `choose_way` refuses statistics here."""
         assert self._plan is not None
-        assert statistics is None
         return calibrate_stream(
             self._plan,
             self._out,
             batches,
-            on_missing=on_missing,
-            progress=progress,
-            experts=experts,
             propagate=self._propagate,
             ranks=self._ranks,
             force=self._force,
             device=self._device,
+            **how,
         )
 
     def write(self, report: CalibrationReport) -> int:
@@ -265,9 +235,8 @@ def choose_way(
     if propagate:
         memory = "blocks"
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if memory == "auto" and (path / "config.json").is_file():
-        memory = _fitting(path, dtype, tokens, place)
-    if memory != "blocks":
+    source = open_in_blocks(path, dtype, tokens, place) if memory == "auto" else None
+    if memory != "blocks" and source is None:
         return Whole(path, device, dtype, out, force, ranks)
     if out is None:
         raise CalipersError("--memory blocks: expected --out DIR, to which blocks are written")
@@ -281,19 +250,5 @@ def choose_way(
             "--eval: block by block the model is never whole, so that it cannot be judged; give "
             "--no-eval, and use `calipers evaluate` on a machine that holds it"
         )
-    return Blocks(SourceCheckpoint(path, dtype), out, force, ranks, place, propagate)
-
-
-def _fitting(path: Path, dtype: str, tokens: int, device: str) -> str:
-    """Which way a model fits into memory; "whole" where its size cannot be told."""
-    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if not weights:
-        return "whole"
-    try:
-        sizes = measure_sizes(SourceCheckpoint(path, dtype).model, tokens, device)
-    except Exception as error:  # loading it whole says what is wrong, or nothing is
-        logger.debug("the sizes of {} cannot be told: {}", path, error)
-        return "whole"
-    if sizes.way == "blocks":
-        logger.info("block by block, since {}", sizes.reason)
-    return sizes.way
+    source = source or SourceCheckpoint(path, dtype)
+    return Blocks(source, out, force, ranks, place, propagate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +16,14 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calipers.calibration.blocks import OUTSIDE
+from calipers.calibration.blocks import OUTSIDE, block_of
 from calipers.calibration.report import ModuleReport
 from calipers.calibration.session import Record
 from calipers.checkpoint.journal import Staging
 from calipers.checkpoint.names import are_renamed
-from calipers.checkpoint.save import has_usable_scales
-from calipers.checkpoint.tensors import SavedPart
-from calipers.errors import CalipersError, CheckpointError
+from calipers.checkpoint.save import refuse_unusable_scales
+from calipers.checkpoint.tensors import SavedPart, without_shared_memory
+from calipers.errors import CalipersError
 from calipers.streaming.plan import StreamPlan
 from calipers.streaming.quantize import weights_in_place
 from calipers.streaming.source import Reader
@@ -67,19 +67,13 @@ class CheckpointStore:
         self._reader = Reader(plan.source)
         self._units: dict[str, list[Unit]] = {name: [] for name in (*blocks, OUTSIDE)}
         for unit in (unit for shard in plan.shards for unit in shard.units):
-            homes = {self._home(part.prefix) for part in unit.parts}
+            homes = {block_of(part.prefix, self._units) for part in unit.parts}
             self._units[homes.pop() if len(homes) == 1 else OUTSIDE].append(unit)
         #: Of blocks that were kept before this run, which all ranks know alike.
         self._records: dict[str, Record | None] = {
             name: self._read_record(_key(name)) if staging.done(_key(name)) else None
             for name in self._units
         }
-
-    def _home(self, name: str) -> str:
-        """The block that a module lies in."""
-        parts = name.split(".")
-        prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        return next((each for each in prefixes if each in self._units), OUTSIDE)
 
     def record(self, block: str) -> Record | None:
         """What a run that was killed did to this block."""
@@ -118,12 +112,14 @@ class CheckpointStore:
             parts = [_as_quantized(part) for part in unit.parts]
             tensors |= stored_tensors(self._plan.source.model, parts, self._dtype)
         key = _key(block)
-        qparams = {name: value.detach().cpu() for name, value in record.qparams.items()}
+        qparams = without_shared_memory(
+            {name: value.detach().cpu() for name, value in record.qparams.items()}
+        )
         self._staging.write(
             key,
             scratch={
                 f"{key}{_SUFFIX}": lambda path: save_file(tensors, path, {"format": "pt"}),
-                f"{key}.qparams{_SUFFIX}": lambda path: save_file(_own(qparams), path),
+                f"{key}.qparams{_SUFFIX}": lambda path: save_file(qparams, path),
             },
             note={
                 "rows": json.loads(_ROWS.dump_json(record.rows)),
@@ -160,17 +156,16 @@ def fill_buffers(model: Any, device: torch.device) -> None:
         if any(_is_unfilled(module, key) for key in module._non_persistent_buffers_set)
     ]
     for name, module in wanted:
-        for key in module._non_persistent_buffers_set:
-            if _is_unfilled(module, key):
-                meta = module.get_buffer(key)
-                # NaN shows where nothing fills it
-                value = torch.empty(meta.shape, dtype=meta.dtype, device=device)
-                module._buffers[key] = _invalid(value)
+        unfilled = [key for key in module._non_persistent_buffers_set if _is_unfilled(module, key)]
+        for key in unfilled:
+            meta = module.get_buffer(key)
+            # NaN shows where nothing fills it
+            fill = torch.nan if meta.is_floating_point() else 0
+            module._buffers[key] = torch.full(meta.shape, fill, dtype=meta.dtype, device=device)
         with torch.no_grad():
             model._init_weights(module)
-        for key in module._non_persistent_buffers_set:
-            value = module._buffers.get(key)
-            if value is not None and torch.equal(value, value) is False:
+        for key in unfilled:
+            if bool(module.get_buffer(key).isnan().any()):
                 raise CalipersError(
                     f"{name}.{key}: {type(model).__name__} does not say how this buffer is made, "
                     "so that its blocks cannot be loaded one by one: use memory='whole'"
@@ -182,21 +177,12 @@ def _is_unfilled(module: nn.Module, key: str) -> bool:
     return value is not None and value.is_meta
 
 
-def _invalid(value: Tensor) -> Tensor:
-    return value.fill_(torch.nan if value.is_floating_point() else 0)
-
-
 def _as_quantized(part: SavedPart) -> SavedPart:
     """The module as it is saved: what saw no data may have been left as it was."""
     if part.scheme is None or not is_module_quantized(part.module):
         return replace(part, scheme=None)
-    if not has_usable_scales(part.module):
-        raise CheckpointError(f"{part.prefix}: a scale came out NaN, infinite or not positive")
+    refuse_unusable_scales(part.prefix, part.module)
     return part
-
-
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.clone().contiguous() for name, value in tensors.items()}
 
 
 def _key(block: str) -> str:

@@ -1,4 +1,4 @@
-"""`calibrate_checkpoint`: a checkpoint calibrated and quantized with one block in memory."""
+"""`calibrate_stream`: a checkpoint calibrated and quantized with one block in memory."""
 
 from __future__ import annotations
 

@@ -30,12 +30,11 @@ from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.write import forget_quantization
 from calipers.checkpoint.journal import Staging, join_staging, resumable
 from calipers.checkpoint.names import are_renamed
-from calipers.checkpoint.save import CannotWriteError, has_usable_scales, refuse_taken
+from calipers.checkpoint.save import CannotWriteError, refuse_taken, refuse_unusable_scales
 from calipers.checkpoint.source import carry_files, refuse_source
 from calipers.checkpoint.write import write_files
 from calipers.distributed import Ranks, joined_ranks, split_by_size
 from calipers.distributed.meeting import TIMEOUT
-from calipers.errors import CheckpointError
 from calipers.statistics_files import Statistics, read_statistics
 from calipers.streaming.assemble import INDEX
 from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
@@ -354,8 +353,7 @@ def _freeze(plan: StreamPlan, group: list[ObservedModule]) -> None:
     plan.freezing.freeze(group, measure=False)
     for each in group:
         each.module.quantization_status = QuantizationStatus.FROZEN
-        if not has_usable_scales(each.module):
-            raise CheckpointError(f"{each.name}: a scale came out NaN, infinite or not positive")
+        refuse_unusable_scales(each.name, each.module)
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from typing import Any, Literal, TypeAlias
 
 import psutil
 import torch
+from loguru import logger
 from rich.filesize import decimal
 from torch import Tensor, nn
 
 from calipers.calibration.blocks import Way
 from calipers.calibration.lockstep import find_blocks
+from calipers.streaming.source import SourceCheckpoint
 
-__all__ = ["Memory", "Sizes", "available_memory", "measure_sizes"]
+__all__ = ["Memory", "Sizes", "available_memory", "measure_sizes", "open_in_blocks"]
 
 Memory: TypeAlias = Literal["auto", "whole", "blocks"]
 
@@ -109,6 +111,35 @@ def measure_sizes(model: nn.Module, tokens: int, device: str | torch.device = "c
         hidden=tokens * width * itemsize,
         free=available_memory(device),
     )
+
+
+def open_in_blocks(
+    path: Path, dtype: str, tokens: int, device: str | torch.device = "cpu"
+) -> SourceCheckpoint | None:
+    """The checkpoint, where `memory="auto"` takes blocks; None where it takes the whole.
+
+    That is also where the size cannot be told: loading the model says what is wrong, or nothing is.
+
+    Args:
+        path: A local transformers folder.
+        dtype: "auto" for that of the checkpoint, or the name of a torch dtype.
+        tokens: How many tokens it will be calibrated with.
+        device: Where it will run.
+    """
+    weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    try:
+        # A value takes at least a byte on the disk and at most four in memory: no need to open it.
+        if not weights or _PROCESS + _WORK * 4 * weights <= available_memory(device):
+            return None
+        source = SourceCheckpoint(path, dtype)
+        sizes = measure_sizes(source.model, tokens, device)
+    except Exception as error:  # a folder that cannot be opened, a device that there is not
+        logger.debug("the sizes of {} cannot be told: {}", path, error)
+        return None
+    if sizes.way == "whole":
+        return None
+    logger.info("block by block, since {}", sizes.reason)
+    return source
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

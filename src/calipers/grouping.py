@@ -329,9 +329,7 @@ class Grouping:
             Views that together hold every value once.
         """
         if value.shape != self.shape:
-            raise ValueError(
-                f"value: expected shape {tuple(self.shape)}, got {tuple(value.shape)}"
-            )
+            raise ValueError(f"value: expected shape {tuple(self.shape)}, got {tuple(value.shape)}")
         return tuple([recipe.apply(value) for recipe in self._recipes])
 
     def join(self, parts: Sequence[tuple[Tensor, ...]], features: Shape = ()) -> tuple[Tensor, ...]:

@@ -264,10 +264,11 @@ def test_products_of_a_batch_wait_in_half_the_memory() -> None:
     observer.observe_input(sample((4, 16)))
     assert observer.input_products is held[0]
     assert observer.input_sketch is held[1]
-    waiting = observer.moments._waiting_sums
-    assert {each.dtype for each in waiting.values()} == {torch.float32}
+    waiting = observer.moments._waiting
+    assert waiting is not None
+    assert {each.dtype for each in waiting.sums.values()} == {torch.float32}
     observer.undo_batch()
-    assert not observer.moments._waiting_sums
+    assert observer.moments._waiting is None
 
 
 # -- merging ---------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
@@ -14,8 +16,8 @@ from calipers.calibration.held_out import Samples
 from calipers.calibration.targets import TENSORS
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
-from calipers.observers.input_moments import share_moments
-from calipers.observers.statistics import UpdateState
+from calipers.observers.input_moments import InputObserver, share_moments
+from calipers.observers.statistics import HoldsStatistics, UpdateState
 
 __all__ = ["ObservedModule", "ObservedTensor", "build_observer"]
 
@@ -67,7 +69,7 @@ class ObservedTensor:
     shared: Callable[[], Observer] | None = None
     share: float = 0.0
     lent: Observer | None = None
-    _fed: list[Observer] | None = field(default=None, init=False, repr=False)
+    _fed: list[_Fed] | None = field(default=None, init=False, repr=False)
 
     @property
     def full_name(self) -> str:
@@ -114,18 +116,52 @@ class ObservedTensor:
 
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
-        self._fed = share_moments([each for each in self.observers if not _hooks_itself(each)])
-
-    def see(self, value: Tensor) -> None:
-        """Let the observers take in a value of the side of the module that they learn from."""
         if self.base_name == "weight":
-            if self._fed is None:
-                self.share_moments()
-            for observer in self._fed or ():
-                observer.observe_input(value)
+            share_moments([each for each in self.observers if not _hooks_itself(each)])
+
+    def see(self, seen: Seen) -> None:
+        """Let the observers take in a value of the side of the module that they learn from."""
+        if self._fed is None:
+            self._fed = list(self._find_fed())
+        for kind, part, observe in self._fed:
+            if seen.updates is None or kind is None:
+                observe(seen.value)
+            else:
+                seen.updates.update(kind, part, partial(observe, seen.value))
+
+    def _find_fed(self) -> Iterator[_Fed]:
+        """The observers to feed."""
+        if self.base_name == "weight":
+            own = [each for each in self.observers if not _hooks_itself(each)]
+            for observer in share_moments(own):
+                part = observer.moments if isinstance(observer, InputObserver) else observer
+                yield _Fed(self._kind(observer), part, observer.observe_input)
             return
         for observer in self.observers:
-            (observer.observe_global if self.args.dynamic else observer.observe)(value)
+            observe = observer.observe_global if self.args.dynamic else observer.observe
+            yield _Fed(self._kind(observer), observer, observe)
+
+    def _kind(self, observer: Observer) -> Hashable:
+        """What an update depends on besides the statistics; None where that is not known."""
+        known = type(observer).__module__.startswith("calipers.")
+        if not known or hasattr(observer.module, f"{self.base_name}_g_idx"):
+            return None
+        side = TENSORS[self.base_name].side
+        return type(observer), side, self.base_name, observer.args.model_dump_json()
+
+
+class _Fed(NamedTuple):
+    """An observer that is fed by values.
+
+    Args:
+        kind: Those of the same kind learn the same from a value.
+        part: What is changed.
+        observe: Takes a value in.
+    """
+
+    kind: Hashable
+    part: HoldsStatistics
+    observe: Callable[[Tensor], None]
 
 
 @dataclass(eq=False)
@@ -236,7 +272,7 @@ class ObservedModule:
                 self.tokens += seen.tokens
         for base_name, each in self.tensors.items():
             if TENSORS[base_name].side == seen.side:
-                each.see(seen.value)
+                each.see(seen)
 
     @contextmanager
     def whole_batch(self, number: int = 0) -> Iterator[None]:

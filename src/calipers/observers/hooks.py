@@ -13,6 +13,7 @@ from compressed_tensors.modeling import IMPL_ATTR, KV_CACHE_ATTR
 from torch import Tensor, nn
 
 from calipers.observers.masks import current_mask
+from calipers.observers.shared_updates import SharedUpdates, updates_of
 from calipers.ranges.surroundings import undisturbed
 
 __all__ = ["Seen", "Side", "add_call_hook", "add_hook", "first_tensor", "remove_hooks"]
@@ -31,12 +32,15 @@ class Seen(NamedTuple):
         tokens: How many tokens that are: values over the size of the last dimension, of an
             attention state over that of all heads.
         unmasked: Whether the batch has a mask that does not fit the value, so that all counts.
+        updates: What observers of other modules learnt from the same value, just before; None where
+            that is not known.
     """
 
     side: Side
     value: Tensor
     tokens: int
     unmasked: bool
+    updates: SharedUpdates | None = None
 
 
 def first_tensor(values: Iterable[object]) -> Tensor | None:
@@ -126,17 +130,25 @@ class _Hook(_CallHook):
         value = first_tensor(values)
         if value is None or not value.numel():
             return
-        value = value.detach()
-        if isinstance(module, nn.Embedding) and not output:
-            value = value.unsqueeze(-1)
+        side: Side = "output" if output else "input"
         mask = None if value.is_nested else current_mask()
+        ids = isinstance(module, nn.Embedding) and not output
+        updates = None if ids else updates_of(value, mask)
+        if updates is not None and updates.seen is not None:
+            self.receive(updates.seen._replace(side=side))
+            return
+        value = value.detach()
+        if ids:
+            value = value.unsqueeze(-1)
         fits = mask is not None and mask.fits(value.shape)
         if mask is not None and fits:
             value = mask.select(value)
         features = 1 if value.is_nested or not value.dim() else value.shape[-1]
         tokens = value.numel() // max(1, features)
-        side: Side = "output" if output else "input"
-        self.receive(Seen(side, value, tokens, mask is not None and not fits))
+        seen = Seen(side, value, tokens, mask is not None and not fits, updates)
+        if updates is not None:
+            updates.seen = seen
+        self.receive(seen)
 
 
 class _StateHook(_CallHook):

@@ -18,6 +18,7 @@ from calipers.observers.statistics import (
     SUM,
     HoldsStatistics,
     Statistic,
+    UpdateState,
     read_values,
     whole_update,
 )
@@ -33,6 +34,39 @@ _USUAL = (1e-30, 1e20)
 _FREAK = 2.0**40
 #: Largest input whose products float64 can sum over any number of tokens and columns.
 _LARGEST = 1e140
+
+
+class _WaitingSums:
+    """Sums over the tokens of a batch of the model that is not done, by name.
+
+    They are in float32: the old sums, which would have to be kept otherwise, take twice as much
+    memory. Moments that share them share their total as well.
+
+    Args:
+        past: The sums before the batch.
+        sums: What the batch adds.
+    """
+
+    def __init__(self, past: Mapping[str, Tensor | None], sums: Mapping[str, Tensor]) -> None:
+        self._past, self.sums = past, sums
+        self._total: dict[str, Tensor] | None = None
+        self._update = UpdateState()
+
+    def with_more(self, sums: Mapping[str, Tensor]) -> _WaitingSums:
+        """These and others."""
+        added = {name: _sum(value, sums[name]) for name, value in self.sums.items()}
+        return _WaitingSums(self._past, added)
+
+    def total(self) -> dict[str, Tensor]:
+        """All sums in float64, those before the batch included."""
+        with self._update.lock:
+            if self._total is None:
+                self._total = {
+                    name: _sum(self._past[name], value).double()
+                    for name, value in self.sums.items()
+                }
+                self._past = self.sums = {}
+            return self._total
 
 
 class InputMoments(HoldsStatistics):
@@ -55,7 +89,7 @@ class InputMoments(HoldsStatistics):
         "input_products": SUM,
         "input_sketch": SUM,
     }
-    _changing = (*HoldsStatistics._changing, "_waiting_sums")
+    _changing = (*HoldsStatistics._changing, "_waiting")
 
     #: Sum of x^2 over tokens by input column, shape (cols,), float64.
     input_square_sum: Tensor | None
@@ -66,13 +100,12 @@ class InputMoments(HoldsStatistics):
     input_products: Tensor | None
     #: The sketch of `calipers.ranges.input_gram`, (cols, rank + 1), float64; None as above.
     input_sketch: Tensor | None
-    #: Products and sketch of a batch of the model that is not done, in float32: the old sums, which
-    #: would have to be kept otherwise, take twice as much memory.
-    _waiting_sums: dict[str, Tensor]
+    #: Products and sketch of a batch of the model that is not done; None where there are none.
+    _waiting: _WaitingSums | None
 
     def __init__(self, name: str = "inputs") -> None:
         self.name = name
-        self._waiting_sums = {}
+        self._waiting = None
         self._begin()
         self.reset()
 
@@ -145,19 +178,19 @@ class InputMoments(HoldsStatistics):
             "input_products": columns.triangles(tokens),
             "input_sketch": sketch(tokens, rank_for(columns.size)),
         }
+        past = {name: getattr(self, name) for name in sums}
+        waiting = self._waiting
         if self._before_batch is None:
-            self._add_sums(sums)
+            self.__dict__.update(_WaitingSums(past, sums).total())
+        elif waiting is None:
+            self._waiting = _WaitingSums(past, sums)
         else:
-            waiting = self._waiting_sums
-            self._waiting_sums = {name: _sum(waiting.get(name), sums[name]) for name in sums}
-
-    def _add_sums(self, sums: Mapping[str, Tensor]) -> None:
-        for name, value in sums.items():
-            setattr(self, name, _sum(getattr(self, name), value).double())
+            self._waiting = waiting.with_more(sums)
 
     def _batch_done(self) -> None:
-        self._add_sums(self._waiting_sums)
-        self._waiting_sums = {}
+        if self._waiting is not None:
+            self.__dict__.update(self._waiting.total())
+            self._waiting = None
 
     def problem(self, shape: torch.Size) -> str | None:
         """Why they tell nothing about a weight of this shape, if so, after "it ..."."""

@@ -164,7 +164,7 @@ def whole_update(
         with update.lock:
             if update.at_work:
                 return method(self, *args, **kwargs)
-            before = self._held()
+            before = self.held()
             update.at_work = True
             try:
                 with undisturbed():
@@ -369,7 +369,7 @@ class HoldsStatistics:
         """
         for part in self._parts():
             with part._update.lock:
-                part._before_batch = part._held()
+                part._before_batch = part.held()
 
     def end_batch(self) -> None:
         """Keep what came since `begin_batch`."""
@@ -388,10 +388,15 @@ class HoldsStatistics:
     def _batch_done(self) -> None:
         """Called at the end of a batch, under the lock."""
 
-    def _held(self) -> dict[str, Any]:
-        """Statistics and what goes with them, by reference."""
+    def held(self) -> dict[str, Any]:
+        """Statistics and what goes with them, by reference: all that an update changes."""
         own = self.__dict__
         return {name: own[name] for name in (*self.statistics, *self._changing) if name in own}
+
+    def take_over(self, held: Mapping[str, Any]) -> None:
+        """Hold what another object of the same class and options holds, by reference."""
+        with self._update.lock:
+            self.__dict__.update(held)
 
     def _count_nonfinite(self, value: Tensor, *, later: bool = False) -> None:
         """Count NaN and Inf in a value.

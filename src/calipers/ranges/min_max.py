@@ -13,6 +13,8 @@ __all__ = ["min_max"]
 
 #: Values that min/max reads in the time in which a search works on one.
 READS = 256
+#: Up to so many values in one group, `torch.aminmax` is done before a kernel is called.
+_ONE_GROUP = 2**20
 
 
 def min_max(view: Groups, *, engine: str | None = None) -> tuple[Tensor, Tensor]:
@@ -21,7 +23,8 @@ def min_max(view: Groups, *, engine: str | None = None) -> tuple[Tensor, Tensor]
     Args:
         view: Values of any floating dtype.
         engine: "native" or "eager"; None chooses, see `calipers.engines.dispatch`. Up to
-            `SMALLEST_CHUNK` values, and on other devices than the CPU, it is always eager.
+            `SMALLEST_CHUNK` values, and on other devices than the CPU, it is always eager,
+            and so is one group of up to 2^20 values.
 
     Returns:
         Minimum and maximum, each of shape `view.qparam_shape`, in the dtype of the values. NaN and
@@ -34,7 +37,8 @@ def min_max(view: Groups, *, engine: str | None = None) -> tuple[Tensor, Tensor]
         (tensor([-2.,  3.]), tensor([1., 4.]))
     """
     values = view.values
-    if values.numel() <= SMALLEST_CHUNK or values.device.type != "cpu":
+    few = values.numel() <= (_ONE_GROUP if _is_one(view) else SMALLEST_CHUNK)
+    if few or values.device.type != "cpu":
         return _min_max_eager(view)
     problem = Problem(values.device, values.numel() // READS, (values.dtype,))
     return run(MIN_MAX, _min_max_eager, lambda min_max: min_max(view), problem, engine)
@@ -46,7 +50,7 @@ def _min_max_eager(view: Groups) -> tuple[Tensor, Tensor]:
     Each chunk is read from memory once: its minimum leaves it in the cache for its maximum.
     (`torch.aminmax` along a dimension is slower than the two together.)
     """
-    if not view.finite_only and all(size == 1 for size in view.qparam_shape):
+    if _is_one(view):
         low, high = torch.aminmax(_in_memory_order(view.gathered()))
         return low.reshape(view.qparam_shape), high.reshape(view.qparam_shape)
     if not view.finite_only and view.values.numel() <= SMALLEST_CHUNK:
@@ -71,6 +75,11 @@ def _min_max_eager(view: Groups) -> tuple[Tensor, Tensor]:
         torch.minimum(low[where], chunk_low, out=low[where])
         torch.maximum(high[where], chunk_high, out=high[where])
     return low, high
+
+
+def _is_one(view: Groups) -> bool:
+    """Whether all values are one group, and none is left out."""
+    return not view.finite_only and all(size == 1 for size in view.qparam_shape)
 
 
 def _in_memory_order(values: Tensor) -> Tensor:

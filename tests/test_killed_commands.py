@@ -31,7 +31,13 @@ def kill(command: str, folder: Path, kills: int, seed: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("command", killed_commands.COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "calibrate"))
+        for name in killed_commands.COMMANDS
+    ],
+)
 def test_killed_once(command: str, tmp_path: Path) -> None:
     kill(command, tmp_path, 1, seed=3)
 

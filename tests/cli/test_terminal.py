@@ -48,6 +48,7 @@ def in_terminal(args: list[str], columns: int, cwd: Path) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
 
 
+@pytest.mark.slow
 def test_calibrate_at_60_columns(llama: Path, tmp_path: Path) -> None:
     text = in_terminal(
         ["calibrate", str(llama), "--scheme", "FP8_DYNAMIC", "--no-data"], 60, tmp_path

@@ -281,6 +281,7 @@ class TestBuild:
         ):
             abi.library()
 
+    @pytest.mark.slow
     def test_two_processes_may_build_at_once(self, tmp_path):
         code = "from calipers.engines.native.build import library; library().min_max"
         both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]

@@ -109,6 +109,7 @@ def killed(tmp_path: Path, kinds: dict[str, Any], step: int, ways: int) -> dict[
 
 
 @posix_only
+@pytest.mark.slow
 def test_killed_here_and_there(tmp_path: Path) -> None:
     found = killed(tmp_path, {"histograms": True, "products": 32}, step=7, ways=1)
     assert found["total"] > 4 * BATCHES

@@ -30,14 +30,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        return tensors, json.loads(opened.metadata()[KEY])
+        told = json.loads(opened.metadata()[KEY])
+        return tensors | {name: tensors[as_] for name, as_ in told["same"].items()}, told
 
 
 def rewritten(tmp_path: Path, tensors: dict[str, torch.Tensor], told: dict[str, Any]) -> Path:
     """A file whose checksum fits what it holds."""
-    told["sha256"] = statistics_file._checksum(told["manifest"], tensors)
+    told["same"] = {}
+    digests = {name: statistics_file._digest(value) for name, value in tensors.items()}
+    told["sha256"] = statistics_file._checksum(told["manifest"], digests)
     path = tmp_path / "other.safetensors"
-    save_file(tensors, path, {KEY: json.dumps(told)})
+    apart = {name: value.clone() for name, value in tensors.items()}
+    save_file(apart, path, {KEY: json.dumps(told)})
     return path
 
 
@@ -88,11 +92,28 @@ def test_one_wrong_bit_among_the_numbers(whole: Path, tmp_path: Path, place: flo
         Statistics.load(path)
 
 
+def test_what_modules_share_is_stored_once(whole: Path, tmp_path: Path) -> None:
+    """Histograms of the inputs of q, k and v are one, and a file that lacks it is damaged."""
+    with safe_open(whole, framework="pt") as opened:
+        told = json.loads(opened.metadata()[KEY])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    name = "model.layers.0.self_attn.{}_proj.input/histogram/counts.values"
+    stored = name.format("k")
+    assert told["same"][name.format("q")] == told["same"][name.format("v")] == stored
+    del tensors[stored]
+    path = tmp_path / "less.safetensors"
+    save_file(tensors, path, {KEY: json.dumps(told)})
+    with pytest.raises(StatisticsError, match="is damaged: it lacks entries that several modules"):
+        Statistics.load(path)
+
+
 def test_a_changed_manifest(whole: Path, tmp_path: Path) -> None:
     tensors, told = contents(whole)
     next(iter(told["manifest"]["modules"].values()))["tokens"] += 1
+    told["same"] = {}
     path = tmp_path / "changed.safetensors"
-    save_file(tensors, path, {KEY: json.dumps(told)})
+    apart = {name: value.clone() for name, value in tensors.items()}
+    save_file(apart, path, {KEY: json.dumps(told)})
     with pytest.raises(StatisticsError, match="its checksum does not fit"):
         Statistics.load(path)
 

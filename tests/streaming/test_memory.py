@@ -66,7 +66,8 @@ def save_llama(folder: Path, layers: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", pytest.param("NVFP4A16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4A16"])
 def test_peak_memory_has_the_stated_bound(tmp_path: Path, scheme: str) -> None:
     few = measure(save_llama(tmp_path / "few", 4), tmp_path / "few out", scheme)
     many = measure(save_llama(tmp_path / "many", 16), tmp_path / "many out", scheme)

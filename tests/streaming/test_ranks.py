@@ -72,6 +72,7 @@ def test_ranks_write_what_one_process_writes(checkpoints: Any, tmp_path: Path, r
     assert not list(tmp_path.glob(".out*"))
 
 
+@pytest.mark.slow
 def test_ranks_share_statistics(checkpoints: Any, tmp_path: Path) -> None:
     source = checkpoints("qwen3_moe")
     file = observe(source, tmp_path / "stats.safetensors")
@@ -82,7 +83,7 @@ def test_ranks_share_statistics(checkpoints: Any, tmp_path: Path) -> None:
     expect_same(tmp_path / "alone", tmp_path / "out")
 
 
-@pytest.mark.parametrize("broken", [0, 1])
+@pytest.mark.parametrize("broken", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_fails_is_told_to_the_other(
     checkpoints: Any, tmp_path: Path, broken: int
 ) -> None:
@@ -93,7 +94,7 @@ def test_a_rank_that_fails_is_told_to_the_other(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_does_not_come_is_named(checkpoints: Any, tmp_path: Path, lost: int) -> None:
     done = torchrun(2, tmp_path, checkpoints("tied_llama"), lost=lost, timeout=5)
     assert done.returncode != 0

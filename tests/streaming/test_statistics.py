@@ -34,6 +34,8 @@ WAYS: dict[str, tuple[Any, ...]] = {
     "FP8 cache": ("FP8_DYNAMIC", None, {"kv_cache": "FP8"}),
     "FP8 cache by head": (None, None, {"kv_cache": "FP8_HEAD", **HISTOGRAM}),
 }
+#: Those that are run with experts in every test run.
+EXPERTS = ("W4A16", "NVFP4")
 SMALL: dict[str, Any] = {"shard_bytes": 100_000, "load_check": False}
 
 
@@ -63,8 +65,16 @@ def files(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return give
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["tied_llama", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *(("tied_llama", way) for way in WAYS),
+        *(
+            pytest.param("qwen3_moe", way, marks=[pytest.mark.slow] * (way not in EXPERTS))
+            for way in WAYS
+        ),
+    ],
+)
 def test_the_checkpoint_of_calibrate(files: Any, tmp_path: Path, name: str, way: str) -> None:
     source, file = files(name)
     scheme, observer, options = WAYS[way]

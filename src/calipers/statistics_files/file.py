@@ -27,6 +27,8 @@ __all__ = ["FORMAT", "read_file", "replace_file", "write_file"]
 FORMAT = 1
 #: The one key of the metadata: safetensors keeps several in no fixed order.
 _KEY = "calipers.statistics"
+#: Bytes of a tensor from which it is stored once, where several are equal.
+_LARGE = 2**12
 
 States = Mapping[str, Mapping[str, State]]
 
@@ -44,11 +46,20 @@ def write_file(path: Path, manifest: Manifest, states: States) -> None:
         for entry, value in state.items()
     }
     told = manifest.model_dump(mode="json")
-    metadata = {"format": FORMAT, "manifest": told, "sha256": _checksum(told, tensors)}
+    digests = {name: _digest(value) for name, value in tensors.items()}
+    same = _alike(tensors, digests)
+    digest = _checksum(told, digests)
+    metadata = {"format": FORMAT, "manifest": told, "same": same, "sha256": digest}
     path.touch()
     mode = path.stat().st_mode
     try:
-        save_file(tensors, path, {_KEY: json.dumps(metadata, sort_keys=True)})
+        # safetensors refuses memory that is shared, as that of modules that read the same input
+        stored = {
+            name: value.clone() if value.nbytes < _LARGE else value
+            for name, value in tensors.items()
+            if name not in same
+        }
+        save_file(stored, path, {_KEY: json.dumps(metadata, sort_keys=True)})
     except SafetensorError as error:  # what the system says, as a text
         raise OSError(f"{path} cannot be written: {error}") from None
     path.chmod(mode)  # safetensors lets nobody but the owner read
@@ -88,7 +99,13 @@ def read_file(path: Path) -> tuple[Manifest, dict[str, dict[str, State]]]:
         raise StatisticsError(
             f"{path}: is damaged, or no safetensors file: {first_line(error)}"
         ) from None
-    if _checksum(told["manifest"], tensors) != told["sha256"]:
+    same = told["same"]
+    if not (tensors.keys().isdisjoint(same) and tensors.keys() >= set(same.values())):
+        raise StatisticsError(f"{path}: is damaged: it lacks entries that several modules share")
+    tensors |= {name: tensors[stored] for name, stored in same.items()}
+    digests = {name: _digest(value) for name, value in tensors.items() if name not in same}
+    digests |= {name: digests[stored] for name, stored in same.items()}
+    if _checksum(told["manifest"], digests) != told["sha256"]:
         raise StatisticsError(f"{path}: is damaged: its checksum does not fit what it holds")
     try:
         manifest = Manifest.model_validate(told["manifest"])
@@ -110,7 +127,7 @@ def _read_metadata(path: Path, text: str) -> dict[str, Any]:
             f"{path}: is of format {known}, written by calipers {', '.join(written)}; this version "
             f"reads up to format {FORMAT}"
         )
-    if told.keys() != {"format", "manifest", "sha256"}:
+    if told.keys() != {"format", "manifest", "same", "sha256"}:
         raise StatisticsError(f"{path}: has unknown metadata {sorted(told)}")
     return told
 
@@ -136,13 +153,26 @@ def _sorted_in(
     return states
 
 
-def _checksum(manifest: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Digest of the manifest and of names, dtypes, shapes and bytes of all tensors."""
-    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+def _alike(tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> dict[str, str]:
+    """Large tensors that equal an earlier one: by name that of the one to store."""
+    first: dict[str, str] = {}
+    same = {}
     for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        if value.numel():
-            plain = value.contiguous().reshape(-1).view(torch.uint8)
-            digest.update(cast(Any, plain.numpy()))  # a buffer, of which mypy does not know
+        if tensors[name].nbytes >= _LARGE and first.setdefault(digests[name], name) != name:
+            same[name] = first[digests[name]]
+    return same
+
+
+def _digest(value: Tensor) -> str:
+    """Digest of dtype, shape and bytes of a tensor."""
+    digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}\n".encode())
+    if value.numel():
+        plain = value.contiguous().reshape(-1).view(torch.uint8)
+        digest.update(cast(Any, plain.numpy()))  # a buffer, of which mypy does not know
     return digest.hexdigest()
+
+
+def _checksum(manifest: Any, digests: Mapping[str, str]) -> str:
+    """Digest of the manifest and of all tensors, by name."""
+    told = {"manifest": manifest, "tensors": digests}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -38,6 +38,9 @@ CASES = (
     ("weights, optimal", "W4A16", "optimal", None, 0.25),
 )
 
+#: Runs of less are repeated as often as make up for it: the ratio of two short ones says little.
+_LEAST_SECONDS = 3.0
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure all and print the table."""
@@ -91,12 +94,13 @@ def _rows(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[s
         return perf_counter() - start
 
     bare()
+    runs = options.runs * max(1, round(_LEAST_SECONDS / bare()))
     for title, scheme, weights, activations, wanted in CASES:
         if options.only not in title:
             continue
         given = {"group_size": group_size} if group_size and scheme == "W4A16" else {}
         seconds: list[tuple[float, float]] = []
-        for _ in range(options.runs):
+        for _ in range(runs):
             without = bare()
             with calipers.attach(
                 model,

@@ -170,7 +170,9 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
             self._observe_first_form(value, g_idx)
             return
         observation = self._look_at(value, self._group(value, g_idx))
-        self._take_in(replace(observation, columns=columns))
+        if columns is not None:
+            observation = replace(observation, columns=columns)
+        self._take_in(observation)
 
     def _why_whole(self, shard: Shard | None, g_idx: Tensor | None) -> str | None:
         """Why a weight that is spread over ranks must be observed as a whole, if so."""

@@ -256,15 +256,18 @@ class ValueStatistics(HoldsStatistics, InternalModule):
                         f"{self.name}: {name} has shape {tuple(past.shape)}, the observed value "
                         f"gives {tuple(value.shape)}; call reset() before observing another shape"
                     )
-                constant = getattr(self.options, "averaging_constant", 1.0)
+                constant = 1.0
+                if statistic.reduce == "mean":
+                    constant = getattr(self.options, "averaging_constant", constant)
                 value = statistic.grow(past.to(value.device), value, constant)
             grown[name] = value
         count = "num_batches" if names == self.range_names else "num_global_batches"
+        if self._observed_dtype is None or self._observed_dtype.dtype != dtype:
+            grown["_observed_dtype"] = torch.empty(0, dtype=dtype, device="cpu")
         # All at once, past the checks of nn.Module for parameters, which these are not.
         self.__dict__.update(
             grown,
             **{count: getattr(self, count) + 1},
-            _observed_dtype=torch.empty(0, dtype=dtype, device="cpu"),
             _stale=self._stale or names == self.range_names,
         )
 

@@ -323,10 +323,7 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         finite = False
         if not later:
             extremes = [min_max(view) for view in views]
-            # `high - low` may overflow for finite ranges; then all is counted, and nothing found.
-            finite = all(
-                isfinite(float((high - low).sum(dtype=torch.float32))) for low, high in extremes
-            )
+            finite = all(_are_finite(low, high) for low, high in extremes)
         if not finite:
             self._count_nonfinite(value, later=later)
             views = tuple(view.finite() for view in views)
@@ -402,3 +399,10 @@ class ValueStatistics(HoldsStatistics, InternalModule):
         self._settle()
         if bool(getattr(self, self.range_names[0]).isposinf().all()):
             raise ValueError(f"{self.name}: all observed values are NaN or Inf")
+
+
+def _are_finite(low: Tensor, high: Tensor) -> bool:
+    """Whether all ranges are finite; where one overflows, all is counted, and nothing found."""
+    if low.numel() == 1:
+        return isfinite(low.item() - high.item())
+    return isfinite(float((high - low).sum(dtype=torch.float32)))

@@ -51,7 +51,8 @@ def _min_max_eager(view: Groups) -> tuple[Tensor, Tensor]:
     (`torch.aminmax` along a dimension is slower than the two together.)
     """
     if _is_one(view):
-        low, high = torch.aminmax(_in_memory_order(view.gathered()))
+        values = view.gathered()
+        low, high = torch.aminmax(values if values.is_contiguous() else _in_memory_order(values))
         return low.reshape(view.qparam_shape), high.reshape(view.qparam_shape)
     if not view.finite_only and view.values.numel() <= SMALLEST_CHUNK:
         values = view.gathered()

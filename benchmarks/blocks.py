@@ -89,7 +89,8 @@ with install(replace=True):
         model=sys.argv[1], dataset=Dataset.from_dict(rows), output_dir=sys.argv[2],
         recipe=QuantizationModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         max_seq_length=len(rows["input_ids"][0]), num_calibration_samples=len(data),
-        pipeline="sequential", batch_size=1, shuffle_calibration_samples=False,
+        pipeline="sequential", precision=options["dtype"], batch_size=1,
+        shuffle_calibration_samples=False,
     )
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -124,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group-size", type=int, default=128, help="of the second table")
     parser.add_argument("--sequences", type=int, default=32, help="of the second table")
     parser.add_argument("--runs", type=int, default=3, help="of the second table; 0: none")
+    parser.add_argument("--dtype", default="auto", help="to calibrate in, of every run")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", help="folder for checkpoints")
     add_json_option(parser)
@@ -138,12 +140,11 @@ def _limited(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reading = _reading(source)
     depth = min(CUT, layers)
     _cut(source, cut, depth)
-    forward, search = _alone(cut, data, folder / "whole")
+    forward, search = _alone(cut, data, folder / "whole", options.dtype)
     parts = reading + (forward + search) * layers / depth
     with _group(options.limit_gib) as group:
-        found = _run(
-            OURS, source, folder / "out", data, options.threads, {"memory": "blocks"}, group
-        )
+        given = {"memory": "blocks", "dtype": options.dtype}
+        found = _run(OURS, source, folder / "out", data, options.threads, given, group)
         peak = found["peak_gib"]
         if group is not None:
             peak = int((group / "memory.max_usage_in_bytes").read_text()) / 2**30
@@ -205,12 +206,12 @@ def _cut(source: Path, cut: Path, layers: int) -> None:
     (cut / "config.json").write_text(json.dumps(config))
 
 
-def _alone(cut: Path, data: Path, out: Path) -> tuple[float, float]:
+def _alone(cut: Path, data: Path, out: Path, dtype: str) -> tuple[float, float]:
     """Seconds of bare forward passes through the cut's layers, and of deriving its scales."""
     import calipers
     from calipers.checkpoint.opening import load_model
 
-    model = load_model(cut, device="cpu")
+    model = load_model(cut, device="cpu", dtype=dtype)
     batches = [{"input_ids": ids} for ids in torch.load(data)]
     with torch.no_grad():
         model.model(**batches[0])
@@ -248,7 +249,7 @@ def _ways(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]
         save_checkpoint(source, 0.6, 1024)
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     data = _data(folder, options.sequences, 512, vocabulary)
-    scheme = {"scheme_options": {"group_size": options.group_size}}
+    scheme = {"scheme_options": {"group_size": options.group_size}, "dtype": options.dtype}
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "calipers, whole": (OURS, {"memory": "whole", **scheme}),
         "calipers, blocks": (OURS, {"memory": "blocks", **scheme}),

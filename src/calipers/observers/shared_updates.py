@@ -50,13 +50,14 @@ class SharedUpdates:
         Raises:
             ValueError: What `learn` raises; nothing is remembered then.
         """
-        before = part.held()
-        for each in self._done:
-            if each.kind == kind and _same(each.before, before):
-                part.take_over(each.after)
-                return
-        learn()
-        after = part.held()
+        with part.alone():
+            before = part.held()
+            for each in self._done:
+                if each.kind == kind and _same(each.before, before):
+                    part.take_over(each.after)
+                    return
+            learn()
+            after = part.held()
         # What is left out of a value is told of every module that reads it, once.
         if after["_num_nonfinite"] == before["_num_nonfinite"]:
             self._done.append(_Update(kind, before, after))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
 
@@ -395,8 +395,11 @@ class HoldsStatistics:
 
     def take_over(self, held: Mapping[str, Any]) -> None:
         """Hold what another object of the same class and options holds, by reference."""
-        with self._update.lock:
-            self.__dict__.update(held)
+        self.__dict__.update(held)
+
+    def alone(self) -> AbstractContextManager[object]:
+        """A block in which no other thread changes it."""
+        return self._update.lock
 
     def _count_nonfinite(self, value: Tensor, *, later: bool = False) -> None:
         """Count NaN and Inf in a value.

@@ -18,7 +18,9 @@ from calipers.calibration.plan import (
     refuse_beside_statistics,
     refuse_without_data,
 )
-from calipers.calibration.report import (
+from calipers.calibration.session import OnMissing
+from calipers.calibration.shadows import Shadows, read_options
+from calipers.calibration.summaries import (
     shadow_cells,
     shadow_headings,
     summarize_coverage,
@@ -26,8 +28,6 @@ from calipers.calibration.report import (
     summarize_modules,
     summarize_shadows,
 )
-from calipers.calibration.session import OnMissing
-from calipers.calibration.shadows import Shadows, read_options
 from calipers.checkpoint.opening import load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken

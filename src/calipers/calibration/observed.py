@@ -14,10 +14,10 @@ from calipers.calibration.held_out import Samples
 from calipers.calibration.targets import TENSORS
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
-from calipers.observers.input_moments import share_moments
+from calipers.observers.input_moments import InputObserver, share_moments
 from calipers.observers.statistics import UpdateState
 
-__all__ = ["ObservedModule", "ObservedTensor", "build_observer"]
+__all__ = ["ObservedModule", "ObservedTensor", "build_observer", "relative_change"]
 
 #: Sides at which tokens are counted: one of them for each module.
 _COUNTED = ("input", "k")
@@ -112,6 +112,25 @@ class ObservedTensor:
         seen = observer.has_global_statistics if local else observer.has_statistics
         return None if seen else "its observer saw no value"
 
+    def so_far(self) -> Tensor | None:
+        """What its scale hangs on, as far as the data went.
+
+        Of an activation the scale that it would get (the global scale of "local" ones), of a weight
+        the importance of its columns, mean squares of its inputs over their mean. None where
+        nothing was seen, or where the first observer of a weight looks at no inputs.
+        """
+        observer = self.observer
+        if self.base_name == "weight":
+            if not isinstance(observer, InputObserver) or not observer.needs_data:
+                return None
+            gram = observer.moments.gram(None)
+            return None if gram is None else gram.diagonal
+        if self.lacks is not None:
+            return None
+        if self.args.dynamic:
+            return observer.get_global_scale()
+        return observer.get_qparams()[0]
+
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
         self._fed = share_moments([each for each in self.observers if not _hooks_itself(each)])
@@ -141,8 +160,9 @@ class ObservedModule:
             counted where data is observed.
         unmasked: Whether it saw, in a batch with a mask, a value that is not arranged by token
             (those of a routed expert), all of which counted.
-        samples: Tokens of batches that are held out from the observers, where several of them are
-            to be judged.
+        samples: Tokens that scales are judged by: of batches that are held out from the observers
+            where there are several, else of all.
+        look_at: After which batch to keep what the scales of activations were; None never.
     """
 
     name: str
@@ -152,6 +172,8 @@ class ObservedModule:
     tokens: int = 0
     unmasked: bool = False
     samples: Samples | None = None
+    look_at: int | None = None
+    _earlier: dict[str, Tensor] = field(default_factory=dict)
     _attached: bool = False
     _update: UpdateState = field(default_factory=UpdateState)
 
@@ -220,6 +242,7 @@ class ObservedModule:
         """Detach, and drop all that the observers learnt."""
         self.detach()
         self.samples = None
+        self._earlier = {}
         for tensor in self.tensors.values():
             tensor.fallback = tensor.shared = tensor.lent = None
             for observer in tensor.observers:
@@ -269,11 +292,30 @@ class ObservedModule:
             return
         for observer in observers:
             observer.end_batch()
+        if number + 1 == self.look_at:
+            found = {key: t.so_far() for key, t in self.tensors.items() if key != "weight"}
+            self._earlier = {key: value for key, value in found.items() if value is not None}
+
+    def moved(self, base_name: str, scale: Tensor | None) -> float | None:
+        """Largest relative change of a scale since `look_at`; None where that was not."""
+        earlier = self._earlier.get(base_name)
+        if earlier is None or scale is None or earlier.shape != scale.shape:
+            return None
+        return relative_change(earlier, scale)
 
     def _undo_batch(self, observers: Sequence[Observer], before: tuple[int, bool]) -> None:
         self.tokens, self.unmasked = before
         for observer in observers:
             observer.undo_batch()
+
+
+def relative_change(before: Tensor, after: Tensor) -> float | None:
+    """Largest |after - before| / |after| of values that are not 0; None where there are none."""
+    before, after = before.to(after.device).double(), after.double()
+    known = (after != 0) & after.isfinite() & before.isfinite()
+    if not bool(known.any()):
+        return None
+    return float(((after - before).abs() / after.abs())[known].max())
 
 
 def _hooks_itself(observer: Observer) -> bool:

@@ -15,16 +15,21 @@ from calipers.calibration.architectures import projection_weights
 from calipers.calibration.report_text import report_html, report_text
 from calipers.calibration.targets import LeftAlone
 from calipers.errors import CalipersError, UnknownModuleError
+from calipers.ranges.measures import Plot
+from calipers.ranges.output_error import GramKind
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "ActivationMeasures",
     "CalibrationReport",
     "ExpertCoverage",
     "LeftAlone",
     "ModuleReport",
     "ShadowReport",
+    "Stability",
+    "WeightMeasures",
     "quantized_share",
     "with_shares",
 ]
@@ -52,6 +57,64 @@ class ShadowReport:
 
 
 @dataclass(frozen=True)
+class WeightMeasures:
+    """What quantization did to a weight W, Q being what it is fake-quantized to.
+
+    Attributes:
+        error: Relative error ||W - Q|| / ||W||; None where it is no number.
+        output_error: Relative error ||X (W - Q)'|| / ||X W'|| of what the layer computes, with the
+            inputs X of the calibration data, from what its observer holds of X'X; None where it
+            looked at no inputs.
+        output_error_from: How much of X'X that was: "gram", all of it; "blocks", the blocks of
+            columns that share a scale and a sketch of the rest; "diagonal", the mean squares of
+            columns, as if inputs were not correlated.
+        held_out_error: The same error, measured on tokens that no observer saw; None where no
+            batches were held out (several observers hold them out).
+        sqnr_db: 10 log10(||W||^2 / ||W - Q||^2), dB; None without any error.
+        clipped: Share of values beyond the last code by more than half of its step. This and the
+            next two are of a sample of at most 65536 values.
+        zeros: Share of values whose code stands for 0.
+        entropy: Bits of the distribution of codes; None where there is no sample, and so are the
+            two above.
+        bits: Bits of a code.
+        scales_saturated: Share of the stored scales at the top of E4M3; None where scales have
+            another format.
+        scales_underflowed: Share at the bottom of E4M3, its smallest code or 0; None as above.
+    """
+
+    error: float | None = None
+    output_error: float | None = None
+    output_error_from: GramKind | None = None
+    held_out_error: float | None = None
+    sqnr_db: float | None = None
+    clipped: float | None = None
+    zeros: float | None = None
+    entropy: float | None = None
+    bits: int = 0
+    scales_saturated: float | None = None
+    scales_underflowed: float | None = None
+
+
+@dataclass(frozen=True)
+class ActivationMeasures:
+    """How activations fare that are quantized with stored scales.
+
+    Attributes:
+        sqnr_db: 10 log10(||x||^2 / ||x - q||^2) of sampled tokens, dB; None where none were seen.
+        judged_by: "held-out", tokens that no observer saw; "in-sample", tokens of the calibration.
+        clipped: Share of their values beyond the last code by more than half of its step; None
+            where the local scales of NVFP4 follow each value.
+        moved: Largest relative change of a scale over the last quarter of the batches; None where
+            it is not known (few batches, or a number of them that is not known before).
+    """
+
+    sqnr_db: float | None = None
+    judged_by: Literal["held-out", "in-sample"] | None = None
+    clipped: float | None = None
+    moved: float | None = None
+
+
+@dataclass(frozen=True)
 class ModuleReport:
     """One quantized module.
 
@@ -76,6 +139,11 @@ class ModuleReport:
             scales, by the observer of activations; none of a layer.
         shadows: By base name ("weight", "input", "k" ...) all observers of the tensor, the one that
             was asked for first; empty where there is no other.
+        weight: Measures of the weight; None where it stays as it is.
+        activation_measures: By base name ("input", "output", "k" ...) those of activations with
+            stored scales.
+        plots: By base name what a picture of the tensor needs: a histogram of a sample, the range,
+            and the error of other ranges.
     """
 
     name: str
@@ -90,6 +158,9 @@ class ModuleReport:
     shared: float = 0.0
     states: tuple[str, ...] = ()
     shadows: dict[str, list[ShadowReport]] = field(default_factory=dict, hash=False)
+    weight: WeightMeasures | None = field(default=None, hash=False)
+    activation_measures: dict[str, ActivationMeasures] = field(default_factory=dict, hash=False)
+    plots: dict[str, Plot] = field(default_factory=dict, hash=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -121,6 +192,32 @@ class ExpertCoverage:
         return {**asdict(self), "few": self.few, "unseen": self.unseen}
 
 
+@dataclass
+class Stability:
+    """Whether scales settled, where data was to end once they do.
+
+    It is looked each time that the tokens have doubled: at the scales of activations, and of
+    weights, whose scales are not derived for this, at the importance of their columns (the mean
+    squares of their inputs).
+
+    Attributes:
+        limit: By what share they might still move.
+        reached: Whether the data ended for that reason; the next four are of the last look.
+        batches: Batches up to it.
+        tokens: Tokens that a module had seen by then.
+        moved: What moved the most since the look before, when the tokens were half as many: the
+            relative change of a scale, or the mean change of importances whose mean is 1.
+        slowest: Full name of the tensor that did.
+    """
+
+    limit: float
+    reached: bool = False
+    batches: int = 0
+    tokens: int = 0
+    moved: float | None = None
+    slowest: str | None = None
+
+
 @dataclass(frozen=True)
 class CalibrationReport:
     """What a calibration did.
@@ -145,6 +242,7 @@ class CalibrationReport:
             experts of custom code), so that all of them counted, padding as well.
         coverage: How many tokens each expert saw, layer by layer; empty for models without experts,
             and where no observer needed data.
+        stability: Whether scales settled, where `until_stable` was given; None elsewhere.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
@@ -158,6 +256,7 @@ class CalibrationReport:
     unmasked: list[str] = field(default_factory=list)
     held_out: int = 0
     coverage: list[ExpertCoverage] = field(default_factory=list)
+    stability: Stability | None = None
 
     def __getitem__(self, name: str) -> ModuleReport:
         """The record of one quantized module, by its name in the model.
@@ -232,6 +331,8 @@ class CalibrationReport:
         data = asdict(self)
         for row in data["modules"]:
             row["fallback"], row["states"] = list(row["fallback"]), list(row["states"])
+            for plot in row["plots"].values():
+                plot["range"] = list(plot["range"])
         data["coverage"] = [each.to_dict() for each in self.coverage]
         return data
 

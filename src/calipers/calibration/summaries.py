@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING, Any
 from calipers.calibration.targets import LeftAlone, kind_of
 
 if TYPE_CHECKING:
-    from calipers.calibration.report import ExpertCoverage, ModuleReport, ShadowReport
+    from calipers.calibration.report import (
+        ExpertCoverage,
+        ModuleReport,
+        ShadowReport,
+        WeightMeasures,
+    )
 
 __all__ = [
+    "MEASURE_HEADINGS",
     "KindSummary",
     "ShadowSummary",
+    "measure_cells",
     "shadow_cells",
     "shadow_headings",
     "summarize_coverage",
@@ -180,3 +187,26 @@ def shadow_cells(summaries: Iterable[ShadowSummary]) -> list[list[str]]:
         ]
         for each in summaries
     ]
+
+
+#: Heads of a table of measures.
+MEASURE_HEADINGS = ("module", "weight error", "output error", "SQNR", "clipped", "zeros")
+
+
+def measure_cells(rows: Iterable[ModuleReport]) -> list[list[str]]:
+    """The rows of a table of measures of weights, one for each module whose weight has an error."""
+    return [
+        [
+            row.name,
+            f"{row.weight_error:.4f}",
+            *_told(row.weight),
+        ]
+        for row in rows
+        if row.weight_error is not None
+    ]
+
+
+def _told(found: WeightMeasures | None) -> list[str]:
+    forms = {"output_error": ".4f", "sqnr_db": ".1f", "clipped": ".2%", "zeros": ".1%"}
+    values = [(getattr(found, name, None), form) for name, form in forms.items()]
+    return ["-" if value is None else format(value, form) for value, form in values]

@@ -64,7 +64,7 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str], *
     }
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        text = json.dumps(_plain(told), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(_plain(told), allow_nan=False) + "\n"
         with beside.open("w", encoding="utf-8") as written:
             written.write(text)
             written.flush()
@@ -109,6 +109,17 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
             "calipers wrote it"
         )
     return told
+
+
+def common_observer(report: CalibrationReport) -> str | None:
+    """The observer of all weights, or of all activations where none is; None where they differ."""
+    for names in (
+        {row.weight_observer for row in report.modules} - {None},
+        {row.activation_observer for row in report.modules} - {None},
+    ):
+        if names:
+            return names.pop() if len(names) == 1 else None
+    return None
 
 
 def _plain(value: Any) -> Any:

@@ -304,7 +304,8 @@ class CalibrationReport:
     def to_dataframe(self) -> pandas.DataFrame:
         """A pandas DataFrame with one row for each quantized module, indexed by name.
 
-        Its columns are the attributes of ModuleReport.
+        Its columns are the attributes of ModuleReport but `weight`, `activation_measures` and
+        `plots`, and the attributes of WeightMeasures but `error` and `bits`, which stand there.
 
         Raises:
             CalipersError: pandas is not installed; it comes with the extra "notebook".
@@ -316,9 +317,14 @@ class CalibrationReport:
                 "to_dataframe needs pandas, which is not installed: "
                 "pip install 'calipers[notebook]'"
             ) from None
-        names = [each.name for each in fields(ModuleReport)]
-        rows = [[getattr(row, name) for name in names] for row in self.modules]
-        return pandas.DataFrame(rows, columns=names).set_index("name")
+        names = [each.name for each in fields(ModuleReport) if each.name not in _NESTED]
+        measures = [each.name for each in fields(WeightMeasures) if each.name not in _TWICE]
+        rows = [
+            [getattr(row, name) for name in names]
+            + [getattr(row.weight, name, None) for name in measures]
+            for row in self.modules
+        ]
+        return pandas.DataFrame(rows, columns=[*names, *measures]).set_index("name")
 
     def __str__(self) -> str:
         return report_text(self)
@@ -342,6 +348,8 @@ def _badness(row: ModuleReport) -> float:
     return inf if error is None or isnan(error) else error
 
 
+#: Attributes of a module that are no single value, and those of its weight that stand twice.
+_NESTED, _TWICE = ("weight", "activation_measures", "plots"), ("error", "bits")
 #: These do not count as left out.
 _NO_REST = ("output head", "quantized before")
 

@@ -93,6 +93,8 @@ def _headline(report: CalibrationReport) -> str:
     )
     if report.batches:
         told += f"; {report.batches} batch{'es' * (report.batches != 1)}"
+        if report.stability is not None and report.stability.reached:
+            told += ", then settled"
     return f"{told}; {report.seconds:.1f} s"
 
 

@@ -187,8 +187,11 @@ def _part_of(view: Groups, qparams: tuple[Tensor, Tensor], limit: int) -> tuple[
     own = [each[view.where].reshape(view.qparam_shape)[::step].reshape(-1) for each in qparams]
     again = max(1, len(groups) // wanted)
     groups, own = groups[::again], [each[::again] for each in own]
-    finite = groups if bool(groups.isfinite().all()) else groups.nan_to_num(0.0, 0.0, 0.0)
-    low, high = finite.amin(1).clamp(max=0).float(), finite.amax(1).clamp(min=0).float()
+    low, high = groups.amin(1), groups.amax(1)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        finite = groups.nan_to_num(0.0, 0.0, 0.0)
+        low, high = finite.amin(1), finite.amax(1)
+    low, high = low.clamp(max=0).float(), high.clamp(min=0).float()
     stride = max(1, size * len(groups) // limit)
     if stride > 1:
         groups = groups[:, ::stride]

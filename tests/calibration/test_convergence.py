@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from calibration.tiny_models import tiny_llama, token_batches
 from calipers.calibration import attach, calibrate
@@ -34,13 +35,38 @@ def test_a_scale_that_grows_is_waited_for():
     assert report.stability.moved == 0
 
 
-def test_importance_of_weights_is_watched():
-    batches = [torch.eye(16).unsqueeze(0)[:, number % 16 :] for number in range(8)]
-    report = calibrate(linear(), "W8A8", "imatrix_mse", batches, until_stable=0.001)
+def weights(strategy):
+    args = QuantizationArgs(num_bits=4, strategy=strategy)
+    return QuantizationScheme(targets=["Linear"], weights=args)
+
+
+def test_scales_of_weights_are_watched():
+    other = ONES * torch.linspace(-3, 3, 16).exp()
+    report = calibrate(linear(), weights("channel"), "optimal", [ONES, other], until_stable=1e-6)
     assert not report.stability.reached
-    assert report.batches == 8
     assert report.stability.slowest == "0.weight"
-    assert report.stability.moved > 0.001
+    assert report.stability.moved > 1e-6
+    settled = calibrate(linear(), weights("channel"), "optimal", [ONES] * 9, until_stable=1e-6)
+    assert settled.batches == 2
+
+
+def test_weights_of_one_scale_are_watched_by_their_inputs():
+    other = ONES * torch.arange(16.0)
+    report = calibrate(linear(), weights("tensor"), "optimal", [ONES, other], until_stable=0.01)
+    assert not report.stability.reached
+    assert report.stability.moved > 0.01
+
+
+def test_looking_changes_no_scale():
+    for scheme in ("NVFP4A16", "W4A16"):
+        plain, other = tiny_llama(), tiny_llama()
+        batches = token_batches(8)
+        report = calibrate(plain, scheme, "optimal", batches)
+        looked = calibrate(other, scheme, "optimal", batches, until_stable=1e-9)
+        assert looked.batches == 8
+        for row in report.modules:
+            one, two = (each.get_submodule(row.name).weight_scale for each in (plain, other))
+            assert torch.equal(one, two)
 
 
 def test_held_out_batches_settle_nothing():
@@ -55,7 +81,7 @@ def test_held_out_batches_settle_nothing():
 def test_scales_are_those_of_the_batches_that_were_run():
     model, other = tiny_llama(), tiny_llama()
     batches = token_batches(16)
-    report = calibrate(model, "W4A16", "optimal", batches, until_stable=0.4)
+    report = calibrate(model, "W4A16", "optimal", batches, until_stable=0.05)
     assert report.stability.reached
     assert report.batches < 16
     calibrate(other, "W4A16", "optimal", batches[: report.batches])

@@ -130,9 +130,9 @@ def calibrate(
         propagate: With "blocks", let each block see what the quantized ones before it give, instead
             of what the unquantized ones do.
         until_stable: End the data once no scale moves by this share or more (0.01 is 1%) while the
-            tokens double; None runs all of it. Looked at are the scales of activations and the mean
-            squares of inputs that weigh the errors of weights. The report's `stability` tells how
-            many batches and tokens it took. Needs memory "whole" and one process.
+            tokens double; None runs all of it. Looked at are the scales of activations and of a few
+            rows of each weight, on average. The report's `stability` tells how many batches and
+            tokens it took. Needs memory "whole" and one process.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an

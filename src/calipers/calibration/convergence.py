@@ -6,13 +6,21 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from compressed_tensors.quantization import QuantizationStrategy
 from torch import Tensor
 
-from calipers.calibration.observed import ObservedModule, relative_change
+from calipers.calibration.global_scales import borrowed_memory, weight_of
+from calipers.calibration.observed import ObservedModule, ObservedTensor, relative_change
 from calipers.calibration.report import Stability
+from calipers.calibration.targets import GROUPED, has_global_scale
 from calipers.errors import CalipersError
+from calipers.observers.input_moments import InputObserver
 
 __all__ = ["Watch", "expect_limit", "refuse_until_stable"]
+
+#: Rows of a weight whose scales are derived, and the strategies whose scales span no others.
+_ROWS = 8
+_BY_ROW = (*GROUPED, QuantizationStrategy.CHANNEL)
 
 
 def expect_limit(until_stable: float | None) -> None:
@@ -80,7 +88,7 @@ class Watch:
             tensor.full_name: value
             for each in self._observed
             for tensor in each.tensors.values()
-            if (value := tensor.so_far()) is not None
+            if (value := _so_far(tensor)) is not None
         }
         moves = {name: _movement(name, self._before[name], now[name]) for name in self._before}
         complete = bool(now) and moves.keys() == now.keys()
@@ -112,10 +120,34 @@ class _Watched:
                 return
 
 
+def _so_far(tensor: ObservedTensor) -> Tensor | None:
+    """What the scales of a tensor would be by now; None where they do not hang on data.
+
+    Of a weight they are those of a few of its rows; where scales span rows, the importance of its
+    columns stands for them.
+    """
+    observer = tensor.observer
+    if tensor.base_name != "weight":
+        return tensor.so_far()
+    if not isinstance(observer, InputObserver) or not observer.needs_data or not observer.has_data:
+        return None
+    if tensor.args.strategy not in _BY_ROW:
+        gram = observer.moments.gram(None)
+        return None if gram is None else gram.diagonal
+    weight = weight_of(tensor)
+    rows = weight[:: max(1, len(weight) // _ROWS)][:_ROWS]
+    with borrowed_memory(observer):
+        shared = observer.get_global_scale(rows) if has_global_scale(tensor.args) else None
+        scale, _ = observer.get_qparams(rows, global_scale=shared)
+    return scale
+
+
 def _movement(name: str, before: Tensor, now: Tensor) -> float:
-    """How far a scale moved, or the mean of how far the importance of a weight's columns did."""
+    """The largest relative change of a scale; of a weight, which has many, the mean of it."""
     if before.shape != now.shape:
         return math.inf
-    if name.endswith(".weight"):
-        return float((now - before.to(now.device)).abs().mean())
-    return relative_change(before, now) or 0.0
+    if not name.endswith(".weight"):
+        return relative_change(before, now) or 0.0
+    before, now = before.to(now.device).double(), now.double()
+    changes = ((now - before).abs() / now.abs())[now != 0]
+    return float(changes.mean()) if len(changes) else 0.0

@@ -14,7 +14,7 @@ from calipers.calibration.held_out import Samples
 from calipers.calibration.targets import TENSORS
 from calipers.observers import Observer
 from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
-from calipers.observers.input_moments import InputObserver, share_moments
+from calipers.observers.input_moments import share_moments
 from calipers.observers.statistics import UpdateState
 
 __all__ = ["ObservedModule", "ObservedTensor", "build_observer", "relative_change"]
@@ -113,23 +113,15 @@ class ObservedTensor:
         return None if seen else "its observer saw no value"
 
     def so_far(self) -> Tensor | None:
-        """What its scale hangs on, as far as the data went.
+        """The scale that an activation would get by now, the global one where it is "local".
 
-        Of an activation the scale that it would get (the global scale of "local" ones), of a weight
-        the importance of its columns, mean squares of its inputs over their mean. None where
-        nothing was seen, or where the first observer of a weight looks at no inputs.
+        None where nothing was seen, and of a weight.
         """
-        observer = self.observer
-        if self.base_name == "weight":
-            if not isinstance(observer, InputObserver) or not observer.needs_data:
-                return None
-            gram = observer.moments.gram(None)
-            return None if gram is None else gram.diagonal
-        if self.lacks is not None:
+        if self.base_name == "weight" or self.lacks is not None:
             return None
         if self.args.dynamic:
-            return observer.get_global_scale()
-        return observer.get_qparams()[0]
+            return self.observer.get_global_scale()
+        return self.observer.get_qparams()[0]
 
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
@@ -293,7 +285,7 @@ class ObservedModule:
         for observer in observers:
             observer.end_batch()
         if number + 1 == self.look_at:
-            found = {key: t.so_far() for key, t in self.tensors.items() if key != "weight"}
+            found = {key: each.so_far() for key, each in self.tensors.items()}
             self._earlier = {key: value for key, value in found.items() if value is not None}
 
     def moved(self, base_name: str, scale: Tensor | None) -> float | None:

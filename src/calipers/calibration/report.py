@@ -196,9 +196,9 @@ class ExpertCoverage:
 class Stability:
     """Whether scales settled, where data was to end once they do.
 
-    It is looked each time that the tokens have doubled: at the scales of activations, and of
-    weights, whose scales are not derived for this, at the importance of their columns (the mean
-    squares of their inputs).
+    It is looked each time that the tokens have doubled: at the scales of activations, and of eight
+    rows of each weight whose observer learns from data. Where scales span rows (tensor, block) the
+    mean squares of the inputs stand for them.
 
     Attributes:
         limit: By what share they might still move.
@@ -206,7 +206,7 @@ class Stability:
         batches: Batches up to it.
         tokens: Tokens that a module had seen by then.
         moved: What moved the most since the look before, when the tokens were half as many: the
-            relative change of a scale, or the mean change of importances whose mean is 1.
+            relative change of a scale, of a weight the mean of its scales.
         slowest: Full name of the tensor that did.
     """
 

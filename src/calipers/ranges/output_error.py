@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -68,15 +69,28 @@ class InputGram:
         rows = rows.float()
         if self.products is None or self.columns is None:
             return (rows.square().sum(0, dtype=torch.float64) * self.diagonal.double()).sum()
-        found = self._of_blocks(rows, self.columns, self.products)
+        x = self._by_block(rows, self.columns)
+        products = self.products.flatten(0, 1)
+        found = ((x @ products) * x).sum(dtype=torch.float64)
         if self.kind == "blocks" and self.factor is not None:
-            whole = (rows @ self.factor).square().sum(dtype=torch.float64)
-            own = self.columns.by_block(self.factor.T).transpose(-1, -2)
-            inside = self.columns.by_block(rows) @ own
-            found = found + whole - inside.square().sum(dtype=torch.float64)
+            own = self._by_block(self.factor.T, self.columns).transpose(1, 2)
+            inside = x @ own  # (blocks, rows, rank), whose sum over blocks is the whole
+            found = found + inside.sum(0).square().sum(dtype=torch.float64)
+            found = found - inside.square().sum(dtype=torch.float64)
         return found
 
-    @staticmethod
-    def _of_blocks(rows: Tensor, columns: ColumnGroups, products: Tensor) -> Tensor:
-        x = columns.by_block(rows)
-        return ((x @ products) * x).sum(dtype=torch.float64)
+    def _by_block(self, rows: Tensor, columns: ColumnGroups) -> Tensor:
+        """Rows (rows, cols) cut into blocks (blocks, rows, size): a view where columns lie so."""
+        if self.in_order:
+            return rows.view(len(rows), -1, columns.size).transpose(0, 1)
+        return columns.by_block(rows).flatten(0, 1)
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether the blocks hold the columns in their order, and nothing is filled up."""
+        if self.columns is None:
+            return False
+        index = self.columns.index.cpu().reshape(-1)
+        order = torch.arange(len(self.diagonal), dtype=index.dtype, device="cpu")
+        width = self.columns.index.shape[1]
+        return torch.equal(index, order) and width == self.columns.blocks * self.columns.size

@@ -14,6 +14,7 @@ from calipers._words import check_choice
 from calipers.calibration import CalibrationReport
 from calipers.calibration.calibrate import calibrate as calibrate_model
 from calipers.calibration.config import SchemeLike
+from calipers.calibration.convergence import refuse_until_stable
 from calipers.calibration.few_tokens import ExpertPolicy
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.shadows import Shadows
@@ -21,7 +22,10 @@ from calipers.checkpoint import save
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.save import refuse_taken
 from calipers.checkpoint.source import refuse_source
+from calipers.distributed import Ranks
 from calipers.errors import CalipersError
+from calipers.reports import write_report
+from calipers.reports.file import common_observer
 from calipers.streaming.calibrate import calibrate_stream
 from calipers.streaming.plan import plan_stream
 from calipers.streaming.quantize import SHARD_BYTES
@@ -65,8 +69,9 @@ def calibrate(
             "whole".
         propagate: With "blocks", run each block a second time once it is quantized, so that the
             next ones see what the quantized model gives them.
-        out: Folder to write the checkpoint to; needed for a path, and for a path alone. Where the
-            process is killed, the same call goes on after the blocks that were written.
+        out: Folder to write the checkpoint to, with the report beside it as
+            `calipers-report.json`; needed for a path, and for a path alone. Where the process is
+            killed, the same call goes on after the blocks that were written.
         force: Replace an existing folder.
         load_check: As in `calipers.save`.
         device: Where the model of a path runs; None takes a GPU if there is one.
@@ -119,13 +124,17 @@ def calibrate(
         source = open_in_blocks(path, dtype, tokens, place)
         memory = "whole" if source is None else "blocks"
     if memory == "whole":
-        return _calibrate_whole(given, path, target, force, load_check, place, dtype)
+        report = _calibrate_whole(given, path, target, force, load_check, place, dtype)
+        _leave_report(report, path, target, given)
+        return report
     if options.get("statistics") is not None:
         raise CalipersError(
             "statistics: nothing has to be run then; quantize_checkpoint takes them for a "
             "checkpoint that does not fit into memory"
         )
-    return _calibrate_blocks(
+    if options.get("until_stable") is not None:
+        refuse_until_stable(blocks=True, statistics=False)
+    report = _calibrate_blocks(
         source or SourceCheckpoint(path, dtype),
         target,
         given,
@@ -133,6 +142,26 @@ def calibrate(
         force=force,
         load_check=load_check,
         device=place,
+    )
+    _leave_report(report, path, target, given)
+    return report
+
+
+def _leave_report(
+    report: CalibrationReport, path: Path, out: Path, given: Mapping[str, Any]
+) -> None:
+    """Write the report beside the checkpoint, on the first rank alone."""
+    if (given.get("ranks") or Ranks()).rank:
+        return
+    scheme = given["scheme"]
+    plain = scheme is None or isinstance(scheme, (str, os.PathLike))
+    write_report(
+        report,
+        out,
+        model=path,
+        scheme=scheme if plain else type(scheme).__name__,
+        observer=given["observer"] or common_observer(report),
+        options=given.get("observer_options") or {},
     )
 
 

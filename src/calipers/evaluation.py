@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +15,13 @@ __all__ = [
     "Difference",
     "OutputError",
     "Perplexity",
+    "bootstrap_interval",
     "collect_outputs",
     "evaluate_losses",
     "output_error",
     "paired_difference",
     "perplexity",
+    "ratio",
 ]
 
 
@@ -52,12 +54,12 @@ class Perplexity:
     @property
     def mean_loss(self) -> float:
         """Mean negative log-likelihood of a token, nats."""
-        return _ratio(self.losses, self.tokens)[0]
+        return ratio(self.losses, self.tokens)[0]
 
     @property
     def mean_loss_error(self) -> float | None:
         """Standard error of the mean loss over sequences; None for a single sequence."""
-        return _ratio(self.losses, self.tokens)[1]
+        return ratio(self.losses, self.tokens)[1]
 
     @property
     def value(self) -> float:
@@ -148,7 +150,10 @@ def perplexity(
 
 @torch.no_grad()
 def evaluate_losses(
-    model: nn.Module, batches: Iterable[Tensor], progress: Progress | None = None
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    progress: Progress | None = None,
+    see: Callable[[int, Tensor], object] | None = None,
 ) -> Perplexity:
     """Losses of a language model by sequence, which give its perplexity a standard error.
 
@@ -156,6 +161,9 @@ def evaluate_losses(
         model: As for `perplexity`. It runs in evaluation mode, and its modes are put back.
         batches: As for `perplexity`. Sequences of one token are left out.
         progress: As for `perplexity`.
+        see: Called for each sequence with its number, from 0, and the logits by which its tokens
+            but the first are predicted, shape (tokens - 1, vocabulary); see
+            `calipers.agreement.ReferenceLogits`.
 
     Returns:
         The losses, whose `value` is the perplexity.
@@ -174,6 +182,8 @@ def evaluate_losses(
                 logits = model(input_ids=ids, use_cache=False).logits
                 # One sequence at a time: float32 logits of a whole batch can be gigabytes.
                 for row, targets in zip(logits[:, :-1], ids[:, 1:], strict=True):
+                    if see is not None:
+                        see(len(losses), row)
                     loss = nn.functional.cross_entropy(row.float(), targets, reduction="none")
                     losses.append(float(loss.double().sum()))
                     tokens.append(targets.numel())
@@ -211,7 +221,59 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Difference:
             f"{len(after.tokens)} of {sum(after.tokens)}"
         )
     changes = [b - a for a, b in zip(before.losses, after.losses, strict=True)]
-    return Difference(*_ratio(changes, before.tokens))
+    return Difference(*ratio(changes, before.tokens))
+
+
+def bootstrap_interval(
+    before: Perplexity,
+    after: Perplexity,
+    *,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float] | None:
+    """Between what the relative change of the perplexity lies, by a paired bootstrap.
+
+    Sequences are drawn with replacement, each with what both models did with it. Unlike a standard
+    error it needs no change that is small or even.
+
+    Args:
+        before: As for `paired_difference`.
+        after: Likewise.
+        confidence: Share of the draws that lie inside.
+        draws: How many.
+        seed: Of the draws, which are the same in every process.
+
+    Returns:
+        The ends, as `Difference.relative`: 0.02 is 2% more; None for a single sequence.
+
+    Raises:
+        ValueError: As `paired_difference`.
+
+    Example:
+        >>> before = Perplexity(losses=(4.0, 8.0, 6.0), tokens=(2, 2, 2))
+        >>> after = Perplexity(losses=(4.2, 8.2, 6.2), tokens=(2, 2, 2))
+        >>> low, high = bootstrap_interval(before, after)
+        >>> round(low, 3), round(high, 3)
+        (0.105, 0.105)
+    """
+    paired_difference(before, after)  # refuses other sequences
+    count = len(before.tokens)
+    if count < 2:
+        return None
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(
+        count, (draws, count), generator=generator, dtype=torch.int64, device="cpu"
+    )
+    pairs = zip(before.losses, after.losses, before.tokens, strict=True)
+    table = torch.tensor(
+        [(b - a, tokens) for a, b, tokens in pairs], dtype=torch.float64, device="cpu"
+    )
+    changes, tokens = table[drawn].sum(1).unbind(1)
+    side = (1 - confidence) / 2
+    ends = torch.tensor([side, 1 - side], dtype=torch.float64, device="cpu")
+    low, high = (changes / tokens).quantile(ends).tolist()
+    return _exp(low) - 1, _exp(high) - 1
 
 
 @torch.no_grad()
@@ -288,12 +350,19 @@ def output_error(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Outp
         relative = torch.where(distance == 0, 0.0, distance / wanted.double().norm(dim=-1))
         sums.append(float(relative.sum()))
     counts = [len(each) for each in reference]
-    value, error = _ratio(sums, counts)
+    value, error = ratio(sums, counts)
     return OutputError(value, error, len(counts), sum(counts))
 
 
-def _ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+def ratio(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
     """Mean over tokens from sums over sequences, and its standard error over sequences.
+
+    Args:
+        sums: Of each sequence the sum over its tokens.
+        counts: Tokens of each sequence.
+
+    Returns:
+        The mean, and its standard error, None for a single sequence.
 
     Source: the ratio estimator of survey sampling (Cochran, Sampling Techniques, section 2.11):
     var = n / (n - 1) * sum (s_i - mean * c_i)^2 / (sum c_i)^2.

@@ -134,11 +134,16 @@ def test_the_report_is_ready_for_json():
         "unmasked",
         "held_out",
         "coverage",
+        "stability",
     }
     assert read["batches"] == 2
     assert read["seconds"] > 0
     row = read["modules"][2]
     assert row.pop("weight_error") > 0
+    assert row.pop("weight")["bits"] == 8
+    assert list(row.pop("plots")) == ["weight"]
+    unknown = {"sqnr_db": None, "judged_by": None, "clipped": None, "moved": None}
+    assert row.pop("activation_measures") == {"input": unknown}
     assert row == {
         "name": "layers.0.experts.1.up_proj",
         "weight_observer": "imatrix_mse",

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from architectures import tiny
 from calipers.calibration import calibrate
-from calipers.calibration.report import summarize_left_alone
+from calipers.calibration.summaries import summarize_left_alone
 from calipers.errors import SchemeError, UnknownModuleError
 
 ONLY = "compressed-tensors quantizes Linear and Embedding only"

@@ -13,6 +13,7 @@ from torch import nn
 from calibration.tiny_models import tiny_llama
 from calipers import CalibrationReport, CalipersError, calibrate
 from calipers.calibration import LeftAlone, ModuleReport
+from calipers.calibration.report import WeightMeasures
 from calipers.errors import UnknownModuleError
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -156,8 +157,17 @@ def test_dataframe():
     frame = report.to_dataframe()
     assert list(frame.index) == [row.name for row in report.modules]
     assert frame["weight_error"].tolist() == [row.weight_error for row in report.modules]
-    assert set(frame.columns) == set(ModuleReport.__dataclass_fields__) - {"name"}
+    nested = {"name", "weight", "activation_measures", "plots"}
+    measures = set(WeightMeasures.__dataclass_fields__) - {"error", "bits"}
+    assert set(frame.columns) == set(ModuleReport.__dataclass_fields__) - nested | measures
     assert list(CalibrationReport().to_dataframe().columns) == list(frame.columns)
+
+
+def test_measures_are_columns_of_a_dataframe():
+    pytest.importorskip("pandas")
+    report = calibrate(tiny_llama(), "W4A16", "memoryless_minmax")
+    frame = report.to_dataframe()
+    assert frame["sqnr_db"].tolist() == [row.weight.sqnr_db for row in report.modules]
 
 
 def test_without_pandas_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -38,6 +38,7 @@ FIELDS = {
     "perplexity_after",
     "change",
     "output_error",
+    "measures",
     "verdict",
     "bytes_before",
     "bytes_after",
@@ -733,7 +734,11 @@ def test_the_worst_modules_are_named(
     _, heading, tail = text.partition("The largest weight errors")
     assert bool(heading) == bool(count)
     shown = [line.split() for line in tail.splitlines() if line.strip().startswith("model.layers")]
-    assert shown == [[row["name"], f"{row['weight_error']:.4f}"] for row in rows[:count]]
+    wanted = [[row["name"], f"{row['weight_error']:.4f}"] for row in rows[:count]]
+    assert [each[:2] for each in shown] == wanted
+    measures = [row["weight"] for row in rows[:count]]
+    assert [each[2] for each in shown] == [f"{m['output_error']:.4f}" for m in measures]
+    assert [each[3] for each in shown] == [f"{m['sqnr_db']:.1f}" for m in measures]
 
 
 def test_dynamic_activations_are_called_so(calipers: Calipers, llama: Path) -> None:

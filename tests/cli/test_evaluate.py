@@ -27,6 +27,7 @@ FIELDS = {
     "perplexity",
     "change",
     "output_error",
+    "measures",
 }
 
 
@@ -64,7 +65,13 @@ def test_a_checkpoint_is_compared_with_the_first(
         assert row["perplexity"]["standard_error"] > 0
     assert first["bytes"] == (llama / "model.safetensors").stat().st_size
     assert second["bytes"] == (quantized / "model.safetensors").stat().st_size
-    assert first["change"] is None
+    assert first["change"] is first["measures"] is None
+    measures = second["measures"]["perplexity"]
+    assert 0 < measures["kl"] < 0.5
+    assert measures["kl_error"] > 0
+    assert 0.3 < measures["top1"] < 1
+    assert measures["relative"] == second["change"]["value"]
+    assert measures["relative_low"] < measures["relative"] < measures["relative_high"]
     ratio = second["perplexity"]["value"] / first["perplexity"]["value"] - 1
     assert ratio != 0
     assert second["change"]["value"] == pytest.approx(ratio, rel=1e-6)

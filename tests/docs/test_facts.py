@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 from collections.abc import Callable
@@ -115,6 +116,16 @@ def test_json_fields_of_the_command_line_page() -> None:
     fields = importlib.import_module("cli.test_calibrate").FIELDS
     rows = read_table(COMMAND_LINE.read_text("utf-8"), "field")
     assert {name for row in rows for name in re.findall(r"`(\w+)`", row[0])} == fields
+
+
+def test_numbers_of_the_report_page() -> None:
+    """Every number of a report that is no name stands on the page that explains them."""
+    page = (ROOT / "docs" / "reading-a-report.md").read_text("utf-8")
+    report = importlib.import_module("calipers.calibration.report")
+    for kind in (report.WeightMeasures, report.ActivationMeasures, report.Stability):
+        names = {each.name for each in dataclasses.fields(kind)} - {"limit"}
+        told = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", page)}
+        assert names <= told, kind
 
 
 def test_names_of_other_versions_exist() -> None:

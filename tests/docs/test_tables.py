@@ -82,6 +82,10 @@ UNMEASURED = {
         "groups",
     ): "tests/distributed/test_sharded.py::"
     "test_searches_are_gathered_only_where_groups_lie_in_several_shards",
+    ("docs/reading-a-report.md", "number, says"): FACTS + "test_numbers_of_the_report_page",
+    ("docs/reading-a-report.md", "`output_error_from`, of"): (
+        "tests/calibration/test_measures.py::test_the_error_of_the_prediction_on_the_demo_model"
+    ),
     (
         "docs/statistics-files.md",
         "statistics, of",

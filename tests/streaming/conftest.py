@@ -28,11 +28,13 @@ def read_checkpoint(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def other_files(folder: Path) -> dict[str, bytes]:
-    """Contents of all other files but the index, by name."""
+    """Contents of all other files but the index and the report, by name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and ".safetensors" not in path.name
+        if path.is_file()
+        and ".safetensors" not in path.name
+        and path.name != "calipers-report.json"  # which has times in it
     }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "expect_batches",
     "find_mask",
     "no_cache",
+    "number_of_batches",
     "run_batch",
     "run_batches",
     "uncompiled",
@@ -52,7 +53,7 @@ def run_batches(
         CalipersError: `batches` is itself one batch or text, or a batch is of another type.
     """
     expect_batches(batches)
-    total = _length(batches)
+    total = number_of_batches(batches)
     device = get_execution_device(model, torch.device("cpu"))
     with eval_mode(model), torch.no_grad(), uncompiled(model):
         if progress is not None:
@@ -64,7 +65,7 @@ def run_batches(
                 progress("batches", done, total)
 
 
-def _length(batches: Iterable[Any]) -> int | None:
+def number_of_batches(batches: Iterable[Any]) -> int | None:
     """How many batches there are; None where that is not known."""
     try:
         return len(batches) if isinstance(batches, Sized) else None

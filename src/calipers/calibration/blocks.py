@@ -180,6 +180,7 @@ class _Work:
 
             return run
 
+        self._calibration.look_at_last_quarter(len(batches))
         for each in masks:
             self._calibration.count_batch(each)
         self._tell(0)

@@ -17,6 +17,7 @@ from calipers.calibration.batches import Progress
 from calipers.calibration.blocks import Way
 from calipers.calibration.checks import OnUnfit
 from calipers.calibration.config import KVCacheLike, SchemeLike
+from calipers.calibration.convergence import expect_limit, refuse_until_stable
 from calipers.calibration.experts import change_when_joined, separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy, OnFewTokens
 from calipers.calibration.parts import Only
@@ -68,6 +69,7 @@ def calibrate(
     statistics: str | Path | Statistics | None = None,
     memory: Way = "whole",
     propagate: bool = False,
+    until_stable: float | None = None,
 ) -> CalibrationReport:
     """Quantize a model in place: attach observers, run data, freeze, detach.
 
@@ -127,6 +129,10 @@ def calibrate(
             block is then brought in once. The scales are the same.
         propagate: With "blocks", let each block see what the quantized ones before it give, instead
             of what the unquantized ones do.
+        until_stable: End the data once no scale moves by this share or more (0.01 is 1%) while the
+            tokens double; None runs all of it. Looked at are the scales of activations and of a few
+            rows of each weight, on average. The report's `stability` tells how many batches and
+            tokens it took. Needs memory "whole" and one process.
 
     Returns:
         What was done, module by module. The model runs fake-quantized from here on; where an
@@ -157,6 +163,9 @@ def calibrate(
     check_choice("memory", memory, Way)
     if propagate and memory != "blocks":
         raise CalipersError("propagate: only memory='blocks' runs a block once it is quantized")
+    expect_limit(until_stable)
+    if until_stable is not None:
+        refuse_until_stable(blocks=memory == "blocks", statistics=statistics is not None)
     policy = ExpertPolicy(on_few_tokens, enough_tokens, all_experts)
     shadows = Shadows.read(shadow, activation_shadow, pick)
     if statistics is not None:
@@ -197,6 +206,7 @@ def calibrate(
             statistics=statistics,
             memory=memory,
             propagate=propagate,
+            until_stable=until_stable,
         )
 
 

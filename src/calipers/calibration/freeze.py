@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -20,17 +21,18 @@ from calipers.calibration.few_tokens import lent_statistics
 from calipers.calibration.fused import find_fused_groups
 from calipers.calibration.global_scales import borrowed_memory, shared_global_scale, weight_of
 from calipers.calibration.judge import Verdict, judge
+from calipers.calibration.measuring import measure_activations, measure_weight
 from calipers.calibration.observed import ObservedModule, ObservedTensor
 from calipers.calibration.plan import ObserverChoice, needs_observer
-from calipers.calibration.report import ModuleReport
+from calipers.calibration.report import ActivationMeasures, ModuleReport, WeightMeasures
 from calipers.calibration.targets import TENSORS, has_global_scale
 from calipers.calibration.write import (
     keep_onloaded,
-    measure_weight_error,
     undo_on_error,
     write_qparam,
 )
 from calipers.errors import CalipersError
+from calipers.ranges.measures import Plot
 
 __all__ = ["Freezing", "freeze_modules", "initialize_modules"]
 
@@ -67,13 +69,12 @@ def freeze_modules(
     """
     work = Freezing(observed, choice, progress)
     by_name = {each.name: each for each in observed}
-    errors: dict[str, float] = {}
     with undo_on_error([each.module for each in observed]), torch.no_grad():
         for names in find_fused_groups(by_name):
-            errors |= work.freeze([by_name[name] for name in names])
+            work.freeze([by_name[name] for name in names])
         for each in observed:
             each.module.quantization_status = QuantizationStatus.FROZEN
-    return [_report(each, errors.get(each.name), work.verdicts) for each in observed]
+    return [_report(each, work.measured[each.name], work.verdicts) for each in observed]
 
 
 def initialize_modules(observed: Sequence[ObservedModule], choice: ObserverChoice) -> None:
@@ -81,6 +82,16 @@ def initialize_modules(observed: Sequence[ObservedModule], choice: ObserverChoic
     Freezing(observed, choice).initialize(observed)
     for each in observed:
         each.module.quantization_status = QuantizationStatus.FROZEN
+
+
+@dataclass
+class Measured:
+    """What is measured of a module: fields of `ModuleReport`."""
+
+    error: float | None = None
+    weight: WeightMeasures | None = None
+    activations: dict[str, ActivationMeasures] = field(default_factory=dict)
+    plots: dict[str, Plot] = field(default_factory=dict)
 
 
 class Freezing:
@@ -103,19 +114,21 @@ class Freezing:
         self._recorded: dict[int, QuantizationScheme] = {}
         #: Of tensors that several observers looked at.
         self.verdicts: dict[str, Verdict] = {}
+        #: What became of the tensors of each module that is done, by its name.
+        self.measured: dict[str, Measured] = {}
 
-    def freeze(self, group: Sequence[ObservedModule], *, measure: bool = True) -> dict[str, float]:
-        """Quantize one fused group, all but the status; with `measure` its weights' errors.
+    def freeze(self, group: Sequence[ObservedModule], *, measure: bool = True) -> None:
+        """Quantize one fused group, all but the status; with `measure` its tensors are `measured`.
 
-        The errors are relative, by module name; measuring costs as much as to fake-quantize.
+        Measuring costs little more than to fake-quantize the weights once.
         """
+        self.measured |= {each.name: Measured() for each in group}
         self.initialize(group)
         with lent_statistics(group):
             self.judge(group)
             self.write_global_scales(group)
-            errors = self.write_weights(group, measure=measure)
-            self.write_activations(group)
-        return errors
+            self.write_weights(group, measure=measure)
+            self.write_activations(group, measure=measure)
 
     def initialize(self, group: Sequence[ObservedModule]) -> None:
         """Empty qparams on every module, with the observers that were really used in its scheme."""
@@ -152,11 +165,8 @@ class Freezing:
                     write_qparam(tensor, "global_scale", shared)
         self._tell("global scales", group)
 
-    def write_weights(
-        self, group: Sequence[ObservedModule], *, measure: bool = True
-    ) -> dict[str, float]:
-        """Scales and zero points of weights; the relative error of each, by module name."""
-        errors = {}
+    def write_weights(self, group: Sequence[ObservedModule], *, measure: bool = True) -> None:
+        """Scales and zero points of weights."""
         for each in group:
             tensor = each.tensors.get("weight")
             if tensor is None:
@@ -168,22 +178,21 @@ class Freezing:
                     tensor.deciding.observe(weight)
                 _write_pair(tensor, verdict)
             if measure:
-                errors[each.name] = measure_weight_error(
-                    weight,
-                    each.module.get_parameter("weight_scale"),
-                    getattr(each.module, "weight_zero_point", None),
-                    tensor.args,
-                    getattr(each.module, "weight_global_scale", None),
-                )
+                own = self.measured[each.name]
+                own.error, own.weight, plot = measure_weight(tensor, weight, verdict)
+                own.plots |= {} if plot is None else {"weight": plot}
             self._tell("weights", [each])
-        return errors
 
-    def write_activations(self, group: Sequence[ObservedModule]) -> None:
+    def write_activations(self, group: Sequence[ObservedModule], *, measure: bool = True) -> None:
         """Scales and zero points of static activations."""
         for each in group:
             for base_name, tensor in each.tensors.items():
                 if base_name != "weight" and not tensor.args.dynamic:
                     _write_pair(tensor, self.verdicts.get(tensor.full_name))
+            if measure:
+                own = self.measured[each.name]
+                own.activations, plots = measure_activations(each)
+                own.plots |= plots
             self._tell("activations", [each])
 
     def _tell(self, stage: str, done: Sequence[ObservedModule]) -> None:
@@ -205,7 +214,7 @@ def _write_pair(tensor: ObservedTensor, verdict: Verdict | None) -> None:
 
 
 def _report(
-    each: ObservedModule, weight_error: float | None, verdicts: Mapping[str, Verdict]
+    each: ObservedModule, measured: Measured, verdicts: Mapping[str, Verdict]
 ) -> ModuleReport:
     judged = {name: verdicts.get(tensor.full_name) for name, tensor in each.tensors.items()}
     other = {name: found.observer for name, found in judged.items() if found and not found.is_first}
@@ -224,7 +233,7 @@ def _report(
         name=each.name,
         weight_observer=chosen.get("weight"),
         weight_bits=weights.num_bits if weights is not None else None,
-        weight_error=weight_error,
+        weight_error=measured.error,
         activation_observer=next((chosen[name] for name in TENSORS if name in activations), None),
         tokens=each.tokens,
         fallback=fallback,
@@ -235,6 +244,9 @@ def _report(
         shared=max((tensor.share for tensor in each.tensors.values()), default=0.0),
         states=tuple(name for name in STATES if name in each.tensors),
         shadows={name: found.rows for name, found in judged.items() if found},
+        weight=measured.weight,
+        activation_measures=measured.activations,
+        plots=measured.plots,
     )
 
 

@@ -49,6 +49,7 @@ class _Kept:
     """Tokens of one side: a chunk of each batch, or of every second, fourth ... of very many."""
 
     held_out: bool
+    most: int = TOKENS
     chunks: list[Tensor] = field(default_factory=list)
     _batches: int = 0
     _stride: int = 1
@@ -61,7 +62,7 @@ class _Kept:
         if len(self.chunks) > _CHUNKS:
             self.chunks = self.chunks[::2]
             self._stride *= 2
-        most = TOKENS // len(self.chunks)
+        most = self.most // len(self.chunks)
         self.chunks = [_spread(each, most) for each in self.chunks]
 
 
@@ -69,39 +70,43 @@ class Samples:
     """Tokens of the values of one module, by side, evenly spread over the batches held out.
 
     Until a batch that is held out shows a value, tokens of the first that the observers saw stand
-    in for it.
+    in for it. Where none is held out, tokens are spread over all batches.
 
     Args:
         sides: The sides whose tokens are wanted.
+        holds_out: Whether batches are held out; without it a quarter of the tokens is kept.
 
     Attributes:
         held_out: Whether the batch that runs is held out.
     """
 
-    def __init__(self, sides: Iterable[str]) -> None:
+    def __init__(self, sides: Iterable[str], *, holds_out: bool = True) -> None:
         self.held_out = False
+        self._holds_out = holds_out
+        self._most = TOKENS if holds_out else TOKENS // 4
         self._sides = frozenset(sides)
         self._kept: dict[str, _Kept] = {}
         self._waiting: dict[str, list[Tensor]] = {}
 
     def begin_batch(self, number: int) -> None:
         """Start a batch; until it ends nothing of it is kept."""
-        self.held_out = is_held_out(number)
+        self.held_out = self._holds_out and is_held_out(number)
         self._waiting = {}
 
     def see(self, seen: Seen) -> None:
         """Take tokens of a value, where they are wanted."""
-        if seen.side in self._sides and (self.held_out or seen.side not in self._kept):
+        wanted = self.held_out or not self._holds_out or seen.side not in self._kept
+        if wanted and seen.side in self._sides:
             value = plain_tensor(seen.value)
             by_token = _by_token(value, state=seen.side in ATTENTION_NAMES)
-            self._waiting.setdefault(seen.side, []).append(_spread(by_token))
+            self._waiting.setdefault(seen.side, []).append(_spread(by_token, self._most))
 
     def end_batch(self) -> None:
         """Keep what the batch showed."""
         for side, chunks in self._waiting.items():
             if side not in self._kept or self._kept[side].held_out != self.held_out:
-                self._kept[side] = _Kept(self.held_out)
-            self._kept[side].add(_spread(torch.cat(chunks)))
+                self._kept[side] = _Kept(self.held_out, self._most)
+            self._kept[side].add(_spread(torch.cat(chunks), self._most))
         self._waiting = {}
 
     def undo_batch(self) -> None:
@@ -127,9 +132,9 @@ class Samples:
             shares = [each[side] for each in found if side in each]
             held_out = any(flag for flag, _ in shares)
             chunks = [own for flag, own in shares if flag is held_out]
-            if not held_out:
+            if not held_out and self._holds_out:
                 chunks = chunks[:1]  # of the first batch alone, as in `see`
-            self._kept[side] = kept = _Kept(held_out)
+            self._kept[side] = kept = _Kept(held_out, self._most)
             for turn in zip_longest(*chunks):
                 for chunk in turn:
                     if chunk is not None:

@@ -24,7 +24,7 @@ from calipers.errors import CalipersError
 from calipers.observers import Observer
 from calipers.observers.input_moments import InputObserver
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "activation_error", "in_batch", "judge"]
 
 #: The key of the observer that decides without shadows; those have their labels.
 _FIRST = ""
@@ -195,7 +195,7 @@ def _answer(tensor: ObservedTensor, shared: Tensor | None, sample: Sample | None
         scale = _given(observer, scale)
     answer = _Answer(observer, shared, scale, zero_point)
     if sample is not None:
-        answer.error = _activation_error(tensor, answer, sample.tokens)
+        answer.error = activation_error(tensor, scale, zero_point, shared, sample.tokens)
     return answer
 
 
@@ -205,14 +205,31 @@ def _given(observer: Observer, scale: Tensor | None) -> Tensor:
     return scale
 
 
-def _activation_error(tensor: ObservedTensor, answer: _Answer, tokens: Tensor) -> float:
-    """Relative squared error of fake-quantized values, which has the sum of squares in float64."""
-    if tensor.base_name in STATES:
-        tokens = tokens.transpose(0, 1).unsqueeze(0)  # (batch, heads, tokens, head_dim)
+def in_batch(tensor: ObservedTensor, tokens: Tensor) -> Tensor:
+    """Tokens as the module sees them: of attention (1, heads, tokens, head_dim)."""
+    return tokens.transpose(0, 1).unsqueeze(0) if tensor.base_name in STATES else tokens
+
+
+def activation_error(
+    tensor: ObservedTensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    global_scale: Tensor | None,
+    tokens: Tensor,
+) -> float:
+    """Relative squared error of fake-quantized values, which has the sum of squares in float64.
+
+    Args:
+        tensor: The activation.
+        scale: As it is, or will be, written; None takes local scales of the values (NVFP4).
+        zero_point: Likewise, or None.
+        global_scale: Likewise, or None.
+        tokens: See `Sample`.
+    """
+    tokens = in_batch(tensor, tokens)
     device = tokens.device
     scale, zero_point, shared = (
-        None if each is None else each.to(device)
-        for each in (answer.scale, answer.zero_point, answer.global_scale)
+        None if each is None else each.to(device) for each in (scale, zero_point, global_scale)
     )
     if scale is None:
         assert tensor.module is not None

@@ -19,7 +19,7 @@ from calipers.observers.hooks import Seen, Side, add_hook, remove_hooks
 from calipers.observers.input_moments import InputObserver, share_moments
 from calipers.observers.statistics import HoldsStatistics, UpdateState
 
-__all__ = ["ObservedModule", "ObservedTensor", "build_observer"]
+__all__ = ["ObservedModule", "ObservedTensor", "build_observer", "relative_change"]
 
 #: Sides at which tokens are counted: one of them for each module.
 _COUNTED = ("input", "k")
@@ -114,6 +114,17 @@ class ObservedTensor:
         seen = observer.has_global_statistics if local else observer.has_statistics
         return None if seen else "its observer saw no value"
 
+    def so_far(self) -> Tensor | None:
+        """The scale that an activation would get by now, the global one where it is "local".
+
+        None where nothing was seen, and of a weight.
+        """
+        if self.base_name == "weight" or self.lacks is not None:
+            return None
+        if self.args.dynamic:
+            return self.observer.get_global_scale()
+        return self.observer.get_qparams()[0]
+
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
         if self.base_name == "weight":
@@ -177,8 +188,9 @@ class ObservedModule:
             counted where data is observed.
         unmasked: Whether it saw, in a batch with a mask, a value that is not arranged by token
             (those of a routed expert), all of which counted.
-        samples: Tokens of batches that are held out from the observers, where several of them are
-            to be judged.
+        samples: Tokens that scales are judged by: of batches that are held out from the observers
+            where there are several, else of all.
+        look_at: After which batch to keep what the scales of activations were; None never.
     """
 
     name: str
@@ -188,6 +200,8 @@ class ObservedModule:
     tokens: int = 0
     unmasked: bool = False
     samples: Samples | None = None
+    look_at: int | None = None
+    _earlier: dict[str, Tensor] = field(default_factory=dict)
     _attached: bool = False
     _update: UpdateState = field(default_factory=UpdateState)
 
@@ -256,6 +270,7 @@ class ObservedModule:
         """Detach, and drop all that the observers learnt."""
         self.detach()
         self.samples = None
+        self._earlier = {}
         for tensor in self.tensors.values():
             tensor.fallback = tensor.shared = tensor.lent = None
             for observer in tensor.observers:
@@ -305,11 +320,30 @@ class ObservedModule:
             return
         for observer in observers:
             observer.end_batch()
+        if number + 1 == self.look_at:
+            found = {key: each.so_far() for key, each in self.tensors.items()}
+            self._earlier = {key: value for key, value in found.items() if value is not None}
+
+    def moved(self, base_name: str, scale: Tensor | None) -> float | None:
+        """Largest relative change of a scale since `look_at`; None where that was not."""
+        earlier = self._earlier.get(base_name)
+        if earlier is None or scale is None or earlier.shape != scale.shape:
+            return None
+        return relative_change(earlier, scale)
 
     def _undo_batch(self, observers: Sequence[Observer], before: tuple[int, bool]) -> None:
         self.tokens, self.unmasked = before
         for observer in observers:
             observer.undo_batch()
+
+
+def relative_change(before: Tensor, after: Tensor) -> float | None:
+    """Largest |after - before| / |after| of values that are not 0; None where there are none."""
+    before, after = before.to(after.device).double(), after.double()
+    known = (after != 0) & after.isfinite() & before.isfinite()
+    if not bool(known.any()):
+        return None
+    return float(((after - before).abs() / after.abs())[known].max())
 
 
 def _hooks_itself(observer: Observer) -> bool:

@@ -270,8 +270,14 @@ def _observed(target: Target, choice: ObserverChoice) -> ObservedModule:
                 target.name, target.module, base_name, args, observers
             )
     # Batches are held out from all modules alike, sampled where there is something to judge.
-    judged = {TENSORS[name].side for name, each in tensors.items() if len(each.observers) > 1}
-    samples = Samples(judged) if choice.shadows else None
+    judged = {
+        TENSORS[name].side
+        for name, each in tensors.items()
+        if len(each.observers) > 1 or name != "weight"
+    }
+    samples = None
+    if choice.shadows or judged:
+        samples = Samples(judged, holds_out=bool(choice.shadows))
     return ObservedModule(target.name, target.module, target.scheme, tensors, samples=samples)
 
 

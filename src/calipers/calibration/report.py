@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from html import escape
-from math import exp, inf, isnan, log
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any, Literal
 
 from compressed_tensors.offload import disable_onloading
@@ -14,27 +12,25 @@ from torch import nn
 
 from calipers._words import did_you_mean
 from calipers.calibration.architectures import projection_weights
-from calipers.calibration.targets import LeftAlone, kind_of
+from calipers.calibration.report_text import report_html, report_text
+from calipers.calibration.targets import LeftAlone
 from calipers.errors import CalipersError, UnknownModuleError
+from calipers.ranges.measures import Plot
+from calipers.ranges.output_error import GramKind
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = [
+    "ActivationMeasures",
     "CalibrationReport",
     "ExpertCoverage",
-    "KindSummary",
     "LeftAlone",
     "ModuleReport",
     "ShadowReport",
-    "ShadowSummary",
+    "Stability",
+    "WeightMeasures",
     "quantized_share",
-    "shadow_cells",
-    "shadow_headings",
-    "summarize_coverage",
-    "summarize_left_alone",
-    "summarize_modules",
-    "summarize_shadows",
     "with_shares",
 ]
 
@@ -58,6 +54,64 @@ class ShadowReport:
     error: float | None
     chosen: bool
     judged_by: Literal["held-out", "in-sample", "weight"]
+
+
+@dataclass(frozen=True)
+class WeightMeasures:
+    """What quantization did to a weight W, Q being what it is fake-quantized to.
+
+    Attributes:
+        error: Relative error ||W - Q|| / ||W||; None where it is no number.
+        output_error: Relative error ||X (W - Q)'|| / ||X W'|| of what the layer computes, with the
+            inputs X of the calibration data, from what its observer holds of X'X; None where it
+            looked at no inputs.
+        output_error_from: How much of X'X that was: "gram", all of it; "blocks", the blocks of
+            columns that share a scale and a sketch of the rest; "diagonal", the mean squares of
+            columns, as if inputs were not correlated.
+        held_out_error: The same error, measured on tokens that no observer saw; None where no
+            batches were held out (several observers hold them out).
+        sqnr_db: 10 log10(||W||^2 / ||W - Q||^2), dB; None without any error.
+        clipped: Share of values beyond the last code by more than half of its step. This and the
+            next two are of a sample of at most 65536 values.
+        zeros: Share of values whose code stands for 0.
+        entropy: Bits of the distribution of codes; None where there is no sample, and so are the
+            two above.
+        bits: Bits of a code.
+        scales_saturated: Share of the stored scales at the top of E4M3; None where scales have
+            another format.
+        scales_underflowed: Share at the bottom of E4M3, its smallest code or 0; None as above.
+    """
+
+    error: float | None = None
+    output_error: float | None = None
+    output_error_from: GramKind | None = None
+    held_out_error: float | None = None
+    sqnr_db: float | None = None
+    clipped: float | None = None
+    zeros: float | None = None
+    entropy: float | None = None
+    bits: int = 0
+    scales_saturated: float | None = None
+    scales_underflowed: float | None = None
+
+
+@dataclass(frozen=True)
+class ActivationMeasures:
+    """How activations fare that are quantized with stored scales.
+
+    Attributes:
+        sqnr_db: 10 log10(||x||^2 / ||x - q||^2) of sampled tokens, dB; None where none were seen.
+        judged_by: "held-out", tokens that no observer saw; "in-sample", tokens of the calibration.
+        clipped: Share of their values beyond the last code by more than half of its step; None
+            where the local scales of NVFP4 follow each value.
+        moved: Largest relative change of a scale over the last quarter of the batches; None where
+            it is not known (few batches, or a number of them that is not known before).
+    """
+
+    sqnr_db: float | None = None
+    judged_by: Literal["held-out", "in-sample"] | None = None
+    clipped: float | None = None
+    moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +139,11 @@ class ModuleReport:
             scales, by the observer of activations; none of a layer.
         shadows: By base name ("weight", "input", "k" ...) all observers of the tensor, the one that
             was asked for first; empty where there is no other.
+        weight: Measures of the weight; None where it stays as it is.
+        activation_measures: By base name ("input", "output", "k" ...) those of activations with
+            stored scales.
+        plots: By base name what a picture of the tensor needs: a histogram of a sample, the range,
+            and the error of other ranges.
     """
 
     name: str
@@ -99,6 +158,9 @@ class ModuleReport:
     shared: float = 0.0
     states: tuple[str, ...] = ()
     shadows: dict[str, list[ShadowReport]] = field(default_factory=dict, hash=False)
+    weight: WeightMeasures | None = field(default=None, hash=False)
+    activation_measures: dict[str, ActivationMeasures] = field(default_factory=dict, hash=False)
+    plots: dict[str, Plot] = field(default_factory=dict, hash=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +192,32 @@ class ExpertCoverage:
         return {**asdict(self), "few": self.few, "unseen": self.unseen}
 
 
+@dataclass
+class Stability:
+    """Whether scales settled, where data was to end once they do.
+
+    It is looked each time that the tokens have doubled: at the scales of activations, and of eight
+    rows of each weight whose observer learns from data. Where scales span rows (tensor, block) the
+    mean squares of the inputs stand for them.
+
+    Attributes:
+        limit: By what share they might still move.
+        reached: Whether the data ended for that reason; the next four are of the last look.
+        batches: Batches up to it.
+        tokens: Tokens that a module had seen by then.
+        moved: What moved the most since the look before, when the tokens were half as many: the
+            relative change of a scale, of a weight the mean of its scales.
+        slowest: Full name of the tensor that did.
+    """
+
+    limit: float
+    reached: bool = False
+    batches: int = 0
+    tokens: int = 0
+    moved: float | None = None
+    slowest: str | None = None
+
+
 @dataclass(frozen=True)
 class CalibrationReport:
     """What a calibration did.
@@ -154,6 +242,7 @@ class CalibrationReport:
             experts of custom code), so that all of them counted, padding as well.
         coverage: How many tokens each expert saw, layer by layer; empty for models without experts,
             and where no observer needed data.
+        stability: Whether scales settled, where `until_stable` was given; None elsewhere.
     """
 
     modules: list[ModuleReport] = field(default_factory=list)
@@ -167,6 +256,7 @@ class CalibrationReport:
     unmasked: list[str] = field(default_factory=list)
     held_out: int = 0
     coverage: list[ExpertCoverage] = field(default_factory=list)
+    stability: Stability | None = None
 
     def __getitem__(self, name: str) -> ModuleReport:
         """The record of one quantized module, by its name in the model.
@@ -214,7 +304,8 @@ class CalibrationReport:
     def to_dataframe(self) -> pandas.DataFrame:
         """A pandas DataFrame with one row for each quantized module, indexed by name.
 
-        Its columns are the attributes of ModuleReport.
+        Its columns are the attributes of ModuleReport but `weight`, `activation_measures` and
+        `plots`, and the attributes of WeightMeasures but `error` and `bits`, which stand there.
 
         Raises:
             CalipersError: pandas is not installed; it comes with the extra "notebook".
@@ -226,9 +317,14 @@ class CalibrationReport:
                 "to_dataframe needs pandas, which is not installed: "
                 "pip install 'calipers[notebook]'"
             ) from None
-        names = [each.name for each in fields(ModuleReport)]
-        rows = [[getattr(row, name) for name in names] for row in self.modules]
-        return pandas.DataFrame(rows, columns=names).set_index("name")
+        names = [each.name for each in fields(ModuleReport) if each.name not in _NESTED]
+        measures = [each.name for each in fields(WeightMeasures) if each.name not in _TWICE]
+        rows = [
+            [getattr(row, name) for name in names]
+            + [getattr(row.weight, name, None) for name in measures]
+            for row in self.modules
+        ]
+        return pandas.DataFrame(rows, columns=[*names, *measures]).set_index("name")
 
     def __str__(self) -> str:
         return report_text(self)
@@ -241,6 +337,8 @@ class CalibrationReport:
         data = asdict(self)
         for row in data["modules"]:
             row["fallback"], row["states"] = list(row["fallback"]), list(row["states"])
+            for plot in row["plots"].values():
+                plot["range"] = list(plot["range"])
         data["coverage"] = [each.to_dict() for each in self.coverage]
         return data
 
@@ -250,6 +348,8 @@ def _badness(row: ModuleReport) -> float:
     return inf if error is None or isnan(error) else error
 
 
+#: Attributes of a module that are no single value, and those of its weight that stand twice.
+_NESTED, _TWICE = ("weight", "activation_measures", "plots"), ("error", "bits")
 #: These do not count as left out.
 _NO_REST = ("output head", "quantized before")
 
@@ -286,296 +386,3 @@ def _quantized(
             if each.weight_bits is not None
         )
     return done + sum(each.weights for each in left_alone if each.reason == "quantized before")
-
-
-_COLUMNS = 80
-#: With headings, the worst modules and what was left alone, 24 lines at most.
-_KINDS = 8
-_WORST = 5
-_LEFT_ALONE = 3
-#: Of several observers of the same tensors, whose table takes the place of others.
-_SHADOWS, _WORST_BESIDE_SHADOWS = 6, 3
-_HEADINGS = ["modules", "count", "weight error (max)", "observer", "bits", "activations"]
-
-
-@dataclass(frozen=True)
-class KindSummary:
-    """Modules whose names differ by numbers alone and that were treated alike.
-
-    Attributes:
-        name: Their name with `*` for numbers; of a module alone in its kind its own. After it, the
-            states of attention, and the tensors that a fallback was used for.
-        count: How many they are.
-        observer: Of the weights, with what it minimised; None where weights stay as they are.
-        bits: Of the weights; None as above.
-        mean_error: Mean of their relative weight errors; None as above.
-        max_error: The largest of them.
-        activations: How activations are quantized; None where they are not.
-        tokens: Most tokens that one of them saw.
-    """
-
-    name: str
-    count: int
-    observer: str | None
-    bits: int | None
-    mean_error: float | None
-    max_error: float | None
-    activations: str | None
-    tokens: int
-
-
-def summarize_modules(modules: Iterable[ModuleReport]) -> list[KindSummary]:
-    """One summary for each kind of modules, in the order of the first of each."""
-    kinds: dict[tuple[Any, ...], list[ModuleReport]] = defaultdict(list)
-    for row in modules:
-        observer = row.weight_observer
-        if observer is not None and row.objective is not None:
-            observer = f"{observer} ({row.objective})"
-        activations = row.activation_observer or row.activations
-        kind = (kind_of(row.name), observer, row.weight_bits, activations, row.fallback, row.states)
-        kinds[kind].append(row)
-    summaries = []
-    for (name, observer, bits, activations, fallback, states), members in kinds.items():
-        errors = [m.weight_error for m in members if m.weight_error is not None]
-        note = f" ({', '.join(states)})" if states else ""
-        note += f" (fallback: {', '.join(fallback)})" if fallback else ""
-        summaries.append(
-            KindSummary(
-                name=(name if len(members) > 1 else members[0].name) + note,
-                count=len(members),
-                observer=observer,
-                bits=bits,
-                mean_error=sum(errors) / len(errors) if errors else None,
-                max_error=max(errors, default=None),
-                activations=activations,
-                tokens=max(m.tokens for m in members),
-            )
-        )
-    return summaries
-
-
-@dataclass(frozen=True)
-class ShadowSummary:
-    """One of several observers, over all tensors that it looked at with others.
-
-    Attributes:
-        tensors: "weights" or "activations", states of attention among these.
-        observer: With its options.
-        error: Geometric mean of its errors; None where it has none.
-        judged: Tensors that it has an error of.
-        best: On how many of them no other observer has a smaller error, or the same before it.
-        chosen: On how many its scales were written.
-    """
-
-    tensors: str
-    observer: str
-    error: float | None
-    judged: int
-    best: int
-    chosen: int
-
-
-def summarize_shadows(modules: Iterable[ModuleReport]) -> list[ShadowSummary]:
-    """One summary for each of several observers of weights, then of activations."""
-    found: dict[tuple[str, str], list[tuple[ShadowReport, bool]]] = {}
-    for base_name, rows in (pair for each in modules for pair in each.shadows.items()):
-        judged = [row for row in rows if row.error is not None]
-        best = min(judged, key=_shadow_badness, default=None)
-        tensors = "weights" if base_name == "weight" else "activations"
-        for row in rows:
-            found.setdefault((tensors, row.observer), []).append((row, row is best))
-    summaries = []
-    for (tensors, observer), pairs in sorted(
-        found.items(), key=lambda pair: pair[0][0] != "weights"
-    ):
-        errors = [row.error for row, _ in pairs if row.error is not None]
-        summaries.append(
-            ShadowSummary(
-                tensors,
-                observer,
-                error=_geometric_mean(errors) if errors else None,
-                judged=len(errors),
-                best=sum(best for _, best in pairs),
-                chosen=sum(row.chosen for row, _ in pairs),
-            )
-        )
-    return summaries
-
-
-def _shadow_badness(row: ShadowReport) -> float:
-    return inf if row.error is None or isnan(row.error) else row.error
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return 0.0 if 0.0 in values else exp(sum(map(log, values)) / len(values))
-
-
-def shadow_headings(modules: Iterable[ModuleReport]) -> list[str]:
-    """The heads of a table of several observers, which say what the errors were measured on."""
-    kinds = {row.judged_by for each in modules for rows in each.shadows.values() for row in rows}
-    error = f"{kinds.pop()} error" if len(kinds) == 1 else "error"
-    return ["observers", "tensors", error, "best", "chosen"]
-
-
-def summarize_left_alone(left_alone: Iterable[LeftAlone]) -> list[str]:
-    """One line for all modules whose names differ by numbers alone and that share a reason."""
-    kinds: dict[tuple[str, str], list[LeftAlone]] = defaultdict(list)
-    for each in left_alone:
-        kinds[kind_of(each.name), each.why].append(each)
-    lines = []
-    for (kind, why), members in kinds.items():
-        name = members[0].name if len(members) == 1 else f"{kind} ({len(members)})"
-        share = sum(each.share for each in members)
-        lines.append(f"{name}: {why}" + (f" ({share:.1%})" if share else ""))
-    return lines
-
-
-def summarize_coverage(coverage: Sequence[ExpertCoverage]) -> list[str]:
-    """A line on experts that saw few tokens; none where there are none."""
-    few = sum(len(each.few) for each in coverage)
-    if not few:
-        return []
-    experts = sum(len(each.tokens) for each in coverage)
-    unseen = sum(len(each.unseen) for each in coverage)
-    enough = coverage[0].enough
-    return [f"experts: {few} of {experts} saw fewer than {enough} tokens, {unseen} none (coverage)"]
-
-
-def report_text(report: CalibrationReport) -> str:
-    """At most 24 lines of at most 80 columns: the kinds, the worst modules, what was left alone."""
-    lines = [_headline(report)]
-    kinds = summarize_modules(report.modules)
-    shadows = _shadow_lines(report)
-    most, bad = _KINDS, _WORST
-    if shadows:
-        bad = _WORST_BESIDE_SHADOWS
-        most = min(_KINDS, _KINDS + _WORST - bad - len(shadows))
-    if kinds:
-        rows = [_HEADINGS, *(_cells(each) for each in kinds[:most])]
-        shared, rows = _without_shared(rows)
-        lines += [_shorten(shared, _COLUMNS)] if shared else []
-        lines += _table(rows)
-        lines += _more(len(kinds) - most, "kinds of modules")
-    lines += shadows
-    worst = report.worst(bad)
-    if len(report.modules) > 1 and worst:
-        lines.append("largest weight errors")
-        width = max(len(each.name) for each in worst)
-        lines += [_shorten(f"  {m.name:<{width}}", 71) + f"  {m.weight_error:.4f}" for m in worst]
-    lines += [_shorten(each, _COLUMNS) for each in summarize_coverage(report.coverage)]
-    left_alone = summarize_left_alone(report.left_alone)
-    if left_alone:
-        lines.append("left unquantized")
-        lines += [_shorten(f"  {each}", _COLUMNS) for each in left_alone[:_LEFT_ALONE]]
-        lines += _more(len(left_alone) - _LEFT_ALONE, "kinds (see left_alone)")
-    return "\n".join(lines)
-
-
-def _shadow_lines(report: CalibrationReport) -> list[str]:
-    """How several observers of the same tensors compare; empty without shadows."""
-    summaries = summarize_shadows(report.modules)
-    if not summaries:
-        return []
-    rows = [shadow_headings(report.modules), *shadow_cells(summaries[:_SHADOWS])]
-    return [*_table(rows), *_more(len(summaries) - _SHADOWS, "observers (see shadows)")]
-
-
-def shadow_cells(summaries: Iterable[ShadowSummary]) -> list[list[str]]:
-    """The rows of a table of several observers."""
-    return [
-        [
-            each.observer,
-            each.tensors,
-            "-" if each.error is None else f"{each.error:.3g}",
-            f"{each.best} of {each.judged}",
-            str(each.chosen),
-        ]
-        for each in summaries
-    ]
-
-
-def report_html(report: CalibrationReport) -> str:
-    """The same as tables, for notebooks; not cut to a screen, but for the worst modules."""
-    parts = [f"<p>{escape(_headline(report))}</p>"]
-    kinds = [_cells(each) for each in summarize_modules(report.modules)]
-    parts.append(_html_table(_HEADINGS, kinds))
-    shadows = shadow_cells(summarize_shadows(report.modules))
-    parts.append(_html_table(shadow_headings(report.modules), shadows))
-    worst = [[m.name, f"{m.weight_error:.4f}"] for m in report.worst(_WORST)]
-    parts.append(_html_table(["largest weight errors", ""], worst))
-    parts += [f"<p>{escape(each)}</p>" for each in summarize_coverage(report.coverage)]
-    left_alone = [[each] for each in summarize_left_alone(report.left_alone)]
-    parts.append(_html_table(["left unquantized"], left_alone))
-    return "\n".join(part for part in parts if part)
-
-
-def _headline(report: CalibrationReport) -> str:
-    count = len(report.modules)
-    told = (
-        f"{count} module{'s' * (count != 1)} quantized, {report.quantized_share:.1%} of the "
-        f"projection weights"
-    )
-    if report.batches:
-        told += f"; {report.batches} batch{'es' * (report.batches != 1)}"
-    return f"{told}; {report.seconds:.1f} s"
-
-
-def _cells(kind: KindSummary) -> list[str]:
-    error = "-"
-    if kind.mean_error is not None:
-        error = f"{kind.mean_error:.4f} ({kind.max_error:.4f})"
-    return [
-        kind.name,
-        str(kind.count),
-        error,
-        kind.observer or "-",
-        "-" if kind.bits is None else str(kind.bits),
-        kind.activations or "-",
-    ]
-
-
-def _without_shared(rows: list[list[str]]) -> tuple[str, list[list[str]]]:
-    """Take out columns that say the same of every kind, for one line and more room for names."""
-    shared, kept = [], []
-    for heading, *cells in zip(*rows, strict=True):
-        if heading in ("observer", "bits", "activations") and len(set(cells)) == 1:
-            shared += [f"{heading} {cells[0]}"] if cells[0] != "-" else []
-        else:
-            kept.append([heading, *cells])
-    return ", ".join(shared), [list(row) for row in zip(*kept, strict=True)]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side; the first one, names, gets what room the others leave."""
-    rows = [[*row[:2], *(_shorten(cell, 18) for cell in row[2:])] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    room = _COLUMNS - sum(widths[1:]) - 2 * (len(widths) - 1)
-    widths[0] = min(widths[0], room)
-    return [
-        "  ".join(
-            _shorten(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _more(count: int, what: str) -> list[str]:
-    return [f"  ... and {count} other {what}"] if count > 0 else []
-
-
-def _shorten(text: str, width: int) -> str:
-    """Cut to a width in the middle: the end of a module's name tells the most."""
-    if len(text) <= width:
-        return text
-    head = (width - 3) // 3
-    return f"{text[:head]}...{text[len(text) - (width - 3 - head) :]}"
-
-
-def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{escape(each)}</th>" for each in headings)
-    body = "\n".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"

@@ -10,6 +10,7 @@ import torch
 from calipers.calibration.batches import Progress
 from calipers.calibration.blocks import Way, calibrate_blocks
 from calipers.calibration.calls import find_never_called
+from calipers.calibration.convergence import refuse_until_stable
 from calipers.calibration.few_tokens import ExpertPolicy
 from calipers.calibration.plan import Plan, without_modules
 from calipers.calibration.report import CalibrationReport
@@ -33,6 +34,7 @@ def run_plan(
     statistics: Statistics | None = None,
     memory: Way = "whole",
     propagate: bool = False,
+    until_stable: float | None = None,
 ) -> CalibrationReport:
     """What `calibrate` does to a model once it is planned: attach, run, freeze, detach.
 
@@ -48,7 +50,13 @@ def run_plan(
         statistics: Of this model, in place of batches; None where there are none.
         memory: As in `calibrate`.
         propagate: As in `calibrate`.
+        until_stable: As in `calibrate`.
+
+    Raises:
+        CalipersError: `until_stable` with blocks or statistics.
     """
+    if until_stable is not None:
+        refuse_until_stable(blocks=memory == "blocks", statistics=statistics is not None)
     policy = experts or ExpertPolicy()
     if batches is None and statistics is None:
         uncalled = find_never_called(model, [each.name for each in plan.observed])
@@ -75,6 +83,7 @@ def run_plan(
                 progress,
                 use_attention_mask=use_attention_mask,
                 all_experts=policy.all_experts,
+                until_stable=until_stable,
             )
         return calibration.freeze(
             on_missing,

@@ -16,8 +16,16 @@ from loguru import logger
 
 from calipers._words import check_choice
 from calipers.calibration.attention import AttentionHooks
-from calipers.calibration.batches import BatchMask, Progress, expect_batches, find_mask, run_batches
+from calipers.calibration.batches import (
+    BatchMask,
+    Progress,
+    expect_batches,
+    find_mask,
+    number_of_batches,
+    run_batches,
+)
 from calipers.calibration.calls import CallCounter
+from calipers.calibration.convergence import Watch, expect_limit
 from calipers.calibration.experts import LinearExperts
 from calipers.calibration.few_tokens import (
     ENOUGH_TOKENS,
@@ -35,6 +43,7 @@ from calipers.calibration.ranks import forget_observed, reduce_observed
 from calipers.calibration.report import (
     CalibrationReport,
     ModuleReport,
+    Stability,
     quantized_share,
     with_shares,
 )
@@ -49,6 +58,8 @@ __all__ = ["Calibration", "OnMissing", "Record", "take_over_counts"]
 
 #: What is counted of the data, by attribute name.
 _COUNTS = ("batches", "tokens_given", "tokens_counted", "_held_out")
+#: Fewer batches have no last quarter.
+_QUARTERS = 4
 #: A smaller share of quantized weights is warned of.
 _LITTLE = 0.5
 #: A larger share of batches held out is warned of: that of four batches.
@@ -97,6 +108,7 @@ class Calibration:
             those of all ranks, and so are the next two.
         tokens_given: Tokens of those batches that carry a mask of them.
         tokens_counted: Those of them that counted.
+        stability: Whether scales settled, where data was to end once they do.
     """
 
     def __init__(
@@ -116,6 +128,7 @@ class Calibration:
         self.tokens_given = self.tokens_counted = self._held_out = 0
         self._seconds = 0.0
         self._skipped = False
+        self.stability: Stability | None = None
         self._rows: list[ModuleReport] = []
         self._reasons: dict[str, Reason] = {}
         self._state: Literal["attached", "frozen", "detached"] = "attached"
@@ -143,6 +156,7 @@ class Calibration:
         *,
         use_attention_mask: bool = True,
         all_experts: bool = False,
+        until_stable: float | None = None,
     ) -> None:
         """Run batches through the model, so that the observers see its tensors.
 
@@ -167,16 +181,30 @@ class Calibration:
             all_experts: Let every expert see every token, which costs as much as a dense model of
                 all experts. The model's output stays as it is. Only for experts that the model
                 keeps in one parameter.
+            until_stable: End the data once no scale moves by this share or more while the tokens
+                double, see `Stability`; None takes all batches.
 
         Raises:
             CalipersError: The calibration is frozen or detached, or `batches`, or one of them, is
-                of a type that cannot be run.
+                of a type that cannot be run; `until_stable` with several ranks, or no share.
         """
+        expect_limit(until_stable)
+        if until_stable is not None and self._ranks.size > 1:
+            raise CalipersError(
+                "until_stable: a rank sees its own share of the data alone, so that none knows "
+                "whether scales have settled; calibrate with one process"
+            )
         with self._update.lock, self._ranks.telling_failure("running batches"):
             self._expect_attached("run batches")
             whole = functools.partial(self._whole_batch, use_mask=use_attention_mask)
             with self.clock(), self.seeing_all(all_experts):
                 if self.wants_data:
+                    expect_batches(batches)
+                    self.look_at_last_quarter(number_of_batches(batches))
+                    if until_stable is not None:
+                        watch = Watch(self.observed, until_stable)
+                        batches = watch.batches(batches)
+                        self.stability = watch.stability
                     run_batches(self.model, batches, progress, whole)
                 else:
                     self._skip_data(batches)
@@ -192,6 +220,17 @@ class Calibration:
         if self.observed and not on_meta and not self._calls.run_example(self.model):
             first = itertools.islice(batches, 1)
             run_batches(self.model, first, within=lambda _: self._calls.whole())
+
+    def look_at_last_quarter(self, coming: int | None) -> None:
+        """Let modules keep what the scales of activations are before the last quarter of the data.
+
+        Args:
+            coming: Batches that come to those that came already; None where that is not known.
+        """
+        total = 0 if coming is None or self._ranks.size > 1 else self.batches + coming
+        if total >= _QUARTERS:
+            for each in self.observed:
+                each.look_at = max(self.batches, total - total // _QUARTERS)
 
     def calls_of(self, name: str) -> tuple[int, int]:
         """Calls of an observed module, and of the module around it."""
@@ -364,6 +403,7 @@ class Calibration:
             tokens_counted=self.tokens_counted,
             unmasked=[each.name for each in kept if each.unmasked],
             coverage=expert_coverage(called, enough_tokens) if self.batches else [],
+            stability=self.stability,
         )
 
     def detach(self) -> None:

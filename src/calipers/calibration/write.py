@@ -27,12 +27,14 @@ from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.targets import GROUPED
 from calipers.errors import CalipersError
 from calipers.grouping import chunk_size
+from calipers.ranges.output_error import InputGram
 
 __all__ = [
     "forget_quantization",
     "keep_onloaded",
     "measure_output_error",
     "measure_weight_error",
+    "squared_errors",
     "undo_on_error",
     "write_qparam",
 ]
@@ -145,6 +147,54 @@ def forget_quantization(module: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
+def squared_errors(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    args: QuantizationArgs,
+    global_scale: torch.Tensor | None = None,
+    gram: InputGram | None = None,
+) -> tuple[float, float | None]:
+    """Relative squared errors of a weight, and of what its layer computes, in one pass.
+
+    Args:
+        weight: As in `measure_weight_error`, and so are the next four.
+        scale: As registered.
+        zero_point: Or None.
+        args: The weight's arguments.
+        global_scale: Shape (1,), or None.
+        gram: What is known of the inputs; None for nothing.
+
+    Returns:
+        ||W - Q||^2 / ||W||^2 and ||X (W - Q)'||^2 / ||X W'||^2, each as `measure_weight_error`
+        where nothing can be divided by; the second one None without inputs, or where a sketch
+        gives a sum that is not positive.
+    """
+    device = weight.device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    gram = None if gram is None else gram.to(device)
+    for rows, groups in _pieces(weight, args):
+        piece = weight[rows]
+        zero = None if zero_point is None else zero_point[groups]
+        quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
+        original = piece.float()
+        error = original - quantized.float()
+        for place, values in enumerate((error, original)):
+            sums[place] += values.square().sum(dtype=torch.float64)
+            if gram is not None:
+                sums[place + 2] += gram.energy(values)
+    error, total, of_output, output = sums.tolist()
+    if gram is None or of_output < 0 or (output <= 0 and gram.kind == "blocks"):
+        return _ratio(error, total), None
+    return _ratio(error, total), _ratio(of_output, output)
+
+
+def _ratio(error: float, total: float) -> float:
+    if total == 0.0:
+        return math.inf if error else 0.0
+    return error / total
+
+
 def measure_weight_error(
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -168,16 +218,7 @@ def measure_weight_error(
         The error, >= 0; 0.0 for an empty weight or one of zeros that stays zero; inf for zeros
         that do not.
     """
-    error = total = 0.0
-    for rows, groups in _pieces(weight, args):
-        piece = weight[rows]
-        zero = None if zero_point is None else zero_point[groups]
-        quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
-        error += _sum_of_squares(piece.float() - quantized.float())
-        total += _sum_of_squares(piece.float())
-    if total == 0.0:
-        return math.inf if error else 0.0
-    return math.sqrt(error / total)
+    return math.sqrt(squared_errors(weight, scale, zero_point, args, global_scale)[0])
 
 
 @torch.no_grad()
@@ -212,9 +253,7 @@ def measure_output_error(
         quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
         error += _sum_of_squares(inputs @ (piece.float() - quantized.float()).T)
         total += _sum_of_squares(inputs @ piece.float().T)
-    if total == 0.0:
-        return math.inf if error else 0.0
-    return error / total
+    return _ratio(error, total)
 
 
 def _pieces(weight: torch.Tensor, args: QuantizationArgs) -> Iterator[tuple[slice, slice]]:

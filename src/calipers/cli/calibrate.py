@@ -11,14 +11,21 @@ import typer
 from rich.filesize import decimal
 
 from calipers._words import check_choice, first_line
+from calipers.agreement import Agreement
 from calipers.calibration import CalibrationReport, resolve_config
+from calipers.calibration.convergence import expect_limit, refuse_until_stable
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.plan import (
     ObserverChoice,
     refuse_beside_statistics,
     refuse_without_data,
 )
-from calipers.calibration.report import (
+from calipers.calibration.report import Stability
+from calipers.calibration.session import OnMissing
+from calipers.calibration.shadows import Shadows, read_options
+from calipers.calibration.summaries import (
+    MEASURE_HEADINGS,
+    measure_cells,
     shadow_cells,
     shadow_headings,
     summarize_coverage,
@@ -26,8 +33,6 @@ from calipers.calibration.report import (
     summarize_modules,
     summarize_shadows,
 )
-from calipers.calibration.session import OnMissing
-from calipers.calibration.shadows import Shadows, read_options
 from calipers.checkpoint.opening import load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken
@@ -36,12 +41,15 @@ from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Change,
+    agreement_text,
     change_json,
     common_objective,
     compare_measured,
     figure_text,
     in_words,
     measure,
+    measures_json,
+    reference_for,
 )
 from calipers.cli.models import find_processor, peak_memory_bytes
 from calipers.cli.ranks import RankTimeout, showing_life
@@ -59,6 +67,8 @@ from calipers.distributed import joined_ranks, share_of_rank
 from calipers.distributed.meeting import TIMEOUT
 from calipers.errors import CalipersError, MissingDataError
 from calipers.evaluation import Difference, OutputError, Perplexity
+from calipers.reports import write_report
+from calipers.reports.file import common_observer
 from calipers.statistics_files import Statistics
 from calipers.text.for_model import fitting_length, model_inputs
 
@@ -122,6 +132,13 @@ def calibrate(
             help="Block by block, let each block see what the quantized ones before it give.",
         ),
     ] = False,
+    until_stable: Annotated[
+        float | None,
+        typer.Option(
+            help="End the data once no scale moves by this share or more while the tokens "
+            "double: 0.01 is 1%. Default: all of the data."
+        ),
+    ] = None,
     out: options.Out = None,
     force: options.Force = False,
     no_load_check: options.NoLoadCheck = False,
@@ -207,6 +224,7 @@ def calibrate(
         shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
         if known is not None:
             refuse_beside_statistics(data is not None, shadows, all_experts)
+        expect_limit(until_stable)
         has_data = texts is not None or known is not None
         choice = ObserverChoice(observer, activation_observer, chosen, has_data, shadows)
         choice.check()
@@ -224,6 +242,8 @@ def calibrate(
             ranks=ranks,
         )
         loaded = way.model
+        if until_stable is not None:
+            refuse_until_stable(blocks=not way.runs_whole, statistics=known is not None)
         if not way.runs_whole:
             judged_texts = None
         if known is not None:
@@ -257,7 +277,10 @@ def calibrate(
         judged = None
         if judged_texts is not None and ranks.rank == 0:
             judged = judged_texts.read(tokenizer, length, eval_samples)
-        before = None if judged is None else measure(loaded, judged.batches, progress)
+        before = agreement = None
+        if judged is not None:
+            reference = reference_for(judged.batches)
+            before = measure(loaded, judged.batches, progress, reference.keep)
         batches = None
         if read is not None:
             batches = model_inputs(share_of_rank(read.batches, ranks), loaded)
@@ -268,12 +291,27 @@ def calibrate(
             on_missing=missing,
             progress=progress,
             experts=policy,
+            **({} if until_stable is None else {"until_stable": until_stable}),
         )
         if ranks.rank:
             return
-        after = None if judged is None else measure(loaded, judged.batches, progress)
+        after = None
+        if judged is not None:
+            after = measure(loaded, judged.batches, progress, reference.compare)
+            agreement = reference.agreement()
         change = None if before is None or after is None else compare_measured(before, after)
+        measures = measures_json(before, after, change, agreement)
         bytes_after = way.write(report)
+        if out is not None:
+            write_report(
+                report,
+                out.expanduser(),
+                model="demo" if model is None else model,
+                scheme=scheme or DEFAULT_SCHEME,
+                observer=observer or common_observer(report),
+                options=chosen,
+                measures=measures,
+            )
         used = read if report.batches else None
         result = {
             "model": "demo" if model is None else str(model),
@@ -290,6 +328,7 @@ def calibrate(
             "perplexity_before": before.value if isinstance(before, Perplexity) else None,
             "perplexity_after": after.value if isinstance(after, Perplexity) else None,
             **change_json(change),
+            "measures": measures,
             "verdict": change and in_words(plan.config, change, common_objective(report)),
             "bytes_before": way.bytes_before,
             "bytes_after": bytes_after,
@@ -300,7 +339,14 @@ def calibrate(
     if json:
         print_json(result)
     else:
-        print_result(result, report, worst, size_note, used, judged, change)
+        print_result(result, report, worst, size_note, used, judged, change, agreement)
+
+
+def _settled(found: Stability) -> str:
+    moved = "nothing was looked at" if found.moved is None else f"{found.moved:.2%} moved at last"
+    if found.reached:
+        return f"after {found.batches} batches, {found.tokens:,} tokens a module; {moved}"
+    return f"no; {moved}" + (f", {found.slowest}" if found.slowest else "")
 
 
 def _refuse_both(name: str, given: Path | None, other: str, refused: bool) -> None:
@@ -333,6 +379,7 @@ def print_result(
     data: TokenizedText | None,
     judged: TokenizedText | None,
     change: Change | None,
+    agreement: Agreement | None = None,
 ) -> None:
     """Print the tables of a calibration: kinds of modules, the worst of them, and figures."""
     error = "relative weight error"
@@ -359,9 +406,9 @@ def print_result(
     if shadows:
         heads = shadow_headings(report.modules)
         print_table("Observers of the same tensors", heads, shadows, right=heads[2:])
-    rows = [(row.name, f"{row.weight_error:.4f}") for row in report.worst(worst)]
+    rows = measure_cells(report.worst(worst))
     if rows and len(report.modules) > 1:
-        print_table("The largest weight errors", ("module", error), rows, right=(error,))
+        print_table("The largest weight errors", MEASURE_HEADINGS, rows, right=MEASURE_HEADINGS[1:])
     size = result["group_size"]
     figures = None if change is None else figure_text(change)
     kind = "output error" if isinstance(change, OutputError) else "perplexity"
@@ -377,8 +424,10 @@ def print_result(
         ("judged by", judged and str(judged)),
         ("judged", None if result["memory"] == "whole" else _NOT_JUDGED),
         (kind, figures),
+        *zip(("KL divergence", "top-1 agreement"), agreement_text(agreement) or (), strict=False),
         ("verdict", change and result["verdict"]),
         ("size", f"{decimal(before)} -> {decimal(after)} ({after / before:.0%})"),
+        ("settled", None if report.stability is None else _settled(report.stability)),
         ("time", f"{result['seconds']:.1f} s, of it {report.seconds:.1f} s calibration"),
         ("peak memory", decimal(result["peak_memory_bytes"])),
         ("quantized", f"{report.quantized_share:.1%} of the projection weights"),

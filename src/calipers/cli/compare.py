@@ -12,13 +12,13 @@ from rich.filesize import decimal
 
 from calipers.calibration import resolve_config
 from calipers.calibration.experts import separated_experts
-from calipers.calibration.report import (
+from calipers.calibration.shadows import Shadows
+from calipers.calibration.summaries import (
     shadow_cells,
     shadow_headings,
     summarize_coverage,
     summarize_shadows,
 )
-from calipers.calibration.shadows import Shadows
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.cli import options

@@ -11,17 +11,21 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from calipers._words import first_line
+from calipers.agreement import ReferenceLogits
 from calipers.calibration.batches import Progress
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.cli.console import plain_errors, print_json, print_lines, print_table, show_progress
 from calipers.cli.judging import (
     Measured,
+    agreement_text,
     change_json,
     compare_measured,
     figure_json,
     figure_text,
     measure,
+    measures_json,
+    reference_for,
 )
 from calipers.cli.options import Device, Dtype, EvalFile, EvalSamples, Json, SequenceLength
 from calipers.cli.texts import Text, TokenizedText, heldout_text
@@ -98,6 +102,7 @@ class _First:
     tokenizer: Any = None
     batches: list[Tensor] = field(default_factory=list)
     measured: Measured | None = None
+    reference: ReferenceLogits | None = None
 
 
 def _read(
@@ -121,18 +126,29 @@ def _read(
 
 def _judge(model: Any, read: TokenizedText, first: _First, progress: Progress) -> dict[str, Any]:
     batches = read.batches
-    measured = measure(model, batches, progress)
+    others = [ids.tolist() for ids in batches] != [ids.tolist() for ids in first.batches]
+    see = None
+    if first.measured is None:
+        first.reference = reference_for(batches)
+        see = first.reference.keep
+    elif first.reference is not None and not others and isinstance(first.measured, Perplexity):
+        see = first.reference.compare
+    measured = measure(model, batches, progress, see)
     found: dict[str, Any] = {"sequences": read.sequences, "tokens": read.tokens}
     if isinstance(measured, Perplexity):
         found["perplexity"] = measured
     if first.measured is None:
         first.measured, first.batches = measured, batches
-    elif [ids.tolist() for ids in batches] != [ids.tolist() for ids in first.batches]:
+    elif others:
         found["note"] = "other tokens than the first one's: no difference"
     elif type(measured) is not type(first.measured):
         found["note"] = "one of the two has no language head: no difference"
     else:
         found["change"] = compare_measured(first.measured, measured)
+        found["agreement"] = first.reference.agreement() if first.reference and see else None
+        found["measures"] = measures_json(
+            first.measured, measured, found["change"], found["agreement"]
+        )
     return found
 
 
@@ -142,6 +158,7 @@ def _as_json(row: dict[str, Any]) -> dict[str, Any]:
         **{name: row.get(name) for name in plain},
         "perplexity": figure_json(row.get("perplexity")),
         **change_json(row.get("change")),
+        "measures": row.get("measures"),
     }
 
 
@@ -161,6 +178,10 @@ def print_evaluation(text: str, rows: list[dict[str, Any]]) -> None:
     ]
     if not changes:
         columns, cells = columns[:-1], [row[:-1] for row in cells]
+    if any(row.get("agreement") for row in rows):
+        columns += ["KL divergence", "top-1"]
+        told = (agreement_text(row.get("agreement")) or ("-", "-") for row in rows)
+        cells = [[*row, *more] for row, more in zip(cells, told, strict=True)]
     print_table(f"Judged by {text}", columns, cells, right=columns[2:], fold=False)
     judged = [row for row in rows if "tokens" in row]
     lines = [("sequences", f"{row['sequences']}, {row['tokens']:,} tokens") for row in judged[:1]]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor, nn
 
+from calipers.agreement import Agreement, ReferenceLogits
 from calipers.calibration import CalibrationReport
 from calipers.calibration.batches import Progress
 from calipers.evaluation import (
     Difference,
     OutputError,
     Perplexity,
+    bootstrap_interval,
     collect_outputs,
     evaluate_losses,
     output_error,
@@ -25,6 +27,7 @@ from calipers.verdict import output_verdict, verdict
 __all__ = [
     "Change",
     "Measured",
+    "agreement_text",
     "change_json",
     "common_objective",
     "compare_measured",
@@ -34,6 +37,8 @@ __all__ = [
     "in_words",
     "json_number",
     "measure",
+    "measures_json",
+    "reference_for",
 ]
 
 #: What a model did with the text: the losses of a language model, the outputs of another.
@@ -43,11 +48,67 @@ Change: TypeAlias = Difference | OutputError
 
 
 def measure(
-    model: nn.Module, batches: Sequence[Tensor], progress: Progress | None = None
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    progress: Progress | None = None,
+    see: Callable[[int, Tensor], object] | None = None,
 ) -> Measured:
-    """Losses of a language model; last hidden states of a model without a language head."""
+    """Losses of a language model; last hidden states of a model without a language head.
+
+    The logits of a language model go through `see`, see `evaluate_losses`.
+    """
     has_head = model.get_output_embeddings() is not None  # type: ignore[operator]
-    return (evaluate_losses if has_head else collect_outputs)(model, batches, progress)
+    if has_head:
+        return evaluate_losses(model, batches, progress, see)
+    return collect_outputs(model, batches, progress)
+
+
+def reference_for(batches: Sequence[Tensor]) -> ReferenceLogits:
+    """What keeps the logits of the first model that is measured with these batches."""
+    return ReferenceLogits(sum(len(each) for each in batches))
+
+
+def agreement_text(found: Agreement | None) -> tuple[str, str] | None:
+    """KL divergence and top-1 agreement with their standard errors; None where there are none."""
+    if found is None:
+        return None
+    kl, top1 = f"{found.kl:.4f}", f"{found.top1:.1%}"
+    if found.kl_error is not None and found.top1_error is not None:
+        kl, top1 = f"{kl} ± {found.kl_error:.4f}", f"{top1} ± {found.top1_error:.1%}"
+    return kl, top1
+
+
+def measures_json(
+    before: Measured | None, after: Measured | None, change: Change | None, agree: Agreement | None
+) -> dict[str, Any] | None:
+    """What is measured of a whole model, as `calipers-report.json` has it; None for nothing."""
+    if isinstance(change, OutputError):
+        return {"perplexity": None, "output_error": figure_json(change)}
+    if not isinstance(before, Perplexity) or not isinstance(after, Perplexity) or change is None:
+        return None
+    interval = bootstrap_interval(before, after)
+    found = {
+        "before": before.value,
+        "before_error": before.standard_error,
+        "after": after.value,
+        "after_error": after.standard_error,
+        "relative": change.relative,
+        "relative_error": change.relative_error,
+        "relative_low": None if interval is None else interval[0],
+        "relative_high": None if interval is None else interval[1],
+        "kl": None if agree is None else agree.kl,
+        "kl_error": None if agree is None else agree.kl_error,
+        "top1": None if agree is None else agree.top1,
+        "top1_error": None if agree is None else agree.top1_error,
+    }
+    return {
+        "perplexity": {
+            **{key: json_number(value) for key, value in found.items()},
+            "sequences": len(before.tokens),
+            "tokens": sum(before.tokens),
+            "kl_tokens": None if agree is None else agree.tokens,
+        }
+    }
 
 
 def compare_measured(before: Measured, after: Measured) -> Change:

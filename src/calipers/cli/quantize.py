@@ -17,8 +17,8 @@ from calipers.calibration.experts import separated_experts
 from calipers.calibration.few_tokens import ENOUGH_TOKENS, ExpertPolicy
 from calipers.calibration.missing import OnMissing
 from calipers.calibration.plan import ObserverChoice
-from calipers.calibration.report import summarize_left_alone
 from calipers.calibration.shadows import read_options
+from calipers.calibration.summaries import summarize_left_alone
 from calipers.calibration.targets import gather_experts, kind_of
 from calipers.checkpoint.replace import recover
 from calipers.checkpoint.save import refuse_taken

@@ -22,7 +22,8 @@ from calipers.observers.statistics import (
     read_values,
     whole_update,
 )
-from calipers.ranges.input_gram import ColumnGroups, rank_for, sketch
+from calipers.ranges.input_gram import ColumnGroups, factor_of_sketch, rank_for, sketch
+from calipers.ranges.output_error import InputGram
 
 __all__ = ["InputMoments", "InputObserver", "share_moments"]
 
@@ -225,6 +226,24 @@ class InputMoments(HoldsStatistics):
             means = means.view(value.shape[-2:])
         return means.expand(value.shape)
 
+    def gram(self, columns: ColumnGroups | None) -> InputGram | None:
+        """What is known of X'X, divided by its mean diagonal; None before any token.
+
+        Args:
+            columns: Those that products were summed by; None where none are.
+        """
+        if self.input_square_sum is None or self.problem(self.input_square_sum.shape) is not None:
+            return None
+        size = self.size()
+        diagonal = (self.input_square_sum / size).float()
+        if columns is None or self.input_products is None or self.input_sketch is None:
+            return InputGram(diagonal)
+        products = columns.products((self.input_products / size).float())
+        if products.shape[:2] == (1, 1):
+            return InputGram(diagonal, columns, products)
+        factor = factor_of_sketch(self.input_sketch, self.num_input_tokens, self.input_square_sum)
+        return InputGram(diagonal, columns, products, (factor / size.sqrt()).float())
+
     def size(self) -> Tensor:
         """Mean over columns of the sum of x^2, float64, greater than 0."""
         mean = cast(Tensor, self.input_square_sum).mean()
@@ -280,6 +299,19 @@ class InputObserver(Observer):
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add what is wanted of a batch of the module's inputs to the moments."""
         self.moments.observe(inputs, mask, self.wanted_products)
+
+    def input_gram(self, products: Callable[[int], ColumnGroups] | None = None) -> InputGram | None:
+        """What is known of X'X of the inputs; None where no input was seen.
+
+        Args:
+            products: `wanted_products` of the observer that the moments are fed for, where that is
+                another one; None takes its own.
+        """
+        found = self.moments.input_square_sum
+        products = products or self.wanted_products
+        if found is None or products is None:
+            return self.moments.gram(None)
+        return self.moments.gram(products(found.numel()))
 
     def check_state(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
         """As `Observer.check_state`; the sums must be of as many columns as the weight has."""

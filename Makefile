@@ -67,14 +67,14 @@ $(LATEST_STAMP): pyproject.toml constraints.txt Makefile
 	@test -x $(LATEST_VENV)/bin/python || { echo "creating $(LATEST_VENV)"; $(PYTHON) -m venv $(LATEST_VENV); }
 	@echo "installing calipers and $(LATEST) into $(LATEST_VENV)"
 	@grep -v '^compressed-tensors==' constraints.txt > $(LATEST_VENV)/constraints.txt
-	@$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable ".[test,data]" "$(LATEST)" \
+	@$(LATEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --editable ".[test,data,plot]" "$(LATEST)" \
 		--constraint $(LATEST_VENV)/constraints.txt
 	@touch $@
 
 $(NEWEST_STAMP): pyproject.toml Makefile
 	@test -x $(NEWEST_VENV)/bin/python || { echo "creating $(NEWEST_VENV)"; $(PYTHON) -m venv $(NEWEST_VENV); }
 	@echo "installing calipers and the newest of what it needs into $(NEWEST_VENV)"
-	@$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade --editable ".[test,data]" torch transformers compressed-tensors
+	@$(NEWEST_VENV)/bin/python -m pip --disable-pip-version-check --quiet install --upgrade --editable ".[test,data,plot]" torch transformers compressed-tensors
 	@touch $@
 
 LATEST_ARGS := -q -n $(JOBS) -m "not slow and not vllm" --ignore src/calipers/integrations/llmcompressor/adapter.py

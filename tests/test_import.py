@@ -139,7 +139,7 @@ def test_the_library_does_without_the_command(seen: dict[str, Any]) -> None:
     assert {"typer", "llmcompressor", "calipers.cli"}.isdisjoint(importers)
 
 
-@pytest.mark.parametrize("package", ["datasets", "pyarrow", "pandas"])
+@pytest.mark.parametrize("package", ["datasets", "pyarrow", "pandas", "matplotlib"])
 def test_packages_of_extras_are_imported_where_used(seen: dict[str, Any], package: str) -> None:
     # others may import them: transformers does, where it finds them
     assert not seen["importers"].get(package, "").startswith(PACKAGE)

@@ -87,6 +87,7 @@ def test_command_line_page_lists_the_commands() -> None:
         "quantize",
         "evaluate",
         "compare",
+        "report",
         "coverage",
         "demo",
         "observers",

@@ -20,6 +20,7 @@ from calipers.ranges.output_error import GramKind
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.figure import Figure
 
 __all__ = [
     "ActivationMeasures",
@@ -325,6 +326,33 @@ class CalibrationReport:
             for row in self.modules
         ]
         return pandas.DataFrame(rows, columns=[*names, *measures]).set_index("name")
+
+    def plot(
+        self,
+        kind: Literal["depth", "heatmap", "module", "coverage"] = "depth",
+        module: str | None = None,
+        measure: Literal["held_out_error", "output_error", "error"] | None = None,
+    ) -> Figure:
+        """A matplotlib Figure of the report, drawn as on the page of `calipers report`.
+
+        Args:
+            kind: "depth", the error of each projection by layer; "heatmap", the same as a matrix;
+                "module", the histograms of one module's tensors with their ranges and the error
+                of other ranges; "coverage", the tokens that experts saw, by layer.
+            module: Name of the module, with kind="module" alone.
+            measure: Which error: "error" is that of the weight. None for the first of them that
+                the report has.
+
+        Returns:
+            A figure that pyplot does not know; `figure.savefig(path)` writes it.
+
+        Raises:
+            CalipersError: matplotlib is not installed, it comes with the extra "plot"; an
+                unknown kind, module or measure; nothing to draw.
+        """
+        from calipers.reports.plot import plot
+
+        return plot(self.to_dict(), kind, module, measure)
 
     def __str__(self) -> str:
         return report_text(self)

@@ -20,6 +20,7 @@ from calipers.cli.listings import observers, schemes
 from calipers.cli.merge import merge
 from calipers.cli.observe import observe
 from calipers.cli.quantize import quantize
+from calipers.cli.report import report
 
 __all__ = ["app"]
 
@@ -56,6 +57,7 @@ for _command in (
     quantize,
     evaluate,
     compare,
+    report,
     observe,
     merge,
     inspect,

@@ -70,7 +70,7 @@ class Samples:
     """Tokens of the values of one module, by side, evenly spread over the batches held out.
 
     Until a batch that is held out shows a value, tokens of the first that the observers saw stand
-    in for it. Where none is held out, tokens are spread over all batches.
+    in for it. Where none is held out, tokens are of the first batch and of those that would be.
 
     Args:
         sides: The sides whose tokens are wanted.
@@ -82,6 +82,7 @@ class Samples:
 
     def __init__(self, sides: Iterable[str], *, holds_out: bool = True) -> None:
         self.held_out = False
+        self._takes_all = False
         self._holds_out = holds_out
         self._most = TOKENS if holds_out else TOKENS // 4
         self._sides = frozenset(sides)
@@ -90,12 +91,14 @@ class Samples:
 
     def begin_batch(self, number: int) -> None:
         """Start a batch; until it ends nothing of it is kept."""
-        self.held_out = self._holds_out and is_held_out(number)
+        chosen = is_held_out(number)
+        self.held_out = self._holds_out and chosen
+        self._takes_all = not self._holds_out and (chosen or number == 0)
         self._waiting = {}
 
     def see(self, seen: Seen) -> None:
         """Take tokens of a value, where they are wanted."""
-        wanted = self.held_out or not self._holds_out or seen.side not in self._kept
+        wanted = self.held_out or self._takes_all or seen.side not in self._kept
         if wanted and seen.side in self._sides:
             value = plain_tensor(seen.value)
             by_token = _by_token(value, state=seen.side in ATTENTION_NAMES)

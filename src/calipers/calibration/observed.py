@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor, nn
@@ -125,6 +125,17 @@ class ObservedTensor:
             return self.observer.get_global_scale()
         return self.observer.get_qparams()[0]
 
+    def scale_of(self, held: Mapping[str, Any]) -> Tensor | None:
+        """As `so_far`, by what the observer held before."""
+        observer = self.observer
+        with observer.alone():
+            now = observer.held()
+            observer.take_over({**held, "_stale": True})
+            try:
+                return self.so_far()
+            finally:
+                observer.take_over(now)
+
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
         if self.base_name == "weight":
@@ -201,7 +212,7 @@ class ObservedModule:
     unmasked: bool = False
     samples: Samples | None = None
     look_at: int | None = None
-    _earlier: dict[str, Tensor] = field(default_factory=dict)
+    _earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     _attached: bool = False
     _update: UpdateState = field(default_factory=UpdateState)
 
@@ -321,13 +332,19 @@ class ObservedModule:
         for observer in observers:
             observer.end_batch()
         if number + 1 == self.look_at:
-            found = {key: each.so_far() for key, each in self.tensors.items()}
-            self._earlier = {key: value for key, value in found.items() if value is not None}
+            # by reference, and derived in the end: searching all histograms would hold up the run
+            self._earlier = {
+                key: each.observer.held()
+                for key, each in self.tensors.items()
+                if key != "weight" and each.lacks is None
+            }
 
     def moved(self, base_name: str, scale: Tensor | None) -> float | None:
         """Largest relative change of a scale since `look_at`; None where that was not."""
-        earlier = self._earlier.get(base_name)
-        if earlier is None or scale is None or earlier.shape != scale.shape:
+        if base_name not in self._earlier or scale is None:
+            return None
+        earlier = self.tensors[base_name].scale_of(self._earlier[base_name])
+        if earlier is None or earlier.shape != scale.shape:
             return None
         return relative_change(earlier, scale)
 

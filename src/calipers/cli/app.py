@@ -19,6 +19,7 @@ from calipers.cli.inspect import inspect
 from calipers.cli.listings import observers, schemes
 from calipers.cli.merge import merge
 from calipers.cli.observe import observe
+from calipers.cli.plan import plan
 from calipers.cli.quantize import quantize
 
 __all__ = ["app"]
@@ -56,6 +57,7 @@ for _command in (
     quantize,
     evaluate,
     compare,
+    plan,
     observe,
     merge,
     inspect,

@@ -17,6 +17,7 @@ from calipers.errors import (
 from calipers.evaluation import perplexity
 from calipers.observers import Observer
 from calipers.observing import observe
+from calipers.planning import SchemePlan, plan_schemes
 from calipers.statistics_files import Statistics
 from calipers.streaming import quantize_checkpoint
 
@@ -30,6 +31,7 @@ __all__ = [
     "MissingDataError",
     "Observer",
     "SchemeError",
+    "SchemePlan",
     "Statistics",
     "StatisticsError",
     "UnknownObserverError",
@@ -39,6 +41,7 @@ __all__ = [
     "loading_experts",
     "observe",
     "perplexity",
+    "plan_schemes",
     "quantize_checkpoint",
     "save",
 ]

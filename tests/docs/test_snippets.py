@@ -56,7 +56,7 @@ def test_shell_commands_parse(
     assert words[0] in ("calipers", "torchrun")
     args = words[words.index("calipers") + 1 :]
     given = []
-    for name in ("ways", "evaluate", "compare", "demo", "observe", "convert"):
+    for name in ("ways", "evaluate", "compare", "demo", "observe", "convert", "plan"):
         monkeypatch.setattr(f"calipers.cli.{name}.load_model", lambda *a, **k: _stop(given))
     for name in ("ways", "quantize", "doctor"):
         monkeypatch.setattr(f"calipers.cli.{name}.SourceCheckpoint", lambda *a, **k: _stop(given))

@@ -19,6 +19,7 @@ from calipers.cli.inspect import inspect
 from calipers.cli.listings import observers, schemes
 from calipers.cli.merge import merge
 from calipers.cli.observe import observe
+from calipers.cli.plan import plan
 from calipers.cli.quantize import quantize
 from calipers.cli.report import report
 
@@ -58,6 +59,7 @@ for _command in (
     evaluate,
     compare,
     report,
+    plan,
     observe,
     merge,
     inspect,

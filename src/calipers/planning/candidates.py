@@ -118,7 +118,7 @@ def stored_bits(args: QuantizationArgs, rows: int, columns: int, dtype: torch.dt
     else:
         scales = 1
     own = args.scale_dtype if isinstance(args.scale_dtype, torch.dtype) else dtype
-    bits = rows * columns * args.num_bits + scales * own.itemsize * 8
+    bits: int = rows * columns * args.num_bits + scales * own.itemsize * 8
     if not args.symmetric:
         bits += scales * args.num_bits
     return bits + 32 * has_global_scale(args)

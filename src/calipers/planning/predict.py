@@ -19,7 +19,7 @@ from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.targets import Target, has_global_scale
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
-from calipers.observing import observe
+from calipers.observing.observe import observe
 from calipers.planning.candidates import Candidate, stored_bits
 from calipers.statistics_files import Statistics
 
@@ -287,7 +287,8 @@ def predict(
 
 def _bits(target: Target, candidate: Candidate) -> int:
     weight = weight_of(target)
-    return stored_bits(candidate.args, *weight.shape, weight.dtype)
+    rows, columns = weight.shape
+    return stored_bits(candidate.args, rows, columns, weight.dtype)
 
 
 def _problems(unit: Unit, candidate: Candidate) -> Iterator[str]:

@@ -27,7 +27,7 @@ def test_from_a_model_to_a_mixed_checkpoint(
     made = succeeded(
         calipers("calibrate", llama, "--scheme", scheme, *text, *judged, "--out", out, "--json")
     )
-    bits = {row["name"]: row["bits"] for row in made["calibration"]["modules"]}
+    bits = {row["name"]: row["weight_bits"] for row in made["calibration"]["modules"]}
     assert bits == {
         name: int(each["scheme"][1]) for each in result["units"] for name in each["modules"]
     }

@@ -293,5 +293,5 @@ def _bits(target: Target, candidate: Candidate) -> int:
 
 def _problems(unit: Unit, candidate: Candidate) -> Iterator[str]:
     for each in unit.targets:
-        target = Target(each.name, each.module, candidate.scheme, ("weight",))
+        target = Target(each.name, each.module, candidate.scheme)
         yield from find_module_problems(target)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from calipers.cli.compare import Comparison, print_comparison
+from calipers.cli.compare import Comparison, _in_one_pass, print_comparison
 from calipers.cli.runs import Run, RunResult, judge_schemes, plan_runs
 from calipers.cli.texts import TokenizedText
 from calipers.errors import CalipersError
@@ -326,3 +326,30 @@ def test_an_observer_of_ones_own(
     assert [run["observer"] for run in succeeded(calipers(*given, "--json"))["runs"]] == [
         "compared_own"
     ]
+
+
+def test_all_observers_in_one_pass_and_a_page_of_them(
+    calipers: Calipers, llama: Path, texts: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    given = (*("compare", llama, "--scheme", "W4A16", "--group-size", 32), *texts_of(texts))
+    result = succeeded(calipers(*given, "--observers", "all", "--out", page, "--json"))
+    (run,) = result["runs"]
+    assert run["observer"] == "optimal"
+    names = {row["observer"] for row in run["shadows"]}
+    assert {"optimal", "optimal:objective=hessian", "memoryless_minmax"} <= names
+    assert all(row["judged"] for row in run["shadows"])
+    text = page.read_text(encoding="utf-8")
+    assert "Observers side by side" in text
+    assert "imatrix_mse" in text
+    assert "exists" in error_of(calipers(*given, "--out", page))
+    told = error_of(calipers(*given, "--observers", "optimal"))
+    assert "--observers: expected 'all', or several names, got 'optimal'" in told
+    told = error_of(calipers(*given, "--observers", "all", "--observer", "optimal"))
+    assert "--observers: expected alone" in told
+
+
+def test_observers_of_nvfp4_are_among_all_where_it_is(calipers: Calipers) -> None:
+    assert _in_one_pass("all", ["W4A16"])[1][-1] == "memoryless_minmax"
+    assert "nvfp4_headroom" in _in_one_pass("all", ["W4A16", "NVFP4A16"])[1]
+    assert _in_one_pass("mse, optimal", ["W4A16"]) == (["mse"], ["optimal"])

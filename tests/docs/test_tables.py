@@ -62,6 +62,7 @@ UNMEASURED = {
     ): "tests/checkpoint/test_experts.py::test_schemes_of_the_page_load_as_it_says",
     ("docs/experts.md", "experts, vLLM says"): None,
     ("docs/report-page.md", "part"): None,
+    ("docs/report-page.md", "kind"): None,
     ("docs/experts.md", "`on_few_tokens`"): None,
     ("docs/experts.md", "tokens, error of the median column"): FACTS
     + "test_what_so_many_tokens_tell",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,7 @@ from calipers.calibration.summaries import (
     summarize_coverage,
     summarize_shadows,
 )
+from calipers.calibration.targets import has_global_scale, schemes_by_target
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.checkpoint.replace import recover
 from calipers.cli import options
@@ -30,18 +32,31 @@ from calipers.cli.judging import (
     figure_text,
     json_number,
     measure,
+    measures_json,
 )
+from calipers.cli.merge import refuse_existing
 from calipers.cli.models import find_processor
 from calipers.cli.runs import RunResult, check_runs, execute, judge_schemes, plan_runs
 from calipers.cli.schemes import DEFAULT_SCHEME, choose_group_size
 from calipers.cli.texts import TokenizedText, calibration_text, heldout_text
 from calipers.demo import MODEL_PATH
+from calipers.errors import CalipersError
 from calipers.evaluation import Perplexity
+from calipers.observers import Observer
+from calipers.reports.file import tell_report
+from calipers.reports.page import render_page
+from calipers.reports.plot import new_figure
 from calipers.text.for_model import fitting_length
 
 __all__ = ["Comparison", "compare", "comparison_json", "print_comparison"]
 
 _OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
+#: What `--observers all` means: of observers that find the same scale for a weight, one.
+_ALL = (
+    *("optimal", "optimal:objective=hessian", "imatrix_mse", "memoryless_mse"),
+    "memoryless_minmax",
+)
+_ALL_OF_NVFP4 = ("nvfp4_headroom", "nvfp4_expanded_mse", "nvfp4_expanded_imatrix")
 
 
 def compare(
@@ -58,6 +73,14 @@ def compare(
             metavar="NAME[:KEY=VALUE,...]",
             help="Observer of weights, with options of its own; may be repeated. "
             "Default: memoryless_minmax, optimal and optimal:objective=hessian.",
+        ),
+    ] = None,
+    observers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Names with commas, or all: observers of weights that are compared in one pass "
+            "over the data. The first quantizes, the others are its shadows.",
         ),
     ] = None,
     option: Annotated[
@@ -84,6 +107,11 @@ def compare(
     eval_samples: options.EvalSamples = 128,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a page about the runs here; see calipers report."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
     json: options.Json = False,
 ) -> None:
     """Quantize a model under each scheme with each observer, and compare the results.
@@ -100,6 +128,8 @@ def compare(
       calipers compare ./model --scheme FP8_DYNAMIC --scheme UNQUANTIZED --kv-cache fp8
 
       calipers compare ./model --observer optimal --shadow mse --shadow imatrix_mse --pick best
+
+      calipers compare ./model --observers all --out page.html
     """
     with plain_errors(), show_progress() as progress:
         # Whatever can be refused is refused before the model is loaded, or at least before it runs.
@@ -111,9 +141,16 @@ def compare(
         part = options.known_part(only)
         patterns = tuple(ignore or ())
         schemes = scheme or [DEFAULT_SCHEME]
-        observers = observer or list(_OBSERVERS)
+        if out is not None:
+            refuse_existing(out, force=force)
+            new_figure(1, 1)  # says at once where there is no matplotlib
+        chosen = observer or list(_OBSERVERS)
+        if observers is not None:
+            if observer or shadow:
+                raise CalipersError("--observers: expected alone, without --observer and --shadow")
+            chosen, shadow = _in_one_pass(observers, schemes)
         shadows = Shadows.read(shadow or (), activation_shadow or (), pick)
-        plan = partial(plan_runs, schemes, observers, option or [])
+        plan = partial(plan_runs, schemes, chosen, option or [])
         runs = plan(group_size, kv_cache, shadows)
         for run in runs:
             resolve_config(run.scheme, patterns)
@@ -148,10 +185,47 @@ def compare(
         verdicts = judge_schemes(results, patterns)
     name = "demo" if model is None else str(model)
     comparison = Comparison(name, read, judged, before, size, results, verdicts, size_note)
+    if out is not None:
+        out.write_text(render_page(_told(comparison)), encoding="utf-8")
     if json:
         print_json(comparison_json(comparison))
     else:
         print_comparison(f"{name}, quantized and judged", comparison)
+
+
+def _in_one_pass(observers: str, schemes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The observer that quantizes, and those that look at the same tensors."""
+    names = [each.strip() for each in observers.split(",") if each.strip()]
+    if names == ["all"]:
+        names = list(_ALL)
+        groups = (schemes_by_target(resolve_config(each)).values() for each in schemes)
+        if any(each.weights and has_global_scale(each.weights) for own in groups for each in own):
+            names += _ALL_OF_NVFP4
+        names += [each for each in Observer.registered_names() if _is_of_a_plugin(each)]
+    if len(names) < 2:
+        raise CalipersError(f"--observers: expected 'all', or several names, got {observers!r}")
+    return names[:1], names[1:]
+
+
+def _is_of_a_plugin(name: str) -> bool:
+    return not Observer.get_value_from_registry(name).__module__.startswith("calipers.")
+
+
+def _told(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """The reports of all runs by their labels, for a page."""
+    return {
+        f"{each.run.scheme}, {each.run.name}": tell_report(
+            each.report,
+            model=comparison.model,
+            scheme=each.run.scheme,
+            observer=each.run.observer,
+            options=each.run.options,
+            measures=measures_json(comparison.before, each.after, each.change, None)
+            if each.after is not None
+            else None,
+        )
+        for each in comparison.results
+    }
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,7 @@ def report(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="What `calipers calibrate --out` or `calipers quantize` wrote, or its "
-            "calipers-report.json.",
+            help="What `calipers calibrate --out` wrote, or its calipers-report.json.",
         ),
     ],
     compare: Annotated[

@@ -15,7 +15,7 @@ from calipers._words import first_line
 from calipers.calibration.report import CalibrationReport
 from calipers.errors import CalipersError
 
-__all__ = ["FILE_NAME", "FORMAT", "read_report", "write_report"]
+__all__ = ["FILE_NAME", "FORMAT", "read_report", "tell_report", "write_report"]
 
 #: Name of the file in the folder of a checkpoint.
 FILE_NAME = "calipers-report.json"
@@ -50,6 +50,22 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str], *
         ('calipers-report.json', 'W4A16', 3)
     """
     path = Path(directory) / FILE_NAME
+    told = tell_report(report, **head)
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        text = json.dumps(told, allow_nan=False) + "\n"
+        with beside.open("w", encoding="utf-8") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(written.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def tell_report(report: CalibrationReport, **head: Any) -> dict[str, Any]:
+    """What `write_report` writes, and `read_report` gives of that."""
     told = {
         "format": FORMAT,
         "calipers": calipers.__version__,
@@ -62,17 +78,8 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str], *
         **head,
         **report.to_dict(),
     }
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        text = json.dumps(_plain(told), allow_nan=False) + "\n"
-        with beside.open("w", encoding="utf-8") as written:
-            written.write(text)
-            written.flush()
-            os.fsync(written.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    plain: dict[str, Any] = _plain(told)
+    return plain
 
 
 def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not file.exists():
             raise CalipersError(
                 f"{path}: expected a folder with {FILE_NAME} in it, which `calipers calibrate "
-                "--out` and `calipers quantize` leave beside a checkpoint; got one without"
+                "--out` leaves beside a checkpoint; got one without"
             )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))

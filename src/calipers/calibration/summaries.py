@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "MEASURE_HEADINGS",
     "KindSummary",
     "ShadowSummary",
-    "measure_cells",
+    "measure_table",
     "shadow_cells",
     "shadow_headings",
     "summarize_coverage",
@@ -189,21 +188,21 @@ def shadow_cells(summaries: Iterable[ShadowSummary]) -> list[list[str]]:
     ]
 
 
-#: Heads of a table of measures.
-MEASURE_HEADINGS = ("module", "weight error", "output error", "SQNR", "clipped", "zeros")
+_MEASURES = ("module", "weight error", "output error", "SQNR", "clipped", "zeros")
 
 
-def measure_cells(rows: Iterable[ModuleReport]) -> list[list[str]]:
-    """The rows of a table of measures of weights, one for each module whose weight has an error."""
-    return [
-        [
-            row.name,
-            f"{row.weight_error:.4f}",
-            *_told(row.weight),
-        ]
+def measure_table(rows: Iterable[ModuleReport]) -> list[list[str]]:
+    """A table of measures of weights, heads first: a row for each module whose weight has an error.
+
+    Measures that none of them has are left out; so is the table where there is no such module.
+    """
+    told = [
+        [row.name, f"{row.weight_error:.4f}", *_told(row.weight)]
         for row in rows
         if row.weight_error is not None
     ]
+    columns = [column for column in zip(_MEASURES, *told, strict=True) if set(column[1:]) - {"-"}]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _told(found: WeightMeasures | None) -> list[str]:

@@ -24,8 +24,7 @@ from calipers.calibration.report import Stability
 from calipers.calibration.session import OnMissing
 from calipers.calibration.shadows import Shadows, read_options
 from calipers.calibration.summaries import (
-    MEASURE_HEADINGS,
-    measure_cells,
+    measure_table,
     shadow_cells,
     shadow_headings,
     summarize_coverage,
@@ -406,9 +405,9 @@ def print_result(
     if shadows:
         heads = shadow_headings(report.modules)
         print_table("Observers of the same tensors", heads, shadows, right=heads[2:])
-    rows = measure_cells(report.worst(worst))
+    heads, *rows = measure_table(report.worst(worst)) or [[]]
     if rows and len(report.modules) > 1:
-        print_table("The largest weight errors", MEASURE_HEADINGS, rows, right=MEASURE_HEADINGS[1:])
+        print_table("The largest weight errors", heads, rows, right=heads[1:])
     size = result["group_size"]
     figures = None if change is None else figure_text(change)
     kind = "output error" if isinstance(change, OutputError) else "perplexity"

@@ -3,6 +3,7 @@
     python -m benchmarks.report_picture /path/to/SmolLM2-135M docs/report-page.png
 
 needs a Chromium (`apt-get install chromium`), and takes some minutes for a model of 135M weights.
+Options that it does not know go to `calipers calibrate`, as `--eval-samples 8 --dtype float32`.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def calipers(*args: object) -> float:
     return time.perf_counter() - started
 
 
-def write_page(model: Path, folder: Path, samples: int) -> Path:
+def write_page(model: Path, folder: Path, more: list[str]) -> Path:
     page = folder / "report.html"
     made = [folder / f"{model.name}-{scheme}" for scheme in SCHEMES]
     for scheme, out in zip(SCHEMES, made, strict=True):
         given = () if scheme == "NVFP4" else ("--group-size", 64)
-        calipers("calibrate", model, "--scheme", scheme, *given, "--samples", samples, "--out", out)
+        calipers("calibrate", model, "--scheme", scheme, *given, *more, "--out", out)
     first, *others = made
     compared = [each for other in others for each in ("--compare", other)]
     seconds = calipers("report", first, *compared, "--out", page)
@@ -74,13 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a transformers directory, or a page (.html)")
     parser.add_argument("out", type=Path, help="where to write the picture")
-    parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--height", type=int, default=2150)
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         page = given.model
         if page.suffix != ".html":
-            page = write_page(given.model, Path(folder), given.samples)
+            page = write_page(given.model, Path(folder), more)
         take_picture(page, given.out, given.height)
 
 

@@ -14,6 +14,7 @@ from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.plan import ObserverChoice, plan_observers
 from calipers.calibration.run_plan import run_plan
 from calipers.observers import IMatrixMSEObserver, Observer
+from calipers.observers.hooks import Seen
 from observers.samples import sample
 
 ARGS = QuantizationArgs(num_bits=8)
@@ -89,7 +90,7 @@ def test_a_weight_without_a_module() -> None:
     tensor = ObservedTensor("layer", None, "weight", SCHEME.weights, [observer])
     assert (tensor.full_name, tensor.wants_data) == ("layer.weight", True)
     assert tensor.lacks == "its observer weighs by the layer's inputs and saw no token"
-    tensor.see(sample((4, 16)))
+    tensor.see(Seen("input", sample((4, 16)), 4, unmasked=False))
     assert tensor.lacks is None
 
 

@@ -72,7 +72,10 @@ def test_calibrate_gives_the_same_checkpoint(
     expect_same(tmp_path / "by-file", tmp_path / "streamed")
     told, other = json.loads(by_file.stdout), json.loads(by_data.stdout)
     assert told["statistics"] == str(observed)
-    assert told["calibration"]["modules"] == other["calibration"]["modules"]
+    found, expected = (each["calibration"]["modules"] for each in (told, other))
+    for row in (*found, *expected):  # a file holds no tokens to measure activations on
+        row["activation_measures"] = row["plots"] = None
+    assert found == expected
     assert (told["data"], other["statistics"]) == (None, None)
 
 

@@ -61,9 +61,12 @@ def test_shell_commands_parse(
     for name in ("ways", "quantize", "doctor"):
         monkeypatch.setattr(f"calipers.cli.{name}.SourceCheckpoint", lambda *a, **k: _stop(given))
     monkeypatch.setattr(Statistics, "load", lambda *a, **k: _stop(given))
+    monkeypatch.setattr("calipers.cli.report.read_report", lambda *a, **k: _stop(given))
     monkeypatch.chdir(tmp_path)
     for file in ("heldout.txt", "text.txt", "text.jsonl", "images.jsonl"):
         Path(file).touch()  # text is looked for first
+    if "--scheme scheme.yaml" in command:  # what `calipers plan` writes
+        Path("scheme.yaml").write_text("targets: [Linear]\nweights: {num_bits: 4}\n", "utf-8")
     layer = {"name": "mlp.experts", "tokens": {"mlp.experts.0": 3}, "enough": 256}
     Path("report.json").write_text(json.dumps({"coverage": [layer]}), encoding="utf-8")
     # the file that commands name as a plugin is what this page shows

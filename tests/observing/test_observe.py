@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from architectures import llama, qwen3_moe
 from calibration.tiny_models import picture, tiny_llama, tiny_moe, token_batches
 from calipers import Statistics, StatisticsError, attach, calibrate, observe
+from calipers.calibration.report import ModuleReport
 from calipers.errors import CalipersError, MissingDataError, SchemeError
 from calipers.observers import HistogramObserver, StaticMinMaxObserver
 
@@ -26,13 +28,22 @@ def bfloat16() -> Any:
     return llama().to(torch.bfloat16)
 
 
+def without_samples(rows: list[ModuleReport]) -> list[ModuleReport]:
+    """The records without what is measured on tokens, of which a file holds none."""
+    weights = [{name: p for name, p in row.plots.items() if name == "weight"} for row in rows]
+    return [
+        replace(row, activation_measures={}, plots=plots)
+        for row, plots in zip(rows, weights, strict=True)
+    ]
+
+
 def assert_same(by_data: Any, by_file: Any, reports: tuple[Any, Any]) -> None:
     expected, found = by_data.state_dict(), by_file.state_dict()
     assert found.keys() == expected.keys()
     different = [k for k in expected if not torch.equal(expected[k].float(), found[k].float())]
     assert different == []
     of_data, of_file = reports
-    assert of_file.modules == of_data.modules
+    assert without_samples(of_file.modules) == without_samples(of_data.modules)
     assert of_file.left_alone == of_data.left_alone
     assert of_file.batches == of_data.batches
     assert of_file.coverage == of_data.coverage

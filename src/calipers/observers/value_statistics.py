@@ -404,5 +404,5 @@ class ValueStatistics(HoldsStatistics, InternalModule):
 def _are_finite(low: Tensor, high: Tensor) -> bool:
     """Whether all ranges are finite; where one overflows, all is counted, and nothing found."""
     if low.numel() == 1:
-        return isfinite(low.item() - high.item())
+        return isfinite(float(low) - float(high))
     return isfinite(float((high - low).sum(dtype=torch.float32)))

@@ -37,8 +37,8 @@ from calipers.planning.plan import solve
 from calipers.planning.predict import gather, make_units, predict
 from calipers.planning.sensitivity import (
     kl_sensitivities,
-    log_probabilities,
     mean_kl,
+    reference_logits,
     residual_sensitivities,
     swapped,
 )
@@ -168,7 +168,7 @@ class _Work:
         """Rank correlations with the divergence of single units."""
         picked = random.Random(0).sample(self.units, min(count, len(self.units)))
         truth = []
-        reference = log_probabilities(self.judged, self.kl_heldout)
+        reference = reference_logits(self.judged, self.kl_heldout)
         for unit in picked:
             weights = {each.name: self.weights[LOW][each.name] for each in unit.targets}
             with swapped(self.judged, weights):

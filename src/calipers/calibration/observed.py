@@ -138,14 +138,13 @@ class ObservedTensor:
 
     def share_moments(self) -> None:
         """Let the observers of a weight read the same sums over its inputs, which are fed once."""
-        if self.base_name == "weight":
-            share_moments([each for each in self.observers if not _hooks_itself(each)])
+        self._fed = list(self._find_fed())
 
     def see(self, seen: Seen) -> None:
         """Let the observers take in a value of the side of the module that they learn from."""
         if self._fed is None:
-            self._fed = list(self._find_fed())
-        for kind, part, observe in self._fed:
+            self.share_moments()
+        for kind, part, observe in self._fed or ():
             if seen.updates is None or kind is None:
                 observe(seen.value)
             else:

@@ -173,12 +173,7 @@ def squared_errors(
     device = weight.device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     gram = None if gram is None else gram.to(device)
-    for rows, groups in _pieces(weight, args):
-        piece = weight[rows]
-        zero = None if zero_point is None else zero_point[groups]
-        quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
-        original = piece.float()
-        error = original - quantized.float()
+    for original, error in _errors(weight, scale, zero_point, args, global_scale):
         for place, values in enumerate((error, original)):
             sums[place] += values.square().sum(dtype=torch.float64)
             if gram is not None:
@@ -247,13 +242,26 @@ def measure_output_error(
     """
     inputs = inputs.to(weight.device).float()
     error = total = 0.0
+    for original, difference in _errors(weight, scale, zero_point, args, global_scale):
+        error += _sum_of_squares(inputs @ difference.T)
+        total += _sum_of_squares(inputs @ original.T)
+    return _ratio(error, total)
+
+
+def _errors(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    args: QuantizationArgs,
+    global_scale: torch.Tensor | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A few rows of a weight after the other, and what quantization takes off them, in float32."""
     for rows, groups in _pieces(weight, args):
         piece = weight[rows]
         zero = None if zero_point is None else zero_point[groups]
         quantized = fake_quantize(piece, scale[groups], zero, args, global_scale)
-        error += _sum_of_squares(inputs @ (piece.float() - quantized.float()).T)
-        total += _sum_of_squares(inputs @ piece.float().T)
-    return _ratio(error, total)
+        original = piece.float()
+        yield original, original - quantized.float()
 
 
 def _pieces(weight: torch.Tensor, args: QuantizationArgs) -> Iterator[tuple[slice, slice]]:

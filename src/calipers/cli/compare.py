@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from calipers._files import replacing
 from calipers.calibration import resolve_config
 from calipers.calibration.experts import separated_experts
 from calipers.calibration.shadows import Shadows
@@ -186,7 +187,8 @@ def compare(
     name = "demo" if model is None else str(model)
     comparison = Comparison(name, read, judged, before, size, results, verdicts, size_note)
     if out is not None:
-        out.write_text(render_page(_told(comparison)), encoding="utf-8")
+        with replacing(out) as beside:
+            beside.write_text(render_page(_told(comparison)), encoding="utf-8")
     if json:
         print_json(comparison_json(comparison))
     else:

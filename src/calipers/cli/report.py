@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from calipers._files import replacing
 from calipers.cli import options
 from calipers.cli.console import plain_errors, print_json, print_lines
 from calipers.cli.merge import refuse_existing
@@ -53,7 +54,8 @@ def report(
         refuse_existing(out, force=force)
         reports = _read([folder, *(compare or ())])
         page = render_page(reports)
-        out.write_text(page, encoding="utf-8")
+        with replacing(out) as beside:
+            beside.write_text(page, encoding="utf-8")
         result = _result(out, reports)
     if json:
         print_json(result)

@@ -12,6 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from torch import nn
 
+from calipers._files import replacing
 from calipers._unwrap import unwrap, without_wrappers
 from calipers._words import check_choice
 from calipers.calibration.batches import Progress, expect_batches
@@ -125,7 +126,8 @@ class SchemePlan:
         if path.exists() and not force:
             raise CalipersError(f"{path} exists: choose another place, or replace it with --force")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.text(), encoding="utf-8")
+        with replacing(path) as beside:
+            beside.write_text(self.text(), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -219,12 +221,11 @@ def plan_schemes(
                 "there is nothing to plan: the model has no Linear that is not left"
             )
         budget = _budget(units, read, bits, bytes)
-        batches = list(
-            batches_for_model(
-                data, model, tokenizer, samples=samples, sequence_length=sequence_length
-            )
+        given = batches_for_model(
+            data, model, tokenizer, samples=samples, sequence_length=sequence_length
         )
-        expect_batches(batches)
+        expect_batches(given)
+        batches = list(given)
         judged = _token_batches(model, batches) if sensitivity == "kl" else []
         gathered = gather(model, units, batches, progress, ignore=ignore, only=only)
         predict(units, read, gathered, progress)

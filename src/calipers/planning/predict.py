@@ -21,9 +21,11 @@ from calipers.calibration.targets import Target, has_global_scale
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
 from calipers.observing.observe import observe
 from calipers.planning.candidates import Candidate, stored_bits
+from calipers.ranges.input_gram import ColumnGroups
+from calipers.ranges.output_error import InputGram
 from calipers.statistics_files import Statistics
 
-__all__ = ["Unit", "gather", "make_units", "predict", "quantized_weights"]
+__all__ = ["Unit", "gather", "make_units", "output_energy", "predict", "quantized_weights"]
 
 #: Widest input whose X'X is summed whole; of wider ones only its diagonal is known.
 WIDEST = 8192
@@ -128,15 +130,22 @@ class Gram:
         found = (tokens.T @ tokens if self.whole else tokens.square().sum(0)).double()
         self.sum = found if self.sum is None else self.sum + found
 
-    def squares(self, rows: Tensor) -> float:
-        """Sum of ||x r||^2 over tokens x and rows r of a matrix."""
+    def known(self) -> InputGram | None:
+        """What the sums tell; None where no token came."""
         if self.sum is None:
-            return 0.0
-        gram = self.sum.float().to(rows.device)
-        rows = rows.float()
+            return None
+        found = self.sum.float()
         if not self.whole:
-            return float((rows.square() @ gram).sum(dtype=torch.float64))
-        return float(((rows @ gram) * rows).sum(dtype=torch.float64))
+            return InputGram(found)
+        columns = len(found)
+        index = torch.arange(columns, dtype=torch.int64, device="cpu").view(1, -1)
+        groups = ColumnGroups(index, blocks=1, size=columns)
+        return InputGram(found.diagonal(), groups, found.view(1, 1, columns, columns))
+
+
+def output_energy(gram: InputGram | None, rows: Tensor) -> float:
+    """Sum of ||x r||^2 over tokens x and rows r of a matrix; 0.0 where no token came."""
+    return 0.0 if gram is None else float(gram.to(rows.device).energy(rows))
 
 
 class Energy:
@@ -162,7 +171,7 @@ class Gathered:
     """
 
     statistics: Statistics
-    grams: Mapping[str, Gram]
+    grams: Mapping[str, InputGram | None]
     energies: Mapping[str, float]
 
 
@@ -205,7 +214,12 @@ def gather(
     finally:
         for module, owner in hooked:
             remove_hooks(module, owner)
-    return Gathered(statistics, grams, {name: each.sum for name, each in energies.items()})
+    known = {gram: gram.known() for gram in grams.values()}
+    return Gathered(
+        statistics,
+        {name: known[gram] for name, gram in grams.items()},
+        {name: each.sum for name, each in energies.items()},
+    )
 
 
 @torch.no_grad()
@@ -276,8 +290,8 @@ def predict(
             error = whole = 0.0
             for each in unit.targets:
                 weight, gram = weight_of(each).detach(), gathered.grams[each.name]
-                error += gram.squares(weight.float() - weights[each.name].float())
-                whole += gram.squares(weight)
+                error += output_energy(gram, weight.float() - weights[each.name].float())
+                whole += output_energy(gram, weight)
             relative = error / whole if whole > 0 else 0.0
             bits = sum(_bits(each, candidate) for each in unit.targets)
             unit.predicted[candidate.name] = Predicted(bits, error, relative)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from calipers.agreement import ReferenceLogits
 from calipers.calibration.batches import Progress, eval_mode
 from calipers.planning.candidates import Candidate
-from calipers.planning.predict import Gathered, Unit, quantized_weights, weight_of
+from calipers.planning.predict import (
+    Gathered,
+    Unit,
+    output_energy,
+    quantized_weights,
+    weight_of,
+)
 
-__all__ = ["Sensitivity", "kl_sensitivities", "mean_kl", "residual_sensitivities", "swapped"]
+__all__ = [
+    "Sensitivity",
+    "kl_sensitivities",
+    "mean_kl",
+    "reference_logits",
+    "residual_sensitivities",
+    "swapped",
+]
 
 #: "residual": squared output error relative to the residual stream; "kl": divergence of the logits
 #: when the unit alone is quantized.
@@ -28,7 +43,7 @@ def residual_sensitivities(units: Sequence[Unit], gathered: Gathered) -> dict[st
     layer of its part (attention, MLP) puts out relative to those hidden states.
     """
     outputs = {
-        each.name: gathered.grams[each.name].squares(weight_of(each).detach())
+        each.name: output_energy(gathered.grams[each.name], weight_of(each).detach())
         for unit in units
         for each in unit.targets
     }
@@ -61,34 +76,35 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
             each.data = before[name]
 
 
-@torch.no_grad()
-def log_probabilities(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Log-probabilities of all tokens, float32, by batch."""
-    device = next(model.parameters()).device
-    return [
-        model(input_ids=batch.to(device), use_cache=False).logits.float().log_softmax(-1)
-        for batch in batches
-    ]
+def reference_logits(model: Any, batches: Sequence[Tensor]) -> ReferenceLogits:
+    """The logits of the unquantized model for each sequence, to compare others with."""
+    reference = ReferenceLogits(sum(map(len, batches)))
+    _show_logits(model, batches, reference.keep)
+    return reference
 
 
-@torch.no_grad()
-def mean_kl(model: Any, batches: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+def mean_kl(model: Any, batches: Sequence[Tensor], reference: ReferenceLogits) -> float:
     """Kullback-Leibler divergence of the next token to the unquantized model, nats a token.
 
     Args:
         model: A causal language model.
         batches: Token ids.
-        reference: What `log_probabilities` gave of the unquantized model.
+        reference: Of the unquantized model.
     """
-    total, count = 0.0, 0
+    _show_logits(model, batches, reference.compare)
+    found = reference.agreement()
+    return 0.0 if found is None else found.kl
+
+
+@torch.no_grad()
+def _show_logits(
+    model: Any, batches: Sequence[Tensor], see: Callable[[int, Tensor], object]
+) -> None:
     device = next(model.parameters()).device
-    for batch, wanted in zip(batches, reference, strict=True):
-        logits = model(input_ids=batch.to(device), use_cache=False).logits
-        for row, own in zip(logits, wanted, strict=True):
-            found = row.float().log_softmax(-1)
-            total += float((own.exp() * (own - found)).sum(dtype=torch.float64))
-            count += len(row)
-    return total / max(1, count)
+    numbers = count()
+    for batch in batches:
+        for row in model(input_ids=batch.to(device), use_cache=False).logits:
+            see(next(numbers), row)
 
 
 def kl_sensitivities(
@@ -108,7 +124,7 @@ def kl_sensitivities(
     by_name = {each.name: each for each in candidates}
     found = {}
     with eval_mode(model):
-        reference = log_probabilities(model, batches)
+        reference = reference_logits(model, batches)
         for done, unit in enumerate(units, start=1):
             found[unit.name] = 0.0
             if unit.predicted:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import calipers
+from calipers._files import replacing
 from calipers._words import first_line
 from calipers.calibration.report import CalibrationReport
 from calipers.errors import CalipersError
@@ -51,16 +52,8 @@ def write_report(report: CalibrationReport, directory: str | os.PathLike[str], *
     """
     path = Path(directory) / FILE_NAME
     told = tell_report(report, **head)
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
-        text = json.dumps(told, allow_nan=False) + "\n"
-        with beside.open("w", encoding="utf-8") as written:
-            written.write(text)
-            written.flush()
-            os.fsync(written.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(told, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

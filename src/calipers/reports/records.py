@@ -107,7 +107,7 @@ def error_of(module: Told, measure: Measure) -> float | None:
 
 def activations_of(module: Told) -> Mapping[str, Told]:
     """By base name ("input", "k") the measures of a module's activations."""
-    return _mapping(module.get("activation_measures")) or _mapping(module.get("activations"))
+    return _mapping(module.get("activation_measures"))
 
 
 def plots_of(module: Told) -> Mapping[str, Told]:

@@ -45,9 +45,6 @@ def _output_error(report: Told) -> Mapping[str, Any]:
 
 def verdict_of(report: Told) -> str | None:
     """The verdict in words; None where the model was not judged."""
-    told = report.get("verdict")
-    if told:
-        return str(told)
     name = str(report.get("scheme"))
     scheme = QuantizationScheme(targets=["Linear"])
     if is_preset_scheme(name):

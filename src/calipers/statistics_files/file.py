@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calipers._files import replacing
 from calipers._words import first_line, listing
 from calipers.errors import StatisticsError
 from calipers.grouping import BASE_NAMES
@@ -67,14 +67,8 @@ def write_file(path: Path, manifest: Manifest, states: States) -> None:
 
 def replace_file(path: Path, manifest: Manifest, states: States) -> None:
     """As `write_file`, beside `path`, which is replaced in one step once that is whole."""
-    beside = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as beside:
         write_file(beside, manifest, states)
-        with beside.open("rb+") as written:
-            os.fsync(written.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> tuple[Manifest, dict[str, dict[str, State]]]:

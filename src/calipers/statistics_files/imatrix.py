@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from calipers._files import replacing
 from calipers._words import listing
 from calipers.errors import StatisticsError
 from calipers.statistics_files.fingerprint import Fingerprint
@@ -163,9 +164,8 @@ def write_imatrix(statistics: Statistics, path: str | Path) -> None:
     data = statistics.manifest.data
     most = max(each.tokens for each in statistics.modules.values())
     chunks = statistics.manifest.batches
-    beside = path.with_name(f".{path.name}.tmp")
-    writer = gguf.GGUFWriter(beside, "")  # an imatrix names no architecture
-    try:
+    with replacing(path) as beside:
+        writer = gguf.GGUFWriter(beside, "")  # an imatrix names no architecture
         writer.add_string(_TYPE, "imatrix")
         writer.add_array(_DATASETS, [each.name or "batches" for each in data])
         writer.add_uint32(_CHUNKS, chunks)
@@ -178,9 +178,6 @@ def write_imatrix(statistics: Statistics, path: str | Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _rows(found: Mapping[int, State], experts: int) -> tuple[Any, Any]:

@@ -18,6 +18,8 @@ from golden.cases import CASES, ENGINES, OBSERVERS, Case
 from golden.record import PATH, Record, compute, difference, few_groups, made_with, native_problem
 
 RUNS = [(engine, case) for case in CASES for engine in case.engines]
+#: The native engine is what people run; tests of the engines compare it with the eager one.
+MARKS = {"eager": [pytest.mark.slow], "native": []}
 AGAIN = "write the file anew as tests/golden/record.py says, if that is meant"
 #: Elsewhere: of the results of this process, so many may have a group on another step.
 FEW_RESULTS = 0.05
@@ -33,7 +35,10 @@ def no_native() -> str | None:
     return native_problem()
 
 
-@pytest.mark.parametrize(("engine", "case"), RUNS, ids=[f"{e}-{c}" for e, c in RUNS])
+@pytest.mark.parametrize(
+    ("engine", "case"),
+    [pytest.param(e, c, id=f"{e}-{c}", marks=MARKS[e]) for e, c in RUNS],
+)
 def test_scales_are_as_recorded(engine: str, case: Case) -> None:
     if engine == "native" and no_native() is not None:
         pytest.skip(no_native())

@@ -27,6 +27,9 @@ __all__ = ["TIMEOUT", "Ranks", "share_of_rank"]
 TIMEOUT = 600.0
 #: Shortest and longest pause between two looks at the store, in seconds.
 _SHORT, _LONG = 0.001, 0.1
+#: Seconds that a rank which failed stays for the others to hear of it: a launcher stops them all
+#: once the first has gone, and the store may go with it.
+_STAY = 5.0
 
 Item = TypeVar("Item")
 
@@ -143,7 +146,8 @@ class Ranks:
     def telling_failure(self, stage: str) -> Iterator[None]:
         """Tell the other ranks of an exception inside of the block, which goes on.
 
-        They raise a `RankError` at the next meeting, or sign of life.
+        They raise a `RankError` at the next meeting, or sign of life. The exception goes on when
+        they have, or after some seconds.
         """
         try:
             yield
@@ -151,7 +155,10 @@ class Ranks:
             if self.size > 1 and not isinstance(error, RankError) and error is not self._told:
                 self._told = error
                 self._post(stage, f"{type(error).__name__}: {first_line(error)}")
-                self._store.set(f"{self._next_meeting()}/failed", str(self.rank))
+                prefix = self._next_meeting()
+                self._store.set(f"{prefix}/failed", str(self.rank))
+                if isinstance(error, Exception):
+                    self._stay_until_heard(prefix)
             raise
 
     # -- the store -----------------------------------------------------------------------------
@@ -213,7 +220,15 @@ class Ranks:
             f"{key} {self._store.get(key).decode()}" for key in keys if self._store.check([key])
         )
 
+    def _stay_until_heard(self, prefix: str) -> None:
+        self._store.set(f"{prefix}/heard/{self.rank}", "")  # others that failed too need not wait
+        keys = [f"{prefix}/heard/{rank}" for rank in range(self.size)]
+        deadline = time.monotonic() + _STAY
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(_LONG)
+
     def _raise_failure(self, prefix: str) -> None:
+        self._store.set(f"{prefix}/heard/{self.rank}", "")
         rank = int(self._store.get(f"{prefix}/failed"))
         found = self._found(prefix, rank)
         raise RankError(f"{self.name_of([rank])} failed at {found['stage']!r}: {found['error']}")

@@ -109,7 +109,9 @@ def probe(clear_loggers: str | None) -> dict[str, Any]:
     return {"stdout": done.stdout, **json.loads(done.stderr.splitlines()[-1])}
 
 
-@pytest.fixture(params=[None, "1"], ids=["plain", "clear-loggers"])
+@pytest.fixture(
+    params=[None, pytest.param("1", marks=pytest.mark.slow)], ids=["plain", "clear-loggers"]
+)
 def seen(request: pytest.FixtureRequest) -> dict[str, Any]:
     """What a fresh process saw while it imported calipers."""
     return probe(request.param)

@@ -59,6 +59,7 @@ def _nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
     assert dispatch._failures == {}
 
 
+@pytest.mark.slow
 def test_tensors_without_memory_do_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["DTensor", "FakeTensor", "wrapper", "zero tensor", "memory given back"]
     monkeypatch.setenv("CALIPERS_ENGINE", "native")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -258,3 +260,36 @@ def test_one_thread_runs_at_a_time() -> None:
             lockstep.run(block, nullcontext, keep=True)
     assert ends == [0, 1, 2, 3, 4]
     assert most == 1
+
+
+TEAMS = """
+import os
+import torch
+from contextlib import nullcontext
+from calipers.calibration.lockstep import Lockstep
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+    def forward(self, x):
+        x.square().sum()
+        return self.layers[0](x)
+
+torch.set_num_threads(4)
+model, x = Model(), torch.ones(2**19, 4)
+lockstep = Lockstep({"layers.0": model.layers[0]})
+with lockstep.gates(), torch.no_grad():
+    before = len(os.listdir("/proc/self/task"))
+    lockstep.start([lambda: model(x)] * 3, lambda _: nullcontext())
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_threads_of_waiting_batches_have_no_team() -> None:
+    """More threads than cores make those of the team at work sleep between operations."""
+    # in a process of its own, since threads of other tests would count
+    done = subprocess.run([sys.executable, "-c", TEAMS], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 3  # one a batch

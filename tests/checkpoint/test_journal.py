@@ -88,7 +88,9 @@ WHOLE = {f"{name}.txt": name * 1000 for name in STEPS} | {"index": "of all"}
 
 
 @posix_only
-@pytest.mark.parametrize("old", [None, {"one.txt": "old", "other": "old"}])
+@pytest.mark.parametrize(
+    "old", [None, pytest.param({"one.txt": "old", "other": "old"}, marks=pytest.mark.slow)]
+)
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_files(tmp_path, old):
     def fill(name):
         folder = tmp_path / name

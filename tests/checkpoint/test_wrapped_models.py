@@ -83,6 +83,7 @@ def test_saved_and_loaded_with_equal_logits(wrap, preset, tmp_path):
 
 
 # dynamo warns of the lru_cache in compressed-tensors' quantized forward
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lru_cache")
 def test_what_was_compiled_before_runs_quantized_after():
     plain, wrapped = tiny_llama(), torch.compile(tiny_llama(), backend="eager")

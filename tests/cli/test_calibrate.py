@@ -180,12 +180,13 @@ def test_without_data_and_judgement(calipers: Calipers, llama: Path) -> None:
 
 
 def test_models_without_a_head_are_judged_by_their_outputs(calipers: Calipers, bert: Path) -> None:
-    result = succeeded(calipers("calibrate", bert, "--json"))
+    given = ("calibrate", bert, "--samples", 8, "--eval-samples", 8)
+    result = succeeded(calipers(*given, "--json"))
     assert result["perplexity_before"] is result["change"] is None
     assert 0.001 < result["output_error"]["value"] < 1
     assert result["output_error"]["standard_error"] > 0
     assert "output error" in result["verdict"]
-    text = calipers("calibrate", bert).stdout
+    text = calipers(*given).stdout
     assert re.search(r"^output error +0\.\d{4} ± 0\.\d{4}$", text, re.MULTILINE)
 
 
@@ -248,7 +249,7 @@ def test_unquantized_keeps_the_size(calipers: Calipers, llama: Path) -> None:
 
 
 def test_dtype_halves_the_model(calipers: Calipers, llama: Path) -> None:
-    fast = ("--observer", "memoryless_minmax", "--json")
+    fast = ("--observer", "memoryless_minmax", "--no-eval", "--json")
     stored = succeeded(calipers("calibrate", llama, *fast))
     half = succeeded(calipers("calibrate", llama, "--dtype", "bfloat16", *fast))
     # The rotary frequencies, a buffer of 16 values, stay float32.
@@ -728,9 +729,10 @@ def test_what_would_not_load_back_can_be_left_alone(
 def test_the_worst_modules_are_named(
     calipers: Calipers, llama: Path, options: tuple[object, ...], count: int
 ) -> None:
-    rows = succeeded(calipers("calibrate", llama, "--json"))["calibration"]["modules"]
+    given = ("calibrate", llama, "--samples", 8, "--no-eval")
+    rows = succeeded(calipers(*given, "--json"))["calibration"]["modules"]
     rows.sort(key=lambda row: row["weight_error"], reverse=True)
-    text = calipers("calibrate", llama, *options).stdout
+    text = calipers(*given, *options).stdout
     _, heading, tail = text.partition("The largest weight errors")
     assert bool(heading) == bool(count)
     shown = [line.split() for line in tail.splitlines() if line.strip().startswith("model.layers")]

@@ -25,6 +25,7 @@ RUN_FIELDS = {
     "group_size",
     "kv_cache",
     "weight_error",
+    "measures",
     "perplexity",
     "change",
     "output_error",
@@ -71,6 +72,10 @@ def test_schemes_times_observers(calipers: Calipers, llama: Path, texts: Path) -
         # Each run began with the unquantized model, not with what the one before left.
         assert run["change"]["value"] == pytest.approx(ratio, rel=1e-6, abs=1e-9)
         assert run["change"]["standard_error"] > 0
+        measures = run["measures"]["perplexity"]
+        assert measures["after"] == run["perplexity"]["value"]
+        assert measures["kl"] > 0
+        assert 0 < measures["top1"] <= 1
     one, other = result["runs"][:2]
     assert one["weight_error"] != other["weight_error"]
     assert result["verdicts"].keys() == {"W4A16", "FP8"}

@@ -19,13 +19,14 @@ def group_size_of(checkpoint: Path) -> int:
 def test_without_a_scheme_a_size_that_fits_is_chosen_and_said(
     calipers: Calipers, narrow: Path, tmp_path: Path
 ) -> None:
-    result = calipers("calibrate", narrow, "--out", tmp_path / "out")
+    fast = ("--samples", 8, "--no-eval")
+    result = calipers("calibrate", narrow, *fast, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
     assert "scheme W4A16" in told
     assert "group size 64, since 128 does not divide the columns of 12 of 14 modules" in told
     assert group_size_of(tmp_path / "out") == 64
-    assert succeeded(calipers("calibrate", narrow, "--json"))["group_size"] == 64
+    assert succeeded(calipers("calibrate", narrow, *fast, "--json"))["group_size"] == 64
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,8 @@ def test_a_scheme_that_was_asked_for_is_refused_with_the_way_out(
 
 
 def test_a_group_size_of_ones_own(calipers: Calipers, narrow: Path, tmp_path: Path) -> None:
-    options = ("--scheme", "W4A16", "--group-size", 32, "--out", tmp_path / "out", "--json")
+    options = ("--scheme", "W4A16", "--group-size", 32, "--samples", 8, "--no-eval")
+    options = (*options, "--out", tmp_path / "out", "--json")
     assert succeeded(calipers("calibrate", narrow, *options))["group_size"] == 32
     assert group_size_of(tmp_path / "out") == 32
 
@@ -63,6 +65,6 @@ def test_a_group_size_that_nothing_can_take(calipers: Calipers, narrow: Path) ->
 
 
 def test_under_skip_the_size_stays(calipers: Calipers, narrow: Path) -> None:
-    result = succeeded(calipers("calibrate", narrow, "--on-unfit", "skip", "--json"))
+    result = succeeded(calipers("calibrate", narrow, "--on-unfit", "skip", "--no-eval", "--json"))
     assert result["group_size"] == 128
     assert {row["reason"] for row in result["calibration"]["left_alone"]} >= {"shape"}

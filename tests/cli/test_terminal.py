@@ -60,6 +60,7 @@ def test_calibrate_at_60_columns(llama: Path, tmp_path: Path) -> None:
         assert word in words
 
 
+@pytest.mark.slow
 def test_a_wide_terminal_has_frames(llama: Path, tmp_path: Path) -> None:
     text = in_terminal(["calibrate", str(llama)], 160, tmp_path)
     assert "│ model.layers.*.self_attn.q_proj" in text

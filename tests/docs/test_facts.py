@@ -196,6 +196,7 @@ def test_bytes_of_the_sources() -> None:
         assert {row[0].strip("`"): int(row[-1].replace(",", "")) for row in rows} == sizes
 
 
+@pytest.mark.slow
 def test_what_so_many_tokens_tell() -> None:
     model = AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)

@@ -29,6 +29,7 @@ def batches():
     return [{"input_ids": ids} for ids in data], judged[0]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("preset", sorted(set(PRESETS) - NOTHING))
 def test_a_saved_preset_gives_the_logits_of_the_model_in_memory(preset, demo, batches, tmp_path):

@@ -32,7 +32,7 @@ def test_there_are_examples() -> None:
     assert {"gptq", "nvfp4", "w4a16", "w8a8_static"} <= set(NAMES)
 
 
-SLOW = {"gptq", "nvfp4"}
+SLOW = {"gptq", "nvfp4", "w8a8_static"}
 
 
 @pytest.mark.parametrize(

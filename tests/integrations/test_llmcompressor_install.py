@@ -203,6 +203,7 @@ def test_a_missing_llmcompressor_is_said_so(monkeypatch: pytest.MonkeyPatch) -> 
         install()
 
 
+@pytest.mark.slow
 def test_llmcompressor_is_imported_by_install_alone() -> None:
     code = (
         "import sys, calipers\n"

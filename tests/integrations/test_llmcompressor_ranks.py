@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("llmcompressor")
+pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).parents[1]
 

@@ -94,7 +94,8 @@ def test_a_rank_that_fails_is_told_to_the_other(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_rank_that_does_not_come_is_named(checkpoints: Any, tmp_path: Path, lost: int) -> None:
     done = torchrun(2, tmp_path, checkpoints("tied_llama"), lost=lost, timeout=5)
     assert done.returncode != 0

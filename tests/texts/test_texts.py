@@ -159,6 +159,7 @@ def test_another_part_is_refused() -> None:
         read_documents("train")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_importing_reads_no_data() -> None:
     code = (
         "import sys; opened = []\n"

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from calipers._threads import release_team
 from calipers.errors import CalipersError
 
 __all__ = ["Lockstep", "find_blocks"]
@@ -113,6 +114,7 @@ class _Runner:
             raise _Stopped
         self.call = call
         del call
+        release_team()
         self._rests.release()
         self._go.acquire()
         answer, self._answer = self._answer, None

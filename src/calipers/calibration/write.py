@@ -175,9 +175,10 @@ def squared_errors(
     gram = None if gram is None else gram.to(device)
     for original, error in _errors(weight, scale, zero_point, args, global_scale):
         for place, values in enumerate((error, original)):
-            sums[place] += values.square().sum(dtype=torch.float64)
-            if gram is not None:
-                sums[place + 2] += gram.energy(values)
+            if gram is None:
+                sums[place] += values.square().sum(dtype=torch.float64)
+            else:
+                sums[place::2] += torch.stack(gram.squares(values))
     error, total, of_output, output = sums.tolist()
     if gram is None or of_output < 0 or (output <= 0 and gram.kind == "blocks"):
         return _ratio(error, total), None

@@ -34,6 +34,7 @@ from calipers.cli.judging import (
     json_number,
     measure,
     measures_json,
+    reference_for,
 )
 from calipers.cli.merge import refuse_existing
 from calipers.cli.models import find_processor
@@ -166,7 +167,9 @@ def compare(
         length = fitting_length(loaded, sequence_length)
         read = texts.read(tokenizer, length, samples, find_processor(path), loaded.dtype)
         judged = judged_texts.read(tokenizer, length, eval_samples)
-        before, size = measure(loaded, judged.batches, progress), loaded.get_memory_footprint()
+        reference = reference_for(judged.batches)
+        before = measure(loaded, judged.batches, progress, reference.keep)
+        size = loaded.get_memory_footprint()
         # Each run begins with an unquantized model, which is read again rather than copied: two
         # models at once could be too much.
         models = [loaded]
@@ -177,6 +180,7 @@ def compare(
             read.batches,
             judged.batches,
             before,
+            reference,
             progress,
             ignore=patterns,
             only=part,
@@ -222,12 +226,14 @@ def _told(comparison: Comparison) -> dict[str, dict[str, Any]]:
             scheme=each.run.scheme,
             observer=each.run.observer,
             options=each.run.options,
-            measures=measures_json(comparison.before, each.after, each.change, None)
-            if each.after is not None
-            else None,
+            measures=_measures(comparison, each),
         )
         for each in comparison.results
     }
+
+
+def _measures(comparison: Comparison, result: RunResult) -> dict[str, Any] | None:
+    return measures_json(comparison.before, result.after, result.change, result.agreement)
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,7 @@ def comparison_json(comparison: Comparison) -> dict[str, Any]:
                 "weight_error": json_number(each.weight_error),
                 "perplexity": figure_json(each.after),
                 **change_json(each.change),
+                "measures": _measures(comparison, each),
                 "bytes": each.bytes,
                 "seconds": each.seconds,
                 "shadows": [asdict(row) for row in summarize_shadows(each.report)],

@@ -7,7 +7,7 @@ import copy
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.cli.compare import Comparison, comparison_json, print_comparison
 from calipers.cli.console import plain_errors, print_json, show_progress
-from calipers.cli.judging import measure
+from calipers.cli.judging import measure, reference_for
 from calipers.cli.options import Json
 from calipers.cli.runs import execute, judge_schemes, plan_runs
 from calipers.cli.texts import calibration_text, heldout_text
@@ -34,13 +34,15 @@ def demo(json: Json = False) -> None:
         tokenizer = load_tokenizer(MODEL_PATH)
         data = calibration_text(None, demo=True).read(tokenizer, 256, 64)
         judged = heldout_text(None, demo=True).read(tokenizer, 256, None)
-        before = measure(model, judged.batches, progress)
+        reference = reference_for(judged.batches)
+        before = measure(model, judged.batches, progress, reference.keep)
         results = execute(
             lambda: copy.deepcopy(model),
             plan_runs(_SCHEMES, _OBSERVERS, []),
             data.batches,
             judged.batches,
             before,
+            reference,
             progress,
             stored=stored,
         )

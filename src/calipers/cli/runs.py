@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calipers.agreement import Agreement, ReferenceLogits
 from calipers.calibration import CalibrationReport, calibrate, resolve_config
 from calipers.calibration.batches import Progress
 from calipers.calibration.config import has_free_group_size
@@ -94,6 +95,7 @@ class RunResult:
         seconds: Wall-clock time of the calibration.
         objective: What the observer minimised, where it has a choice.
         report: What the calibration did, module by module.
+        agreement: Of its predictions with the unquantized model's; None where that kept none.
     """
 
     run: Run
@@ -104,6 +106,7 @@ class RunResult:
     seconds: float
     objective: str | None
     report: CalibrationReport = field(default_factory=CalibrationReport)
+    agreement: Agreement | None = None
 
 
 def plan_runs(
@@ -199,6 +202,7 @@ def execute(
     texts: Sequence[Tensor | Mapping[str, Any]],
     judged: Sequence[Tensor],
     before: Measured,
+    reference: ReferenceLogits,
     progress: Progress,
     *,
     stored: torch.dtype | None = None,
@@ -213,6 +217,7 @@ def execute(
             model.
         judged: Token ids to measure with.
         before: What the unquantized model did with `judged`.
+        reference: What it kept of its logits meanwhile.
         progress: Called for each run, and for each batch that is measured.
         stored: The dtype that the checkpoint's size is told for; None for that of the model.
         others: Other arguments of `calibrate`.
@@ -225,7 +230,7 @@ def execute(
         report = calibrate(model, data=model_inputs(texts, model), **run.arguments(), **others)
         seconds = time.perf_counter() - started
         errors = [each.weight_error for each in report.modules if each.weight_error is not None]
-        after = measure(model, judged, progress)
+        after = measure(model, judged, progress, reference.compare)
         if stored is not None:
             model.to(stored)  # after all that is measured
         results.append(
@@ -238,6 +243,7 @@ def execute(
                 seconds,
                 common_objective(report),
                 report,
+                reference.agreement(),
             )
         )
         del model

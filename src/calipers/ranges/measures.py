@@ -30,6 +30,8 @@ __all__ = [
 SAMPLE = 2**16
 #: Of these, values that the candidates of a curve are tried on.
 CURVE_SAMPLE = 2**14
+#: Of these, values whose scales are looked at for the middle one.
+MIDDLE_SAMPLE = 2**12
 #: Factors of the full range that a curve has.
 FACTORS = tuple(round(0.25 + 0.05 * step, 2) for step in range(18))
 BINS = 64
@@ -221,13 +223,21 @@ def measure_sample(sample: GroupSample, args: QuantizationArgs) -> ValueMeasures
     reach = half_step + _SLACK * codes.high
     beyond = (shifted > codes.high + reach) | (shifted < codes.low - reach)
     rounded = codes.round(scaled, zero)
-    _, counts = torch.unique(rounded if zero is None else rounded + zero, return_counts=True)
+    counts = _count_codes(rounded if zero is None else rounded + zero)
     shares = counts.double() / counts.sum()
     return ValueMeasures(
         clipped=float(beyond.float().mean()),
         zeros=float((rounded == 0).float().mean()),
         entropy=max(0.0, float(-(shares * shares.log2()).sum())),
     )
+
+
+def _count_codes(codes: Tensor) -> Tensor:
+    """How often each code occurs, of those that do."""
+    # Every code of every format is a bfloat16, zeros of both signs one and the same.
+    bits = (codes + 0.0).to(torch.bfloat16).view(torch.int16).long() + 2**15
+    counts = torch.bincount(bits, minlength=2**16)
+    return counts[counts > 0]
 
 
 def scales_at_ends(scale: Tensor, args: QuantizationArgs) -> tuple[float, float] | None:
@@ -250,13 +260,14 @@ def sqnr_db(error: float) -> float | None:
 def plot_sample(sample: GroupSample, args: QuantizationArgs) -> Plot:
     """The histogram of a sample, its middle range, and the error over the factor of the range."""
     codes = Format.of(args)
-    middle = int(sample.scale.abs().argsort()[len(sample.scale) // 2])
-    step = float(sample.scale[middle])
-    zero = 0.0 if sample.zero_point is None else float(sample.zero_point[middle])
+    few = slice(None, None, max(1, len(sample.scale) // MIDDLE_SAMPLE))
+    scales = sample.scale[few]
+    middle = int(scales.abs().kthvalue(len(scales) // 2 + 1).indices)
+    step = float(scales[middle])
+    zero = 0.0 if sample.zero_point is None else float(sample.zero_point[few][middle])
     ends = sorted(((codes.low - zero) * step, (codes.high - zero) * step))
-    full = _full_scale(sample, codes)
-    known = full > 0
-    factors = (sample.scale.abs() / full)[known]
+    full = _full_scale(sample, codes)[few]
+    factors = (scales.abs() / full)[full > 0]
     return Plot(
         histogram=_histogram(sample.values),
         range=(ends[0], ends[1]),
@@ -290,17 +301,15 @@ def _curve(sample: GroupSample, codes: Format) -> Curve | None:
     total = float(values.double().square().sum())
     if total == 0:
         return None
-    asymmetric = sample.zero_point is not None and bool((sample.zero_point != 0).any())
-    errors = []
-    for factor in FACTORS:
-        scale = full * factor
-        if sample.global_scale is not None:
-            stored = (scale * sample.global_scale).clamp(max=E4M3.high)
-            scale = stored.to(torch.float8_e4m3fn).float() / sample.global_scale
-        scale = torch.where(scale > 0, scale, torch.finfo(torch.float32).tiny)
-        zero = None
-        if asymmetric:
-            zero = (codes.low - low * factor / scale).round().clamp(codes.low, codes.high)
-        error = values - codes.round(values / scale, zero) * scale
-        errors.append(round(math.sqrt(float(error.double().square().sum()) / total), 6))
-    return Curve(list(FACTORS), errors)
+    factors = torch.tensor(FACTORS, dtype=torch.float32, device=full.device).unsqueeze(1)
+    scale = full * factors
+    if sample.global_scale is not None:
+        stored = (scale * sample.global_scale).clamp(max=E4M3.high)
+        scale = stored.to(torch.float8_e4m3fn).float() / sample.global_scale
+    scale.clamp_(min=torch.finfo(torch.float32).tiny)
+    zero = None
+    if sample.zero_point is not None and bool((sample.zero_point != 0).any()):
+        zero = (codes.low - low * factors / scale).round().clamp(codes.low, codes.high)
+    error = values - codes.round(values / scale, zero) * scale
+    squared = error.square().sum(1, dtype=torch.float64).tolist()
+    return Curve(list(FACTORS), [round(math.sqrt(each / total), 6) for each in squared])

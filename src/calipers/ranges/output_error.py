@@ -68,7 +68,7 @@ class InputGram:
         """
         rows = rows.float()
         if self.products is None or self.columns is None:
-            return (rows.square().sum(0, dtype=torch.float64) * self.diagonal.double()).sum()
+            return self._of_diagonal(rows)[1]
         x = self._by_block(rows, self.columns)
         products = self.products.flatten(0, 1)
         found = ((x @ products) * x).sum(dtype=torch.float64)
@@ -78,6 +78,16 @@ class InputGram:
             found = found + inside.sum(0).square().sum(dtype=torch.float64)
             found = found - inside.square().sum(dtype=torch.float64)
         return found
+
+    def squares(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the squares of rows, and `energy`, each float64."""
+        if self.kind == "diagonal":
+            return self._of_diagonal(rows.float())
+        return rows.float().square().sum(dtype=torch.float64), self.energy(rows)
+
+    def _of_diagonal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        by_column = rows.square().sum(0, dtype=torch.float64)
+        return by_column.sum(), by_column @ self.diagonal.double()
 
     def _by_block(self, rows: Tensor, columns: ColumnGroups) -> Tensor:
         """Rows (rows, cols) cut into blocks (blocks, rows, size): a view where columns lie so."""

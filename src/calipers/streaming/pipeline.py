@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Generic, TypeVar
 
+from calipers._threads import release_team
+
 __all__ = ["give_back_memory", "read_ahead", "writing_behind"]
 
 Item = TypeVar("Item")
@@ -34,18 +36,25 @@ def read_ahead(
     """
     with ThreadPoolExecutor(1, "calipers-read") as pool, ExitStack() as stack:
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+
+        def read_one(item: Item) -> Read:
+            try:
+                return read(item)
+            finally:
+                release_team()
+
         rest = deque(items)
         waiting: deque[tuple[Item, Future[Read]]] = deque()
         while rest or waiting:
             held = sum(size_of(item) for item, _ in waiting)
             while rest and (not waiting or held + size_of(rest[0]) <= most):
                 held += size_of(rest[0])
-                waiting.append((rest[0], pool.submit(read, rest.popleft())))
+                waiting.append((rest[0], pool.submit(read_one, rest.popleft())))
             item, future = waiting.popleft()
             found = future.result()
             del future
             if rest and not waiting:  # of items larger than `most` one is read ahead
-                waiting.append((rest[0], pool.submit(read, rest.popleft())))
+                waiting.append((rest[0], pool.submit(read_one, rest.popleft())))
             yield item, found
             del found
 

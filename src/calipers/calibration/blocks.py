@@ -26,7 +26,7 @@ from calipers.calibration.observed import ObservedModule
 from calipers.calibration.plan import Plan
 from calipers.calibration.report import CalibrationReport
 from calipers.calibration.session import Calibration, OnMissing, Record
-from calipers.calibration.write import undo_on_error
+from calipers.calibration.write import rounded_once, undo_on_error
 from calipers.distributed import Ranks
 from calipers.distributed.collectives import gather_objects
 from calipers.errors import CalipersError
@@ -221,7 +221,8 @@ class _Work:
         self._derive(block, keep=False)
         if last:
             lockstep.stop(but_first=True)
-        lockstep.run(block, self._seen_by(), keep=True)
+        with rounded_once([each.module for each in self._members[block]]):
+            lockstep.run(block, self._seen_by(), keep=True)
         self._keep(block)
 
     def derive_all(self) -> None:

@@ -18,9 +18,10 @@ from compressed_tensors.offload.cache import OffloadCache
 from compressed_tensors.quantization import (
     QuantizationArgs,
     QuantizationMetadata,
+    QuantizationStatus,
     QuantizationStrategy,
 )
-from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize, forward_quantize
 
 from calipers.calibration.attention import clear_states
 from calipers.calibration.observed import ObservedTensor
@@ -34,6 +35,7 @@ __all__ = [
     "keep_onloaded",
     "measure_output_error",
     "measure_weight_error",
+    "rounded_once",
     "squared_errors",
     "undo_on_error",
     "write_qparam",
@@ -113,6 +115,35 @@ def keep_onloaded(module: Any) -> None:
             return quantized(self, *args, **kwargs)
 
     module._original_forward_func = forward
+
+
+@contextmanager
+def rounded_once(modules: Iterable[Any]) -> Iterator[None]:
+    """In the block, quantized forwards find their weights rounded, and need not do it themselves.
+
+    compressed-tensors fake-quantizes a weight in every call of its layer. Inside of the block each
+    weight is there once more, as it is; those of offloaded modules are left to the forwards.
+    """
+    done: list[tuple[Any, torch.Tensor, Any]] = []
+    try:
+        for module in modules:
+            scheme = getattr(module, "quantization_scheme", None)
+            weight = module._parameters.get("weight")
+            if scheme is None or scheme.weights is None or weight is None or weight.is_meta:
+                continue
+            if isinstance(module._parameters, OffloadCache) or "forward" not in vars(module):
+                continue
+            if module.quantization_status >= QuantizationStatus.COMPRESSED:
+                continue  # a weight that another module has as well
+            own = weight.data
+            weight.data = forward_quantize(module, own, "weight", scheme.weights)
+            done.append((module, own, module.quantization_status))
+            module.quantization_status = QuantizationStatus.COMPRESSED
+        yield
+    finally:
+        for module, own, status in reversed(done):
+            module.weight.data = own
+            module.quantization_status = status
 
 
 @contextmanager

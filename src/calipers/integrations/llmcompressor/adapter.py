@@ -24,6 +24,7 @@ from calipers.integrations.llmcompressor.options import options_for
 from calipers.integrations.llmcompressor.session import current_loss_mask, name_of
 from calipers.observers import Observer
 from calipers.observers.hooks import first_tensor
+from calipers.observers.optimal import OptimalObserver
 
 __all__ = ["Adapter", "adapt"]
 
@@ -100,8 +101,18 @@ class Adapter(PeerObserver):
             "knows), give it more data, or put it on the recipe's ignore list"
         )
 
+    @property
+    def _has_negative_scales(self) -> bool:
+        """Whether no range can stand for the scales: they are handed over as they are."""
+        return isinstance(self.inner, OptimalObserver) and self.inner.negative_scales
+
     def _set_range(self) -> None:
-        found = self.inner.get_range()
+        if self._has_negative_scales:
+            scale = self.inner.get_qparams()[0]
+            # what llmcompressor looks at to see that there are statistics
+            found = None if scale is None else (-scale.abs(), scale.abs())
+        else:
+            found = self.inner.get_range()
         if found is not None:
             self.min_vals, self.max_vals = found
 
@@ -109,6 +120,10 @@ class Adapter(PeerObserver):
     def get_qparams(self) -> dict[str, Tensor | None]:
         """Scale, zero point and global scale, of which the scale has the dtype of the values."""
         dtype = self.inner.observed_dtype
+        if self._has_negative_scales:
+            own = self.inner.get_qparams()
+            self.delete_statistics()
+            return {"scale": own[0], "zero_point": own[1], "global_scale": None}
         qparams: dict[str, Tensor | None] = super().get_qparams()
         scale = qparams["scale"]
         if scale is not None and dtype is not None and scale.dtype == torch.float64:

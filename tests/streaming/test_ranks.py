@@ -90,7 +90,8 @@ def test_a_rank_that_fails_is_told_to_the_other(
     done = torchrun(2, tmp_path, checkpoints("tied_llama"), lost=f"broken {broken}")
     assert done.returncode != 0
     assert "cannot be written: disk full" in done.stderr
-    assert f"rank {broken} failed at 'quantizing a checkpoint': CannotWriteError" in done.stderr
+    told = f"rank {broken} failed at 'quantizing a checkpoint': CannotWriteError"
+    assert told in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 

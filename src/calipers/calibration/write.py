@@ -207,7 +207,8 @@ def squared_errors(
     for original, error in _errors(weight, scale, zero_point, args, global_scale):
         for place, values in enumerate((error, original)):
             if gram is None:
-                sums[place] += values.square().sum(dtype=torch.float64)
+                # by columns first, as `InputGram` does: equal to the last bit with and without one
+                sums[place] += values.square().sum(0, dtype=torch.float64).sum()
             else:
                 sums[place::2] += torch.stack(gram.squares(values))
     error, total, of_output, output = sums.tolist()

@@ -30,6 +30,8 @@ _SHORT, _LONG = 0.001, 0.1
 #: Seconds that a rank which failed stays for the others to hear of it: a launcher stops them all
 #: once the first has gone, and the store may go with it.
 _STAY = 5.0
+#: And, once they have heard, for them to say so and to end.
+_LEAVE = 2.0
 
 Item = TypeVar("Item")
 
@@ -226,6 +228,7 @@ class Ranks:
         deadline = time.monotonic() + _STAY
         while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(_LONG)
+        time.sleep(_LEAVE)
 
     def _raise_failure(self, prefix: str) -> None:
         self._store.set(f"{prefix}/heard/{self.rank}", "")

@@ -34,6 +34,7 @@ CURVE_SAMPLE = 2**14
 MIDDLE_SAMPLE = 2**12
 #: Factors of the full range that a curve has.
 FACTORS = tuple(round(0.25 + 0.05 * step, 2) for step in range(18))
+FACTORS_AT_ONCE = 3
 BINS = 64
 #: What bfloat16 rounds off a scale: a value that lies so much above the last code is not clipped.
 _SLACK = 2.0**-8
@@ -301,15 +302,20 @@ def _curve(sample: GroupSample, codes: Format) -> Curve | None:
     total = float(values.double().square().sum())
     if total == 0:
         return None
-    factors = torch.tensor(FACTORS, dtype=torch.float32, device=full.device).unsqueeze(1)
-    scale = full * factors
-    if sample.global_scale is not None:
-        stored = (scale * sample.global_scale).clamp(max=E4M3.high)
-        scale = stored.to(torch.float8_e4m3fn).float() / sample.global_scale
-    scale.clamp_(min=torch.finfo(torch.float32).tiny)
-    zero = None
-    if sample.zero_point is not None and bool((sample.zero_point != 0).any()):
-        zero = (codes.low - low * factors / scale).round().clamp(codes.low, codes.high)
-    error = values - codes.round(values / scale, zero) * scale
-    squared = error.square().sum(1, dtype=torch.float64).tolist()
+    asymmetric = sample.zero_point is not None and bool((sample.zero_point != 0).any())
+    squared: list[float] = []
+    # a few at a time: more of them would be larger than a small tensor
+    for first in range(0, len(FACTORS), FACTORS_AT_ONCE):
+        some = FACTORS[first : first + FACTORS_AT_ONCE]
+        factors = torch.tensor(some, dtype=torch.float32, device=full.device).unsqueeze(1)
+        scale = full * factors
+        if sample.global_scale is not None:
+            stored = (scale * sample.global_scale).clamp(max=E4M3.high)
+            scale = stored.to(torch.float8_e4m3fn).float() / sample.global_scale
+        scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        zero = None
+        if asymmetric:
+            zero = (codes.low - low * factors / scale).round().clamp(codes.low, codes.high)
+        error = values - codes.round(values / scale, zero) * scale
+        squared += error.square_().sum(1, dtype=torch.float64).tolist()
     return Curve(list(FACTORS), [round(math.sqrt(each / total), 6) for each in squared])

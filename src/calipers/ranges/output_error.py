@@ -83,7 +83,7 @@ class InputGram:
         """Sum of the squares of rows, and `energy`, each float64."""
         if self.kind == "diagonal":
             return self._of_diagonal(rows.float())
-        return rows.float().square().sum(dtype=torch.float64), self.energy(rows)
+        return rows.float().square().sum(0, dtype=torch.float64).sum(), self.energy(rows)
 
     def _of_diagonal(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         by_column = rows.square().sum(0, dtype=torch.float64)

@@ -138,7 +138,11 @@ passes_dequantize = pytest.mark.filterwarnings(
 
 
 class TestPresets:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize(
+        "dtype",
+        [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16],
+        ids=["float32", "bfloat16"],
+    )
     @pytest.mark.parametrize("preset", sorted(PRESETS))
     def test_comes_back_with_the_same_logits(self, preset, dtype, tmp_path, warnings_logged):
         model = quantize_min_max(tiny_llama(dtype), preset)

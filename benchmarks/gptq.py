@@ -15,47 +15,35 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, fake_quantize
-from torch import Tensor, nn
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
 
 from benchmarks.quality.compare import model_folder
+from benchmarks.quality.formats import BASELINES, Choice, formats
+from benchmarks.quality.models import gram_matrices, put_weights
+from benchmarks.quality.rounding import QParams, Watched, attach_all, linears_of
 from benchmarks.results import Table, add_json_option, measured
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.evaluation import Perplexity, evaluate_losses, paired_difference
-from calipers.observers import Observer
 from calipers.text import read_batches
 from calipers.texts import calibration_texts, heldout_texts
 
 __all__ = ["main"]
 
 Json = dict[str, Any]
-FORMATS: dict[str, Json] = {
-    "int4 g64": {"num_bits": 4, "strategy": "group", "group_size": 64},
-    "int4 channel": {"num_bits": 4, "strategy": "channel"},
-    "int3 g64": {"num_bits": 3, "strategy": "group", "group_size": 64},
-    "NVFP4": {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "tensor_group",
-        "group_size": 16,
-        "scale_dtype": torch.float8_e4m3fn,
-        "zp_dtype": torch.float8_e4m3fn,
-    },
-}
-#: Whose observer chooses the scales, and its options.
-WAYS: dict[str, tuple[str, Json]] = {
-    "llmcompressor memoryless_minmax": ("peer memoryless_minmax", {}),
-    "llmcompressor memoryless_mse": ("peer memoryless_mse", {}),
-    "optimal": ("optimal", {"objective": "imatrix"}),
-    "optimal, hessian": ("optimal", {"objective": "hessian"}),
-    "optimal, negative scales": ("optimal", {"objective": "imatrix", "negative_scales": True}),
-}
+FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
+CHOICES = [
+    *BASELINES,
+    Choice("optimal", {"objective": "imatrix"}),
+    Choice("optimal", {"objective": "hessian"}),
+    Choice("optimal", {"objective": "imatrix", "negative_scales": True}, only="int"),
+]
 COLUMNS = (
     ("format", "format", "{}"),
     ("scales", "scales", "{}"),
@@ -70,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure one format after the other, print and write after each row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="transformers folder")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
     parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
@@ -83,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     table = Table(COLUMNS, rows)
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(model_folder(options.model, Path(folder)), options)
-    for row in work.rows(options.formats, nearest=options.nearest):
+    for row in work.rows(nearest=options.nearest):
         rows.append(row)
         print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
         add_shares(rows)
@@ -120,32 +108,24 @@ class _Work:
                 texts, tokenizer, sequence_length=options.length, samples=samples, batch_size=4
             )
 
-        head = self.model.get_output_embeddings()
-        self.layers: dict[str, nn.Linear] = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
-        }
+        self.layers = linears_of(self.model, ignore=("lm_head",))
+        self.own = {name: module.weight.detach().clone() for name, module in self.layers.items()}
         self.heldout = read(heldout_texts(), options.eval_samples)
         self.before = self.judge()
-        self.grams = self._gather(read(calibration_texts(), options.samples))
+        kinds = {name: args for name, args in formats().items() if name in options.formats}
+        data = read(calibration_texts(), options.samples)
+        self.watched: list[Watched] = []
 
-    @torch.no_grad()
-    def _gather(self, batches: list[Tensor]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        handles = []
-        for name, module in self.layers.items():
+        def run() -> None:
+            self.watched = attach_all(
+                self.layers,
+                kinds,
+                CHOICES,
+                lambda: [self.model.model(input_ids=batch) for batch in data],
+            )
 
-            def see(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                x = args[0].flatten(0, -2)
-                found[name] = found.get(name, 0) + x.T @ x / 1000
-
-            handles.append(module.register_forward_pre_hook(see))
-        for batch in batches:
-            self.model.model(input_ids=batch)
-        for handle in handles:
-            handle.remove()
-        return found
+        with torch.no_grad():
+            self.grams = gram_matrices(self.layers, run)
 
     def judge(self) -> Perplexity:
         """Losses on the held-out texts."""
@@ -154,88 +134,43 @@ class _Work:
         return found
 
     @torch.no_grad()
-    def rows(self, formats: Iterable[str], *, nearest: bool) -> Iterable[Json]:
-        """One row for each format, way and rounding."""
-        for kind in formats:
-            for way, (observer, given) in WAYS.items():
-                args = QuantizationArgs(**FORMATS[kind])
-                if given.get("negative_scales") and args.type != "int":
-                    continue
-                for rounding in ("nearest", "GPTQ") if nearest else ("GPTQ",):
-                    after = self._judged(args, observer, given, rounding)
-                    change = paired_difference(self.before, after)
-                    yield {
-                        "format": kind,
-                        "scales": way,
-                        "rounding": rounding,
-                        "perplexity": after.value,
-                        "change": [100 * change.relative, 100 * (change.relative_error or 0)],
-                    }
+    def rows(self, *, nearest: bool) -> Iterator[Json]:
+        """One row for each format, choice and rounding."""
+        for each in self.watched:
+            for rounding in ("nearest", "GPTQ") if nearest else ("GPTQ",):
+                found = each.rounded() if rounding == "nearest" else self._gptq(each)
+                put_weights(self.model, dict(found))
+                after = self.judge()
+                put_weights(self.model, self.own)
+                change = paired_difference(self.before, after)
+                yield {
+                    "format": each.kind,
+                    "scales": str(each.choice),
+                    "rounding": rounding,
+                    "perplexity": after.value,
+                    "change": [100 * change.relative, 100 * (change.relative_error or 0)],
+                }
 
-    def _judged(
-        self, args: QuantizationArgs, observer: str, given: Json, rounding: str
-    ) -> Perplexity:
-        own = {name: module.weight.data for name, module in self.layers.items()}
-        try:
-            for name, module in self.layers.items():
-                qparams = self._qparams(name, args, observer, given)
-                if rounding == "nearest":
-                    scale, zero_point, shared = qparams
-                    rounded = fake_quantize(own[name], scale, zero_point, args, shared)
-                else:
-                    rounded = self._gptq(name, args, qparams)
-                module.weight.data = rounded
-            return self.judge()
-        finally:
-            for name, module in self.layers.items():
-                module.weight.data = own[name]
-
-    def _qparams(
-        self, name: str, args: QuantizationArgs, observer: str, given: Json
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight, gram = self.layers[name].weight.data, self.grams[name]
-        if observer.startswith("peer "):
-            return _peer(weight, args, observer.removeprefix("peer "))
-        # what the fused layers of a block share is left aside: each has its own global scale
-        args = args.model_copy(update={"observer": observer, "observer_kwargs": given})
-        found = Observer.get_value_from_registry(observer)("weight", args)
-        found.observe_input(_inputs_of(gram))
-        shared = found.get_global_scale(weight) if args.strategy == "tensor_group" else None
-        scale, zero_point = found.get_qparams(weight, global_scale=shared)
-        return scale, zero_point, shared
-
-    def _gptq(
-        self, name: str, args: QuantizationArgs, qparams: tuple[Tensor, Tensor, Tensor | None]
-    ) -> Tensor:
-        from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
-
-        scale, zero_point, shared = qparams
-        rounded, _, _ = quantize_weight(
-            weights=self.layers[name].weight.data[None].clone(),
-            hessians=self.grams[name][None].clone(),
-            scale=scale[None],
-            zero_point=zero_point[None],
-            global_scale=None if shared is None else shared.reshape(1),
-            quant_args=args.model_copy(update={"actorder": "static"}),
-        )
-        found: Tensor = rounded[0]
-        return found
+    def _gptq(self, watched: Watched) -> Iterator[tuple[str, Tensor]]:
+        for name, qparams in watched.qparams():
+            yield name, _round(self.own[name], self.grams[name].float(), watched.args, qparams)
 
 
-def _inputs_of(gram: Tensor) -> Tensor:
-    """Few inputs whose X'X is the one given."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    return (values.clamp(min=0).sqrt().unsqueeze(1) * vectors.T).float()
+def _round(weight: Tensor, gram: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+    """A weight as llmcompressor's GPTQ rounds it."""
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-
-def _peer(weight: Tensor, args: QuantizationArgs, name: str) -> tuple[Tensor, Tensor, Any]:
-    """What an observer of llmcompressor gives a weight."""
-    from llmcompressor.observers import Observer as Peer
-
-    args = args.model_copy(update={"observer": name, "observer_kwargs": {}})
-    observer = Peer.load_from_registry(name, base_name="weight", args=args)
-    found = observer(weight).get_qparams()
-    return found["scale"], found["zero_point"], found["global_scale"]
+    scale, zero_point, shared = qparams
+    rounded, _, _ = quantize_weight(
+        weights=weight[None].clone(),
+        hessians=gram[None].clone(),
+        scale=scale[None],
+        zero_point=zero_point[None],
+        global_scale=None if shared is None else shared.reshape(1),
+        quant_args=args.model_copy(update={"actorder": "static"}),
+    )
+    found: Tensor = rounded[0]
+    return found
 
 
 if __name__ == "__main__":

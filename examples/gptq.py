@@ -1,4 +1,4 @@
-"""GPTQ in int4, to scales that are chosen for it: `python examples/gptq.py`."""
+"""GPTQ in int4, to the scales that an observer chooses: `python examples/gptq.py`."""
 
 from llmcompressor.modifiers.gptq import GPTQModifier
 from side_by_side import run

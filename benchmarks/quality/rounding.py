@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from benchmarks.quality.formats import Choice
 from calipers.observers import Observer
 
-__all__ = ["Watched", "attach_all", "linears_of"]
+__all__ = ["QParams", "Watched", "attach_all", "linears_of"]
+
+#: Scale, zero point, and global scale where there is one.
+QParams: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 
 
 def linears_of(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
@@ -46,15 +49,21 @@ class Watched:
 
     @torch.no_grad()
     def rounded(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and fake-quantized weight of each module, in the weight's dtype.
+        """Name and fake-quantized weight of each module, in the weight's dtype."""
+        for name, (scale, zero_point, global_scale) in self.qparams():
+            weight = self.modules[name].weight.detach()
+            yield name, fake_quantize(weight, scale, zero_point, self.args, global_scale)
+
+    @torch.no_grad()
+    def qparams(self) -> Iterator[tuple[str, QParams]]:
+        """Name, scale, zero point and global scale of each module.
 
         Global scales (NVFP4) are each weight's own, for both packages.
         """
+        find = self._peer_qparams if self.choice.peer else self._our_qparams
         for name, observer in self.observers.items():
-            weight = self.modules[name].weight.detach()
-            qparams = self._peer_qparams if self.choice.peer else self._our_qparams
-            scale, zero_point, global_scale = qparams(observer, self.modules[name], weight)
-            yield name, fake_quantize(weight, scale, zero_point, self.args, global_scale)
+            module = self.modules[name]
+            yield name, find(observer, module, module.weight.detach())
 
     def _build(self, module: nn.Linear) -> Any:
         if self.choice.peer:
@@ -69,9 +78,7 @@ class Watched:
             self.choice.name, "weight", self.args, module, **self.choice.options
         )
 
-    def _our_qparams(
-        self, observer: Observer, module: nn.Linear, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _our_qparams(self, observer: Observer, module: nn.Linear, weight: Tensor) -> QParams:
         global_scale = None
         if self.args.strategy == "tensor_group":
             global_scale = observer.get_global_scale(weight)
@@ -83,9 +90,7 @@ class Watched:
                 del module.weight_global_scale
         return scale, zero_point, global_scale
 
-    def _peer_qparams(
-        self, observer: Any, module: nn.Linear, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _peer_qparams(self, observer: Any, module: nn.Linear, weight: Tensor) -> QParams:
         observer(weight)
         found = observer.get_qparams()
         return found["scale"], found["zero_point"], found["global_scale"]

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from calipers._threads import release_team
+from calipers._process import release_team
 from calipers.errors import CalipersError
 
 __all__ = ["Lockstep", "find_blocks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -122,8 +123,11 @@ def rounded_once(modules: Iterable[Any]) -> Iterator[None]:
     """In the block, quantized forwards find their weights rounded, and need not do it themselves.
 
     compressed-tensors fake-quantizes a weight in every call of its layer. Inside of the block each
-    weight is there once more, as it is; those of offloaded modules are left to the forwards.
+    weight is there once more, as it is. Those of offloaded modules, and those that several modules
+    have, are left to the forwards.
     """
+    modules = list(modules)
+    uses = Counter(id(each._parameters.get("weight")) for each in modules)
     done: list[tuple[Any, torch.Tensor, Any]] = []
     try:
         for module in modules:
@@ -133,8 +137,8 @@ def rounded_once(modules: Iterable[Any]) -> Iterator[None]:
                 continue
             if isinstance(module._parameters, OffloadCache) or "forward" not in vars(module):
                 continue
-            if module.quantization_status >= QuantizationStatus.COMPRESSED:
-                continue  # a weight that another module has as well
+            if uses[id(weight)] > 1:
+                continue
             own = weight.data
             weight.data = forward_quantize(module, own, "weight", scheme.weights)
             done.append((module, own, module.quantization_status))

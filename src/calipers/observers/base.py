@@ -77,6 +77,8 @@ class Observer(GlobalScaleStatistics, ObserverRegistry):
 
     #: Whether a weight observer wants to see the inputs of its module first.
     needs_data: ClassVar[bool] = False
+    #: Whether a range states the qparams, which `get_range` gives: no range gives negative scales.
+    gives_range: ClassVar[bool] = True
     #: Whether the range of a value is that of its extremes.
     extremes_only: ClassVar[bool] = False
     #: Whether the first-form hook `calculate_qparams` is overridden, whose scales are remembered.

@@ -103,6 +103,7 @@ class OptimalObserver(InputObserver):
     ) -> None:
         super().__init__(base_name, args, module, **kwargs)
         self.needs_data = self.objective != "mse"  # type: ignore[misc]  # of this one alone
+        self.gives_range = not self.negative_scales  # type: ignore[misc]  # likewise
         if self.negative_scales and not (self.args.symmetric and self.args.type == "int"):
             raise CalipersError(
                 f"{self.name}: negative_scales=True needs symmetric integers, got "
@@ -312,7 +313,7 @@ class OptimalObserver(InputObserver):
         return self._as_range() if self.has_statistics else None
 
     def _as_range(self) -> Range:
-        if self.negative_scales:
+        if not self.gives_range:
             raise CalipersError(f"{self.name}: a negative scale cannot be stated as a range")
         return range_of_qparams(*self._range(self.range_names), self.args)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Generic, TypeVar
 
-from calipers._threads import release_team
+from calipers._process import release_team
 
-__all__ = ["give_back_memory", "read_ahead", "writing_behind"]
+__all__ = ["read_ahead", "writing_behind"]
 
 Item = TypeVar("Item")
 Read = TypeVar("Read")
@@ -89,11 +87,3 @@ class writing_behind(Generic[Item]):
         last, self._last = self._last, None
         if last is not None:
             last.result()
-
-
-def give_back_memory() -> None:
-    """Let the system have what glibc keeps of freed tensors: its heap only grows by itself."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from calipers._process import give_back_memory
 from calipers._words import check_choice
 from calipers.calibration.batches import Progress
 from calipers.calibration.checks import OnUnfit
@@ -37,7 +38,7 @@ from calipers.distributed import Ranks, joined_ranks, split_by_size
 from calipers.distributed.meeting import TIMEOUT
 from calipers.statistics_files import Statistics, read_statistics
 from calipers.streaming.assemble import INDEX
-from calipers.streaming.pipeline import give_back_memory, read_ahead, writing_behind
+from calipers.streaming.pipeline import read_ahead, writing_behind
 from calipers.streaming.plan import Shard, StreamPlan, plan_stream
 from calipers.streaming.source import Load, Reader, SourceCheckpoint
 from calipers.streaming.statistics import Known, States

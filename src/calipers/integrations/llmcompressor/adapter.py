@@ -24,7 +24,6 @@ from calipers.integrations.llmcompressor.options import options_for
 from calipers.integrations.llmcompressor.session import current_loss_mask, name_of
 from calipers.observers import Observer
 from calipers.observers.hooks import first_tensor
-from calipers.observers.optimal import OptimalObserver
 
 __all__ = ["Adapter", "adapt"]
 
@@ -101,18 +100,13 @@ class Adapter(PeerObserver):
             "knows), give it more data, or put it on the recipe's ignore list"
         )
 
-    @property
-    def _has_negative_scales(self) -> bool:
-        """Whether no range can stand for the scales: they are handed over as they are."""
-        return isinstance(self.inner, OptimalObserver) and self.inner.negative_scales
-
     def _set_range(self) -> None:
-        if self._has_negative_scales:
+        if self.inner.gives_range:
+            found = self.inner.get_range()
+        else:
             scale = self.inner.get_qparams()[0]
             # what llmcompressor looks at to see that there are statistics
             found = None if scale is None else (-scale.abs(), scale.abs())
-        else:
-            found = self.inner.get_range()
         if found is not None:
             self.min_vals, self.max_vals = found
 
@@ -120,7 +114,7 @@ class Adapter(PeerObserver):
     def get_qparams(self) -> dict[str, Tensor | None]:
         """Scale, zero point and global scale, of which the scale has the dtype of the values."""
         dtype = self.inner.observed_dtype
-        if self._has_negative_scales:
+        if not self.inner.gives_range:
             own = self.inner.get_qparams()
             self.delete_statistics()
             return {"scale": own[0], "zero_point": own[1], "global_scale": None}

@@ -1,4 +1,4 @@
-"""What a thread leaves behind in torch's OpenMP."""
+"""What this process holds and does not need: threads of torch's OpenMP, memory of glibc's heap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from functools import cache
 from typing import Any
 
-__all__ = ["release_team"]
+__all__ = ["give_back_memory", "release_team"]
 
 _SOFT = 1  # omp_pause_soft: what was set stays
 
@@ -19,14 +19,21 @@ def release_team() -> None:
     cores, libgomp has those of the team at work sleep between two operations, which makes an
     operation on some 100,000 numbers six times as long.
     """
-    pause = _pause()
+    pause = _c_function("omp_pause_resource_all")
     if pause is not None:
         pause(_SOFT)
 
 
+def give_back_memory() -> None:
+    """Let the system have what glibc keeps of freed tensors: its heap only grows by itself."""
+    trim = _c_function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 @cache
-def _pause() -> Any:
-    """`omp_pause_resource_all` of OpenMP 5, where torch's is one that has it."""
-    if not sys.platform.startswith("linux"):
+def _c_function(name: str) -> Any:
+    """A function of the libraries that are loaded, on Linux; None where there is none."""
+    if sys.platform != "linux":
         return None
-    return getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+    return getattr(ctypes.CDLL(None), name, None)

@@ -16,16 +16,20 @@ from calipers.grouping import Groups
 
 __all__ = [
     "CANDIDATE_SUMS",
-    "COUPLED_SUMS",
+    "COUPLED",
     "MIN_MAX",
     "SHRINK_GRID",
     "CandidateSums",
+    "Coupled",
+    "CoupledColumns",
     "EngineGroups",
     "GridProblem",
     "GridReference",
     "Kernel",
+    "Pair",
     "Problem",
     "ShrinkGrid",
+    "Sweep",
 ]
 
 Code = TypeVar("Code")
@@ -223,6 +227,45 @@ class CandidateSums:
     ) = None
 
 
+#: Scales and zero points, float32; None where all zero points are zero.
+Pair = tuple[Tensor, Tensor | None]
+#: Scales and zero points of rows as they are, (rows, groups), which the function changes in place:
+#: it goes through the groups once, with candidates of shape (rows, groups, count) for each, and
+#: for each of the count whether it lies nearer to the start than to the candidate before it.
+Sweep = tuple[Tensor, Tensor | None, Callable[[Pair, Sequence[bool]], None]]
+
+
+class CoupledColumns(Protocol):
+    """Columns of X'X, for groups of one row each: made of its blocks, factors, and arguments."""
+
+    def rows_at_a_time(self, most: int) -> int:
+        """How many rows to begin with at a time, where about so many at most are wanted."""
+
+    def begin(self, values: Tensor, start: Pair, plain: Pair) -> Sweep:
+        """Begin with some rows; those before are done with.
+
+        Args:
+            values: Shape (rows, groups, columns of a group), float32.
+            start: Scale and zero point of each group, (rows, groups).
+            plain: Those of minimum and maximum, (rows, groups, 1), whose d'Hd is never exceeded;
+                they take the place of a start that does.
+        """
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """How an engine finds scales of groups whose columns are coupled.
+
+    Args:
+        sum_coupled: As `calipers.ranges.hessian.sum_coupled`.
+        columns: Makes `CoupledColumns` of blocks of X'X, factors and arguments, as
+            `calipers.ranges.hessian.refine_by_hessian` is given them; the reference has none.
+    """
+
+    sum_coupled: Callable[..., Tensor]
+    columns: Callable[[Tensor, Tensor, QuantizationArgs], CoupledColumns] | None = None
+
+
 _NATIVE, _TRITON = "calipers.engines.native", "calipers.engines.triton"
 
 #: Smallest and largest value of each group of a view.
@@ -235,7 +278,5 @@ SHRINK_GRID: Kernel[Callable[[Sequence[GridProblem], GridReference], list[Range]
 CANDIDATE_SUMS: Kernel[CandidateSums] = Kernel(
     "candidate_sums", {"native": f"{_NATIVE}.optimal", "triton": f"{_TRITON}.sums"}
 )
-#: Sums for candidate scales over columns that a matrix couples.
-COUPLED_SUMS: Kernel[Callable[..., Tensor]] = Kernel(
-    "sum_coupled", {"native": f"{_NATIVE}.hessian"}
-)
+#: Scales of groups whose columns a matrix couples.
+COUPLED: Kernel[Coupled] = Kernel("coupled", {"native": f"{_NATIVE}.hessian"})

@@ -21,7 +21,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from calipers.engines.dispatch import run
-from calipers.engines.kernels import COUPLED_SUMS, Problem
+from calipers.engines.kernels import COUPLED, Coupled, CoupledColumns, Problem
 from calipers.formats import has_scale_codes
 from calipers.grouping import Groups
 from calipers.ranges.least_squares import Scales, ScaleSpec, min_max_scales
@@ -35,13 +35,13 @@ class _Sweep(NamedTuple):
 
     #: How far factors reach with up to 4 bits (half as far with each bit more) and with floats.
     reach: float
-    #: Number of factors to each side; half as many for each of three zero points.
+    #: Number of factors to each side, for each of three zero points.
     sides: int
     #: Scales to each side where scales are codes.
     codes: int
 
 
-SWEEPS = (_Sweep(0.2, 32, 3), _Sweep(0.1, 16, 2))
+SWEEPS = (_Sweep(0.2, 16, 3),)
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 CHUNK = 2**20
 
@@ -82,10 +82,10 @@ def refine_by_hessian(
     work = view.values.numel() * 2 * SWEEPS[0].sides
     problem = Problem(view.values.device, work, args=spec.args)
 
-    def refine(summing: SumCoupled) -> tuple[Tensor, Tensor]:
-        return _refine_view(view, start, extremes, hessian, factors, spec, summing)
+    def refine(coupled: Coupled) -> tuple[Tensor, Tensor]:
+        return _refine_view(view, start, extremes, hessian, factors, spec, coupled)
 
-    return run(COUPLED_SUMS, sum_coupled, refine, problem, engine)
+    return run(COUPLED, Coupled(sum_coupled), refine, problem, engine)
 
 
 def _refine_view(
@@ -95,34 +95,67 @@ def _refine_view(
     hessian: Tensor,
     factors: Tensor,
     spec: ScaleSpec,
-    summing: SumCoupled,
+    coupled: Coupled,
 ) -> tuple[Tensor, Tensor]:
     plain = min_max_scales(*extremes, spec)
     zeros = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
     scale, zero_point = start[0].clone(), start[1].clone()
     count = view.qparam_shape[-1]
     whole_rows = view.values.numel() // max(1, math.prod(view.qparam_shape[:-1]))
-    for where, chunk in view.chunks(max(count * CHUNK // 4, CHUNK, whole_rows)):
+    rows = None
+    if coupled.columns is not None and len(hessian) == count and len(view.reduce_dims) == 1:
+        rows = coupled.columns(hessian, factors, spec.args)
+        limit = rows.rows_at_a_time(CHUNK // max(1, whole_rows)) * whole_rows
+    else:
+        limit = max(count * CHUNK // 4, CHUNK, whole_rows)
+    for where, chunk in view.chunks(limit):
         first, last, _ = where[-1].indices(count)
-        kept = len(where)
-        columns = [
-            _Columns(
-                chunk.select(kept - 1, number - first),
-                kept - 1,
-                view.finite_only,
-                hessian[number if len(hessian) > 1 else 0],
-                factors[number if len(factors) > 1 else 0],
-                spec,
-                summing,
-            )
-            for number in range(first, last)
-        ]
         flat = [each[where].reshape(-1, last - first) for each in (scale, zero_point)]
         its_plain = [each[where].reshape(-1, last - first) for each in (plain.scale, zeros)]
-        _refine(columns, flat, its_plain)
+        if rows is not None:
+            values = chunk.reshape(-1, count, chunk.shape[-1]).float()
+            if view.finite_only:
+                values = torch.where(values.isfinite(), values, 0)
+            _refine_rows(rows, values, flat, its_plain, spec)
+        else:
+            columns = [
+                _Columns(
+                    chunk.select(len(where) - 1, number - first),
+                    len(where) - 1,
+                    view.finite_only,
+                    hessian[number if len(hessian) > 1 else 0],
+                    factors[number if len(factors) > 1 else 0],
+                    spec,
+                    coupled.sum_coupled,
+                )
+                for number in range(first, last)
+            ]
+            _refine(columns, flat, its_plain)
         for all_of_them, part in zip((scale, zero_point), flat, strict=True):
             all_of_them[where] = part.view(all_of_them[where].shape)
     return scale, zero_point
+
+
+def _refine_rows(
+    coupled: CoupledColumns,
+    values: Tensor,
+    found: list[Tensor],
+    plain: list[Tensor],
+    spec: ScaleSpec,
+) -> None:
+    """As `_refine`, by an engine, of groups of one row each: values (rows, groups, columns)."""
+
+    def pair(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        return tensors[0], None if spec.args.symmetric else tensors[1]
+
+    single = [each.unsqueeze(-1) for each in plain]
+    scale, zero_point, sweep = coupled.begin(values, pair(found), pair(single))
+    for each in SWEEPS:
+        candidates, fresh = _candidates(Scales(scale, zero_point), each, spec)
+        sweep(candidates.tensors, fresh)
+    found[0].copy_(scale)
+    if zero_point is not None:
+        found[1].copy_(zero_point)
 
 
 def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -> None:
@@ -215,7 +248,7 @@ class _Columns:
             total: Sum of L'd over all column groups, (groups * rows, rank).
             sweep: Which candidates are tried.
         """
-        candidates = self._candidates(start, sweep)
+        candidates, _ = _candidates(start, sweep, self.spec)
         values = list(self._values()) if self.raw.numel() <= CHUNK else None
         own_of_each, coupled, share = self._score(candidates, start, total, values)
         allowed = own_of_each <= limit.unsqueeze(1)
@@ -256,33 +289,6 @@ class _Columns:
         )
         return own, scale * slope, torch.cat(shares)
 
-    def _candidates(self, start: Scales, sweep: _Sweep) -> Scales:
-        """Scales as stored, and zero points, (groups, candidates), neighbours side by side."""
-        if has_scale_codes(self.spec.args):
-            table = all_scales(self.spec, start.scale.device)
-            # The start is one of them, but for the rounding of a division.
-            index = torch.searchsorted(table, start.scale * (1 - 1e-3)).unsqueeze(1)
-            steps = torch.arange(
-                -sweep.codes, sweep.codes + 1, dtype=torch.int64, device=index.device
-            )
-            return Scales(table[(index + steps).clamp(0, table.numel() - 1)])
-        codes, symmetric = self.spec.format, bool(self.spec.args.symmetric)
-        reach = sweep.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
-        count = 2 * (sweep.sides if symmetric else sweep.sides // 2) + 1
-        factors = 1 + reach * torch.linspace(
-            -1, 1, count, dtype=torch.float32, device=start.scale.device
-        )
-        if self.spec.negative_scales:
-            factors = torch.cat([factors, -factors.flip(0)])
-        scale = self.spec.store(start.scale.unsqueeze(1) * factors)
-        scale = torch.where(scale == 0, start.scale.unsqueeze(1), scale)  # too small to be stored
-        if symmetric:
-            return Scales(scale)
-        assert start.zero_point is not None
-        zeros = torch.stack([start.zero_point + shift for shift in (-1, 0, 1)], 1)
-        zeros = zeros.clamp(codes.low, codes.high).repeat_interleave(count, 1)
-        return Scales(torch.cat([scale, scale.flip(1), scale], 1), zeros)
-
     def _values(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and their values, shape (blocks, rows, size), float32."""
         raw = self.raw.reshape(-1, self.raw.shape[-1])
@@ -311,6 +317,44 @@ class _Columns:
         part = self._of_rows(scales, rows)
         scale = part.scale.repeat_interleave(x.shape[1] // len(part.scale))
         return _codes(x, part, self.spec).mul_(scale.unsqueeze(-1)).sub_(x)
+
+
+def _candidates(start: Scales, sweep: _Sweep, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
+    """Scales as stored, and zero points, in a new last dimension.
+
+    From the start on upwards, then downwards, neighbours side by side, and so for each sign and
+    zero point.
+
+    Returns:
+        The candidates, and for each whether one of these walks begins with it.
+    """
+    device = start.scale.device
+    scale = start.scale.unsqueeze(-1)
+    if has_scale_codes(spec.args):
+        table = all_scales(spec, device)
+        # The start is one of them, but for the rounding of a division.
+        index = torch.searchsorted(table, scale * (1 - 1e-3))
+        steps = [*range(sweep.codes + 1), *range(-1, -sweep.codes - 1, -1)]
+        offsets = torch.tensor(steps, dtype=torch.int64, device=device)
+        found = Scales(table[(index + offsets).clamp(0, table.numel() - 1)])
+        return found, [step in (0, -1) for step in steps]
+    codes, symmetric = spec.format, bool(spec.args.symmetric)
+    reach = sweep.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
+    sides = sweep.sides
+    steps = [*range(sides + 1), *range(-1, -sides - 1, -1)]
+    fresh = [step in (0, -1) for step in steps]
+    factors = 1 + torch.tensor(steps, dtype=torch.float32, device=device) * (reach / sides)
+    if spec.negative_scales:
+        factors, fresh = torch.cat([factors, -factors]), fresh * 2
+    stored = spec.store(scale * factors)
+    stored = torch.where(stored == 0, scale, stored)  # too small to be stored
+    if symmetric:
+        return Scales(stored), fresh
+    assert start.zero_point is not None
+    shifts = torch.tensor([0, -1, 1], dtype=torch.float32, device=device)
+    zeros = (start.zero_point.unsqueeze(-1) + shifts).clamp(codes.low, codes.high)
+    zeros = zeros.repeat_interleave(len(fresh), -1)
+    return Scales(stored.repeat(*(1,) * start.scale.dim(), 3), zeros), fresh * 3
 
 
 def sum_coupled(

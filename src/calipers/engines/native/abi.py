@@ -30,6 +30,7 @@ __all__ = [
     "NativeStrides",
     "ProjectionTask",
     "SumTask",
+    "SweepTask",
     "address",
     "knows",
     "library",
@@ -261,6 +262,18 @@ class CoupledTask(ctypes.Structure):
     )
 
 
+class SweepTask(ctypes.Structure):
+    """`SweepTask` of sweeps.h."""
+
+    _fields_ = (
+        ("format", NativeFormat),
+        *_fields(_POINTER, "values matrix factors matrix_panels factor_panels back_panels"),
+        *_fields(_POINTER, "candidates candidate_zeros fresh"),
+        *_fields(_INT, "rows groups blocks width rank count"),
+        *_fields(_POINTER, "scales zeros products applied of_values shares totals own limits"),
+    )
+
+
 def address(
     tensor: Tensor | None, dtype: torch.dtype = torch.float32, count: int | None = None
 ) -> int | None:
@@ -335,6 +348,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "ProjectionTask": ProjectionTask,
     "CodeTask": CodeTask,
     "CoupledTask": CoupledTask,
+    "SweepTask": SweepTask,
 }
 
 

@@ -40,6 +40,8 @@ _SYMBOLS = (
     "project",
     "search_codes",
     "sum_coupled",
+    "begin_sweeps",
+    "sweep",
 )
 #: Run by a process of its own: loading a file that is cut off kills the process.
 _TRIAL = (

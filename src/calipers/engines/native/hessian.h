@@ -47,22 +47,44 @@ static inline void add_times(float* target, float factor, const float* source, i
     store(target + i, load(target + i) + load(source + i) * factor);
 }
 
+// One row of a part, and what its codes are multiplied by.
+struct PartOfRow {
+  const float* values;
+  const float* products;  // M x
+  const float* slopes;
+  const float* matrix;   // of the part, (width, width)
+  const float* factors;  // of the part, (width, rank)
+  int64_t width, rank;
+};
+
+// What rounds values at a scale, as compressed-tensors does it: the quotient is rounded right, so
+// that ties stay ties.
 template <bool INTEGER>
-static void try_scale(const CoupledTask& task, int64_t block, int64_t row, float scale, float zero,
-                      Coupled& state) {
-  const Vec divisor = splat(scale), inverse = splat(1 / scale);
-  const Candidate of_quotient{splat(1), splat(1), splat(zero) + FAR};
-  const int64_t width = task.width, rank = task.rank, source = (block * task.rows + row) * width;
-  const float *values = task.values + source, *slopes = task.slopes + source;
-  const float *target = task.products + source, *matrix = task.matrix + block * width * width;
-  double quadratic = 0, linear = 0, slope = 0;
-  for (int64_t i = 0; i < width; i += LANES) {
-    Vec x = load(values + i);
-    // The quotient, rounded right, so that ties stay ties.
+struct Rounding {
+  const Format& format;
+  Vec divisor, inverse;
+  Candidate of_quotient;
+  Rounding(const Format& format, float scale, float zero)
+      : format(format),
+        divisor(splat(scale)),
+        inverse(splat(1 / scale)),
+        of_quotient{splat(1), splat(1), splat(zero) + FAR} {}
+  Vec code(Vec x) const {
     Vec quotient = x * inverse;
     quotient += (x - quotient * divisor) * inverse;
-    Vec code = code_of<INTEGER>(task.format, quotient, of_quotient);
+    Vec code = code_of<INTEGER>(format, quotient, of_quotient);
     if (!INTEGER) code = from_bits(bits_of(code) | (bits_of(quotient) & INT32_MIN));
+    return code;
+  }
+};
+
+template <bool INTEGER>
+static void try_scale(const Format& format, const PartOfRow& part, float scale, float zero,
+                      Coupled& state) {
+  const Rounding<INTEGER> rounding(format, scale, zero);
+  double quadratic = 0, linear = 0, slope = 0;
+  for (int64_t i = 0; i < part.width; i += LANES) {
+    Vec code = rounding.code(load(part.values + i));
     Vec change = code - load(state.codes + i);
     uint32_t changed = bits_of_lanes(change != Vec{});
     if (!changed) continue;
@@ -72,12 +94,12 @@ static void try_scale(const CoupledTask& task, int64_t block, int64_t row, float
     for (; changed; changed &= changed - 1) {
       const int lane = __builtin_ctz(changed);
       const int64_t at = i + lane;
-      const float step = steps[lane], *column = matrix + at * width;
+      const float step = steps[lane], *column = part.matrix + at * part.width;
       quadratic += double(step) * double(2 * state.products[at] + step * column[at]);
-      linear += double(step) * target[at];
-      slope += double(step) * slopes[at];
-      add_times(state.products, step, column, width);
-      add_times(state.share, step, task.factors + (block * width + at) * rank, rank);
+      linear += double(step) * part.products[at];
+      slope += double(step) * part.slopes[at];
+      add_times(state.products, step, column, part.width);
+      add_times(state.share, step, part.factors + at * part.rank, part.rank);
     }
   }
   state.quadratic += quadratic;
@@ -89,25 +111,31 @@ static void negate(float* numbers, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) store(numbers + i, -load(numbers + i));
 }
 
+// Under the other sign of the scale nearly all codes are the same but for it.
+static void negate(Coupled& state, int64_t width, int64_t rank) {
+  negate(state.codes, width);
+  negate(state.products, width);
+  negate(state.share, rank);
+  state.linear = -state.linear;
+  state.slope = -state.slope;
+}
+
 template <bool INTEGER>
 static void sum_row(const CoupledTask& task, int64_t block, int64_t row, Coupled& state) {
   const int64_t group = row / task.rows_of_group, width = task.width, rank = task.rank;
+  const int64_t source = (block * task.rows + row) * width;
+  const PartOfRow part{task.values + source, task.products + source, task.slopes + source,
+                       task.matrix + block * width * width, task.factors + block * width * rank,
+                       width, rank};
   std::memset(state.codes, 0, width * sizeof(float));
   std::memset(state.products, 0, width * sizeof(float));
   std::memset(state.share, 0, rank * sizeof(float));
   state.quadratic = state.linear = state.slope = 0;
   const float* scales = task.scales + group * task.count;
   for (int64_t k = 0; k < task.count; k++) {
-    // Under the other sign nearly all codes are the same but for it.
-    if (k && (scales[k] < 0) != (scales[k - 1] < 0)) {
-      negate(state.codes, width);
-      negate(state.products, width);
-      negate(state.share, rank);
-      state.linear = -state.linear;
-      state.slope = -state.slope;
-    }
+    if (k && (scales[k] < 0) != (scales[k - 1] < 0)) negate(state, width, rank);
     float zero = task.zeros ? task.zeros[group * task.count + k] : 0;
-    try_scale<INTEGER>(task, block, row, scales[k], zero, state);
+    try_scale<INTEGER>(task.format, part, scales[k], zero, state);
     // The blocks on the diagonal are no product of factors.
     double own = rank ? dot(state.share, state.share, rank) : 0;
     if (rank) add_times(task.shares + (row * task.count + k) * rank, 1, state.share, rank);

@@ -4,3 +4,4 @@
 #include "min_max.h"
 #include "optimal.h"
 #include "sizes.h"
+#include "sweeps.h"

@@ -2,6 +2,7 @@
 // has. Wider ones than those would be spilled.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -17,7 +18,8 @@ constexpr int LANES = 8;
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t IVec __attribute__((vector_size(4 * LANES)));
 
-static inline Vec splat(float x) { return Vec{} + x; }
+// Less zero and not plus zero, which would be an addition: -0 + 0 is 0.
+static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec load(const float* source) {
   Vec found;
   std::memcpy(&found, source, sizeof found);
@@ -65,6 +67,34 @@ static inline uint32_t bits_of_lanes(IVec mask) {
   for (int lane = 0; lane < LANES; lane++) bits |= uint32_t(mask[lane] & 1) << lane;
   return bits;
 #endif
+}
+
+// The lanes whose bit is set, one after the other; what lies behind them in the vector is lost.
+static inline void store_lanes(int32_t* target, IVec x, uint32_t lanes) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(__mmask16(lanes), (__m512i)x));
+#elif defined(__AVX2__)
+  // For each set of lanes their numbers, a byte each.
+  static const auto numbers = [] {
+    std::array<uint64_t, 256> found{};
+    for (uint32_t set = 0; set < 256; set++)
+      for (uint32_t lane = 0, at = 0; lane < 8; lane++)
+        if (set >> lane & 1) found[set] |= uint64_t(lane) << (8 * at++);
+    return found;
+  }();
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(numbers[lanes])));
+  _mm256_storeu_si256((__m256i*)target, _mm256_permutevar8x32_epi32((__m256i)x, order));
+#else
+  for (int lane = 0; lane < LANES; lane++)
+    if (lanes >> lane & 1) *target++ = x[lane];
+#endif
+}
+
+// 0, 1, 2 and so on.
+static inline IVec lane_numbers() {
+  IVec numbers{};
+  for (int lane = 0; lane < LANES; lane++) numbers[lane] = lane;
+  return numbers;
 }
 
 static inline bool any(IVec mask) {

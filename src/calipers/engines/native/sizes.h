@@ -5,6 +5,7 @@
 #include "hessian.h"
 #include "min_max.h"
 #include "optimal.h"
+#include "sweeps.h"
 
 #define SIZE_OF(name) \
   extern "C" int64_t size_of_##name() { return sizeof(name); }
@@ -18,3 +19,4 @@ SIZE_OF(SumTask)
 SIZE_OF(ProjectionTask)
 SIZE_OF(CodeTask)
 SIZE_OF(CoupledTask)
+SIZE_OF(SweepTask)

@@ -59,12 +59,12 @@ def cases(cols: int) -> list[Case]:
     hessian = {"objective": "hessian"}
     expanded = "nvfp4_expanded_imatrix"
     return [
-        Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 10, peer=True),
+        Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 25, peer=True),
         Case(
             "int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, their_options={"norm": 2.0}
         ),
         Case("NVFP4", nvfp4, cols // 8, "optimal", expanded, 100, peer=True),
-        Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 20, hessian),
+        Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 4, hessian),
         Case("int4 channel", channel, cols, "optimal", "optimal", None, hessian),
     ]
 

@@ -287,6 +287,18 @@ class TestRefuseUnwritable:
         refuse_unwritable(fill(tmp_path / "c", "old"))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
 
+    @posix_only
+    def test_what_a_process_left_that_was_killed_at_it_is_removed(self, tmp_path):
+        dead = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+        )
+        name = f".place.{{}}-{replace._HOST}01234567.tmp"
+        gone, mine = (tmp_path / name.format(pid) for pid in (int(dead.stdout), os.getpid()))
+        for each in (gone, mine):
+            each.mkdir()
+        refuse_unwritable(tmp_path / "place")
+        assert [p.name for p in tmp_path.iterdir()] == [mine.name]
+
     def test_a_file_among_the_parents(self, tmp_path):
         (tmp_path / "file").write_text("mine")
         with pytest.raises(OSError, match=r"Not a directory|cannot find"):

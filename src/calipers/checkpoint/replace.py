@@ -90,7 +90,8 @@ def recover(place: Path) -> None:
 def refuse_unwritable(place: Path) -> None:
     """Try whether `replacing` could make its folder beside `place`, and move it there.
 
-    Nothing stays. Parents of `place` that are missing are not made.
+    Nothing stays, and what killed processes left there is removed. Parents of `place` that are
+    missing are not made.
 
     Raises:
         OSError: Says what cannot be done.
@@ -101,6 +102,7 @@ def refuse_unwritable(place: Path) -> None:
         )
     while not place.parent.exists():
         place = place.parent
+    _remove_leftovers(place)
     trial = _beside(place, "tmp")
     trial.mkdir(mode=0o700)
     trial.rmdir()

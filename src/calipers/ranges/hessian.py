@@ -113,10 +113,8 @@ def _refine_view(
         flat = [each[where].reshape(-1, last - first) for each in (scale, zero_point)]
         its_plain = [each[where].reshape(-1, last - first) for each in (plain.scale, zeros)]
         if rows is not None:
-            values = chunk.reshape(-1, count, chunk.shape[-1]).float()
-            if view.finite_only:
-                values = torch.where(values.isfinite(), values, 0)
-            _refine_rows(rows, values, flat, its_plain, spec)
+            values = chunk.reshape(-1, count, chunk.shape[-1])
+            _refine_rows(rows, _in_float32(values, view.finite_only), flat, its_plain, spec)
         else:
             columns = [
                 _Columns(
@@ -136,6 +134,12 @@ def _refine_view(
     return scale, zero_point
 
 
+def _in_float32(values: Tensor, finite_only: bool) -> Tensor:
+    """Values in float32, zeros in place of those that are left out."""
+    values = values.float()
+    return torch.where(values.isfinite(), values, 0) if finite_only else values
+
+
 def _refine_rows(
     coupled: CoupledColumns,
     values: Tensor,
@@ -144,12 +148,10 @@ def _refine_rows(
     spec: ScaleSpec,
 ) -> None:
     """As `_refine`, by an engine, of groups of one row each: values (rows, groups, columns)."""
-
-    def pair(tensors: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        return tensors[0], None if spec.args.symmetric else tensors[1]
-
-    single = [each.unsqueeze(-1) for each in plain]
-    scale, zero_point, sweep = coupled.begin(values, pair(found), pair(single))
+    start, its_plain = Scales(*found), Scales(*plain).each(lambda tensor: tensor.unsqueeze(-1))
+    if spec.args.symmetric:
+        start, its_plain = Scales(start.scale), Scales(its_plain.scale)
+    scale, zero_point, sweep = coupled.begin(values, start.tensors, its_plain.tensors)
     for each in SWEEPS:
         candidates, fresh = _candidates(Scales(scale, zero_point), each, spec)
         sweep(candidates.tensors, fresh)
@@ -296,9 +298,7 @@ class _Columns:
         step = max(1, CHUNK // (blocks * size))
         step = max(1, step // self.rows) * self.rows if self.groups > 1 else step
         for first in range(0, len(raw), step):
-            values = raw[first : first + step].float()
-            if self.finite_only:
-                values = torch.where(values.isfinite(), values, 0)
+            values = _in_float32(raw[first : first + step], self.finite_only)
             if values.shape[-1] < blocks * size:
                 values = torch.nn.functional.pad(values, (0, blocks * size - values.shape[-1]))
             values = values.view(-1, blocks, size).transpose(0, 1).contiguous()

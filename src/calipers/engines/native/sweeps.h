@@ -423,19 +423,18 @@ class Tile {
   // one go.
   void make_changes(const PartOfRow& row, int64_t k, Coupled& state) {
     for (int64_t i = starts[k]; i < ends[k]; i += AT_ONCE)
-      make_some<AT_ONCE>(row, changes.data() + i, state);
+      make_some(row, changes.data() + i, state);
   }
 
-  template <int COUNT>
-  void make_some(const PartOfRow& row, const int32_t* change, Coupled& state) {
-    float steps[COUNT], quadratic = 0, linear = 0, slope = 0;
-    const float *columns[COUNT], *factors[COUNT];
+  static void make_some(const PartOfRow& row, const int32_t* change, Coupled& state) {
+    float steps[AT_ONCE], quadratic = 0, linear = 0, slope = 0;
+    const float *columns[AT_ONCE], *factors[AT_ONCE];
 #pragma GCC unroll 4
-    for (int j = 0; j < COUNT; j++) {
+    for (int j = 0; j < AT_ONCE; j++) {
       const int64_t at = change[j] & MOST_COLUMN;
       steps[j] = step_of(change[j]);
       columns[j] = row.matrix + at * row.width;
-      factors[j] = row.factors + at * task.rank;
+      factors[j] = row.factors + at * row.rank;
       float product = 2 * state.products[at] + steps[j] * columns[j][at];
 #pragma GCC unroll 4
       for (int other = 0; other < j; other++) product += 2 * steps[other] * columns[other][at];
@@ -443,14 +442,13 @@ class Tile {
       linear += steps[j] * row.products[at];
       slope += steps[j] * row.slopes[at];
     }
-    add_all<COUNT>(state.products, steps, columns, row.width);
-    add_all<COUNT>(state.share, steps, factors, row.rank);
+    add_all(state.products, steps, columns, row.width);
+    add_all(state.share, steps, factors, row.rank);
     state.quadratic += quadratic;
     state.linear += linear;
     state.slope += slope;
   }
 
-  template <int COUNT>
   static void add_all(float* target, const float* steps, const float* const* sources,
                       int64_t count) {
     for (int64_t i = 0; i < count; i += PANEL)
@@ -458,7 +456,7 @@ class Tile {
       for (int64_t at = i; at < i + PANEL; at += LANES) {
         Vec sum = load(target + at);
 #pragma GCC unroll 4
-        for (int j = 0; j < COUNT; j++) sum += load(sources[j] + at) * steps[j];
+        for (int j = 0; j < AT_ONCE; j++) sum += load(sources[j] + at) * steps[j];
         store(target + at, sum);
       }
   }

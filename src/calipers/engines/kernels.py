@@ -229,26 +229,28 @@ class CandidateSums:
 
 #: Scales and zero points, float32; None where all zero points are zero.
 Pair = tuple[Tensor, Tensor | None]
-#: Scales and zero points of rows as they are, (rows, groups), which the function changes in place:
-#: it goes through the groups once, with candidates of shape (rows, groups, count) for each, and
-#: for each of the count whether it lies nearer to the start than to the candidate before it.
-Sweep = tuple[Tensor, Tensor | None, Callable[[Pair, Sequence[bool]], None]]
-
-
 class CoupledColumns(Protocol):
     """Columns of X'X, for groups of one row each: made of its blocks, factors, and arguments."""
 
     def rows_at_a_time(self, most: int) -> int:
-        """How many rows to begin with at a time, where about so many at most are wanted."""
+        """How many rows to refine at a time, where about so many at most are wanted."""
 
-    def begin(self, values: Tensor, start: Pair, plain: Pair) -> Sweep:
-        """Begin with some rows; those before are done with.
+    def refine(
+        self, values: Tensor, start: Pair, plain: Pair, candidates: Pair, fresh: Sequence[bool]
+    ) -> Pair:
+        """Go through the groups of some rows once, and give each the best of its candidates.
 
         Args:
             values: Shape (rows, groups, columns of a group), float32.
             start: Scale and zero point of each group, (rows, groups).
-            plain: Those of minimum and maximum, (rows, groups, 1), whose d'Hd is never exceeded;
+            plain: Those of minimum and maximum, of the same shape, whose d'Hd is never exceeded;
                 they take the place of a start that does.
+            candidates: (rows, groups, count).
+            fresh: For each of the count whether it lies nearer to the start than to the candidate
+                before it.
+
+        Returns:
+            Scales and zero points, (rows, groups).
         """
 
 

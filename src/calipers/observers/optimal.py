@@ -139,6 +139,7 @@ class OptimalObserver(InputObserver):
             importance=self.importance(observation),
             global_scale=self._global_scale_for(observation),
             negative_scales=self.negative_scales,
+            rough=self.objective == "hessian",
         )
         return self._refine(observation, found) if self.objective == "hessian" else found
 

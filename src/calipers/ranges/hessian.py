@@ -31,7 +31,7 @@ __all__ = ["refine_by_hessian", "sum_coupled"]
 
 
 class _Sweep(NamedTuple):
-    """Candidate scales for one sweep over all groups."""
+    """Candidate scales for the sweep over all groups."""
 
     #: How far factors reach with up to 4 bits (half as far with each bit more) and with floats.
     reach: float
@@ -41,7 +41,7 @@ class _Sweep(NamedTuple):
     codes: int
 
 
-SWEEPS = (_Sweep(0.2, 16, 3),)
+SWEEP = _Sweep(0.2, 16, 3)
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 CHUNK = 2**20
 
@@ -79,7 +79,7 @@ def refine_by_hessian(
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
         maximum.
     """
-    work = view.values.numel() * 2 * SWEEPS[0].sides
+    work = view.values.numel() * 2 * SWEEP.sides
     problem = Problem(view.values.device, work, args=spec.args)
 
     def refine(coupled: Coupled) -> tuple[Tensor, Tensor]:
@@ -148,13 +148,13 @@ def _refine_rows(
     spec: ScaleSpec,
 ) -> None:
     """As `_refine`, by an engine, of groups of one row each: values (rows, groups, columns)."""
-    start, its_plain = Scales(*found), Scales(*plain).each(lambda tensor: tensor.unsqueeze(-1))
+    start, its_plain = Scales(*found), Scales(*plain)
     if spec.args.symmetric:
         start, its_plain = Scales(start.scale), Scales(its_plain.scale)
-    scale, zero_point, sweep = coupled.begin(values, start.tensors, its_plain.tensors)
-    for each in SWEEPS:
-        candidates, fresh = _candidates(Scales(scale, zero_point), each, spec)
-        sweep(candidates.tensors, fresh)
+    candidates, fresh = _candidates(start, spec)
+    scale, zero_point = coupled.refine(
+        values, start.tensors, its_plain.tensors, candidates.tensors, fresh
+    )
     found[0].copy_(scale)
     if zero_point is not None:
         found[1].copy_(zero_point)
@@ -162,9 +162,11 @@ def _refine_rows(
 
 def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -> None:
     """Go through the column groups of some rows; scales and zero points are changed in place."""
-    own, limits, total = [], [], found[0].new_zeros((), dtype=torch.float32)
+    candidates, own, limits = [], [], []
+    total = found[0].new_zeros((), dtype=torch.float32)
     for i, each in enumerate(columns):
         start, its_plain = _column(found, i), _column(plain, i)
+        candidates.append(_candidates(start, each.spec)[0])
         error, share = each.judge(start)
         limit, plain_share = each.judge(its_plain)
         bad = ~(error <= limit)
@@ -172,10 +174,9 @@ def _refine(columns: list[_Columns], found: list[Tensor], plain: list[Tensor]) -
         own.append(torch.where(bad, limit, error))
         limits.append(limit)
         total = torch.where(each.by_row(bad).unsqueeze(-1), plain_share, share) + total
-    for sweep in SWEEPS:
-        for i, each in enumerate(columns):
-            best, own[i], total = each.best(_column(found, i), own[i], limits[i], total, sweep)
-            _put(found, i, best)
+    for i, each in enumerate(columns):
+        best, total = each.best(_column(found, i), candidates[i], own[i], limits[i], total)
+        _put(found, i, best)
 
 
 def _column(pair: list[Tensor], index: int) -> Scales:
@@ -239,18 +240,17 @@ class _Columns:
         return self.of_groups(torch.cat(own)), torch.cat(share)
 
     def best(
-        self, start: Scales, own: Tensor, limit: Tensor, total: Tensor, sweep: _Sweep
-    ) -> tuple[Scales, Tensor, Tensor]:
-        """The best scales, as stored, their d'Hd, and the sum of L'd with them.
+        self, start: Scales, candidates: Scales, own: Tensor, limit: Tensor, total: Tensor
+    ) -> tuple[Scales, Tensor]:
+        """The best scales, as stored, and the sum of L'd with them.
 
         Args:
             start: Scales as they are.
+            candidates: Which others are tried, (groups, candidates).
             own: d'Hd of each group with them.
             limit: d'Hd of each group with the scales of minimum and maximum: never exceeded.
             total: Sum of L'd over all column groups, (groups * rows, rank).
-            sweep: Which candidates are tried.
         """
-        candidates, _ = _candidates(start, sweep, self.spec)
         values = list(self._values()) if self.raw.numel() <= CHUNK else None
         own_of_each, coupled, share = self._score(candidates, start, total, values)
         allowed = own_of_each <= limit.unsqueeze(1)
@@ -265,7 +265,7 @@ class _Columns:
         # A comparison with NaN (a scale that overflowed, a group of zeros) fails.
         better = (gain < 0) & (its_own <= limit)
         share = torch.where(self.by_row(better).unsqueeze(-1), its_share, share)
-        return winner.where(better, start), torch.where(better, its_own, own), rest + share
+        return winner.where(better, start), rest + share
 
     def _score(
         self, candidates: Scales, start: Scales, total: Tensor, values: _Values | None
@@ -319,7 +319,7 @@ class _Columns:
         return _codes(x, part, self.spec).mul_(scale.unsqueeze(-1)).sub_(x)
 
 
-def _candidates(start: Scales, sweep: _Sweep, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
+def _candidates(start: Scales, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
     """Scales as stored, and zero points, in a new last dimension.
 
     From the start on upwards, then downwards, neighbours side by side, and so for each sign and
@@ -334,13 +334,13 @@ def _candidates(start: Scales, sweep: _Sweep, spec: ScaleSpec) -> tuple[Scales, 
         table = all_scales(spec, device)
         # The start is one of them, but for the rounding of a division.
         index = torch.searchsorted(table, scale * (1 - 1e-3))
-        steps = [*range(sweep.codes + 1), *range(-1, -sweep.codes - 1, -1)]
+        steps = [*range(SWEEP.codes + 1), *range(-1, -SWEEP.codes - 1, -1)]
         offsets = torch.tensor(steps, dtype=torch.int64, device=device)
         found = Scales(table[(index + offsets).clamp(0, table.numel() - 1)])
         return found, [step in (0, -1) for step in steps]
     codes, symmetric = spec.format, bool(spec.args.symmetric)
-    reach = sweep.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
-    sides = sweep.sides
+    reach = SWEEP.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
+    sides = SWEEP.sides
     steps = [*range(sides + 1), *range(-1, -sides - 1, -1)]
     fresh = [step in (0, -1) for step in steps]
     factors = 1 + torch.tensor(steps, dtype=torch.float32, device=device) * (reach / sides)

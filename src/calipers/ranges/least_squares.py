@@ -131,7 +131,9 @@ def min_max_scales(low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
     return Scales(scale, None if spec.args.symmetric else zero_point.float())
 
 
-def search_least_squares(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpec) -> Scales:
+def search_least_squares(
+    chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpec, *, rough: bool = False
+) -> Scales:
     """Scale and zero point of each group with the smallest sum of w (x - dequantized x)^2.
 
     Args:
@@ -139,6 +141,8 @@ def search_least_squares(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpe
         low: Minimum of each group, in the dtype of the values, shape (groups,).
         high: Maximum of each group.
         spec: Which scales can be chosen.
+        rough: Whether the best of the first candidates will do, fitted to its codes, also where
+            min/max serves as well or better.
 
     Returns:
         Scales as they will be stored, the global scale divided out, shape (groups,). A group that
@@ -147,11 +151,18 @@ def search_least_squares(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpe
     plain, codes = min_max_scales(low, high, spec), spec.format
     base, zero, factors, offsets = _whole_range(low.float(), high.float(), spec)
     inverse, fine = 1 / base, _fine_factors(codes)
-    rounds = 1 if zero is None else ZERO_ROUNDS
+    rounds = 0 if rough else 1 if zero is None else ZERO_ROUNDS
+
+    def choose(winner: Scales) -> Scales:
+        if not rough:
+            return _choose_stored(chunk, base, winner, plain, spec)
+        stored = spec.store(winner.scale * base)
+        return Scales(stored, winner.zero_point).where(stored != 0, plain)
+
     if chunk.whole is not None:
         cancels = _cancels(codes)
-        best = chunk.whole.project(inverse, zero, factors, offsets, fine, rounds, cancels)
-        return _choose_stored(chunk, base, Scales(*best), plain, spec)
+        found = chunk.whole.project(inverse, zero, factors, offsets, fine, rounds, cancels)
+        return choose(Scales(*found))
     candidates = Scales(factors.unsqueeze(1).expand(-1, base.numel()))
     if zero is not None:
         zeros = (zero + offsets.unsqueeze(1)).clamp(codes.low, codes.high)
@@ -159,7 +170,7 @@ def search_least_squares(chunk: Chunk, low: Tensor, high: Tensor, spec: ScaleSpe
     scored = _score(chunk, inverse, candidates, codes)
     for _ in range(rounds):
         scored = scored.best_and(_score(chunk, inverse, scored.about_the_best(fine, codes), codes))
-    return _choose_stored(chunk, base, scored.best(), plain, spec)
+    return choose(scored.best())
 
 
 def _choose_stored(

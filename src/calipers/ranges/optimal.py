@@ -32,6 +32,7 @@ def search_optimal_scales(
     importance: Sequence[Groups] | None = None,
     global_scale: Tensor | None = None,
     negative_scales: bool = False,
+    rough: bool = False,
     engine: str | None = None,
 ) -> list[Pair]:
     """Scale and zero point with the smallest sum of w (x - fake_quantize(x))^2 in each group.
@@ -46,6 +47,9 @@ def search_optimal_scales(
         global_scale: TENSOR_GROUP only, shape (1,).
         negative_scales: Whether scales may be negative (symmetric integers): the extra code of the
             lopsided range then serves the positive side.
+        rough: Whether scales near the best ones will do, for less work, where scales may be any
+            number and there are no zero points; they may be worse than those of minimum and
+            maximum.
         engine: "eager", "native" or "triton"; None chooses, see `calipers.engines.dispatch`.
 
     Returns:
@@ -72,7 +76,7 @@ def search_optimal_scales(
         spec = ScaleSpec(args, dtype, negative_scales, scale, factor)
 
         found = [
-            _search_view(view, low, high, its_importance, spec, code)
+            _search_view(view, low, high, its_importance, spec, code, rough)
             for view, (low, high), its_importance in zip(views, extremes, by_view, strict=True)
         ]
         if factor == 1:
@@ -95,10 +99,14 @@ def _search_view(
     importance: Groups | None,
     spec: ScaleSpec,
     code: CandidateSums,
+    rough: bool,
 ) -> Pair:
     scale = torch.empty(view.qparam_shape, dtype=torch.float32, device=view.values.device)
     zero_point = torch.zeros_like(scale)
-    search = search_scale_codes if has_scale_codes(spec.args) else search_least_squares
+    search = search_scale_codes
+    if not has_scale_codes(spec.args):
+        rough = rough and bool(spec.args.symmetric)
+        search = functools.partial(search_least_squares, rough=rough)
     for chunk in chunks_of(view, importance, spec.args, code):
         ends = low[chunk.where].reshape(-1), high[chunk.where].reshape(-1)
         found = search(chunk, *ends, spec)

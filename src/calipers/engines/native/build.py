@@ -40,8 +40,7 @@ _SYMBOLS = (
     "project",
     "search_codes",
     "sum_coupled",
-    "begin_sweeps",
-    "sweep",
+    "refine_rows",
 )
 #: Run by a process of its own: loading a file that is cut off kills the process.
 _TRIAL = (

@@ -10,7 +10,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from calipers.engines.kernels import Coupled, Pair, Problem, Sweep
+from calipers.engines.kernels import Coupled, Pair, Problem
 from calipers.engines.native import abi
 from calipers.engines.native.abi import (
     LANES,
@@ -106,48 +106,42 @@ class CoupledColumns:
         at_once = TILE_ROWS * torch.get_num_threads()
         return max(1, most // at_once) * at_once
 
-    def begin(self, values: Tensor, start: Pair, plain: Pair) -> Sweep:
-        """As `calipers.engines.kernels.CoupledColumns.begin`."""
+    def refine(
+        self, values: Tensor, start: Pair, plain: Pair, candidates: Pair, fresh: Sequence[bool]
+    ) -> Pair:
+        """As `calipers.engines.kernels.CoupledColumns.refine`."""
         rows, groups, blocks = len(values), self._groups, self._blocks
-        parts, width, rank = groups * blocks, self._width, self._rank
+        parts, width, rank, count = groups * blocks, self._width, self._rank, len(fresh)
         values = _filled(values, blocks * self._size).unflatten(-1, (blocks, self._size))
         values = _filled(values, width).contiguous()
         scale = start[0].contiguous().clone()
         zero_point = None if start[1] is None else start[1].contiguous().clone()
-
+        by_group = [None if each is None else each.contiguous() for each in plain]
+        by_candidate = [None if each is None else each.contiguous() for each in candidates]
+        flags = torch.tensor(fresh, dtype=torch.uint8, device="cpu")
         if self._state is None or self._state.rows != rows:
             self._state = _State.empty(rows, groups, blocks, width, rank)
-        state = self._state
-
-        def call(name: str, candidates: Pair, fresh: Sequence[bool]) -> None:
-            count = len(fresh)
-            given = [None if each is None else each.contiguous() for each in candidates]
-            flags = torch.tensor(fresh, dtype=torch.uint8, device="cpu")
-            task = SweepTask(
-                self._format,
-                address(values, count=rows * parts * width),
-                *(address(each) for each in self._shared),
-                *(address(each, count=rows * groups * count) for each in given),
-                address(flags, torch.uint8),
-                *(rows, groups, blocks, width, rank, count),
-                address(scale, count=rows * groups),
-                address(zero_point, count=rows * groups),
-                *(address(each) for each in state.floats),
-                *(address(each, torch.float64) for each in state.doubles),
-            )
-            pieces = number_of_parts(-(-rows // TILE_ROWS), values.numel() * count)
-            getattr(library(), name)(ctypes.byref(task), ctypes.c_int64(pieces))
-
-        def sweep(candidates: Pair, fresh: Sequence[bool]) -> None:
-            call("sweep", candidates, fresh)
-
-        call("begin_sweeps", plain, [True])
-        return scale, zero_point, sweep
+        task = SweepTask(
+            self._format,
+            address(values, count=rows * parts * width),
+            *(address(each) for each in self._shared),
+            *(address(each, count=rows * groups) for each in by_group),
+            *(address(each, count=rows * groups * count) for each in by_candidate),
+            address(flags, torch.uint8),
+            *(rows, groups, blocks, width, rank, count),
+            address(scale, count=rows * groups),
+            address(zero_point, count=rows * groups),
+            *(address(each) for each in self._state.floats),
+            *(address(each, torch.float64) for each in self._state.doubles),
+        )
+        pieces = number_of_parts(-(-rows // TILE_ROWS), values.numel() * count)
+        library().refine_rows(ctypes.byref(task), ctypes.c_int64(pieces))
+        return scale, zero_point
 
 
 @dataclass(frozen=True)
 class _State:
-    """What a sweep knows of some rows, in the order of the structure's fields."""
+    """What is known of some rows, in the order of the structure's fields."""
 
     rows: int
     floats: tuple[Tensor | None, ...]

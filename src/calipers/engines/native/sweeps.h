@@ -21,7 +21,9 @@ struct SweepTask {
   const float* matrix_panels;  // (parts, width / PANEL, width, PANEL): the matrix
   const float* factor_panels;  // (parts, rank / PANEL, width, PANEL): the factors
   const float* back_panels;    // (parts, width / PANEL, rank, PANEL): the factors transposed
-  const float* candidates;     // (rows, groups, count), not 0
+  const float* plain;        // (rows, groups): the scale of minimum and maximum
+  const float* plain_zeros;  // the same; null: none
+  const float* candidates;       // (rows, groups, count), not 0
   const float* candidate_zeros;  // the same; null: none
   const uint8_t* fresh;  // (count): whether a candidate is far from the one before, near the start
   int64_t rows;
@@ -30,9 +32,9 @@ struct SweepTask {
   int64_t width;   // a multiple of PANEL
   int64_t rank;    // a multiple of PANEL; 0 where there is one part
   int64_t count;
-  float* scales;  // (rows, groups): of each group
+  float* scales;  // (rows, groups): where to start, and what is found
   float* zeros;   // the same; null: none
-  // What is known of the rows with these scales.
+  // What is known of the rows with the scales at the start.
   float* products;   // (rows, parts, width): the block of M of a part, times its values
   float* applied;    // the same, times its codes
   float* of_values;  // (rows, parts, rank): of factors and values; used where blocks > 1
@@ -84,6 +86,58 @@ static void multiply(const float* a, int64_t stride, int64_t rows, int64_t inner
   }
 }
 
+// Of each row a (inner values) the sum over panels of a'Ma, for a symmetric M: what lies above the
+// panel of a column counts twice, what lies below not at all.
+template <int ROWS>
+static inline void quadratic_rows(const float* a, int64_t stride, int64_t inner,
+                                  const float* panels, double* found) {
+  constexpr int VECTORS = PANEL / LANES;
+  for (int64_t at = 0; at < inner; at += PANEL, panels += inner * PANEL) {
+    Vec sums[ROWS][VECTORS];
+    auto add = [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; k++) {
+        Vec b[VECTORS];
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) b[v] = load(panels + k * PANEL + v * LANES);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++) {
+          const Vec factor = splat(a[r * stride + k]);
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; v++) sums[r][v] += factor * b[v];
+        }
+      }
+    };
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
+    add(0, at);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) sums[r][v] += sums[r][v];
+    add(at, at + PANEL);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++) {
+      Vec sum{};
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) sum += sums[r][v] * load(a + r * stride + at + v * LANES);
+      float total = 0;
+      for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+      found[r] += total;
+    }
+  }
+}
+
+static void add_quadratic(const float* a, int64_t stride, int64_t rows, int64_t inner,
+                          const float* panels, double* found) {
+  int64_t row = 0;
+  for (; row + ROWS_AT_ONCE <= rows; row += ROWS_AT_ONCE)
+    quadratic_rows<ROWS_AT_ONCE>(a + row * stride, stride, inner, panels, found + row);
+  for (; row < rows; row++)
+    quadratic_rows<1>(a + row * stride, stride, inner, panels, found + row);
+}
+
 static inline double dot_in_double(const float* a, const float* b, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; i += PANEL) total += dot(a + i, b + i, PANEL);
@@ -111,7 +165,7 @@ class Tile {
         ends(task.count),
         sums(TILE_ROWS * task.count * 3) {}
 
-  // Begin with the scales as they are, or with the only candidate where that is better by d'Md.
+  // Begin with the scales as they are, or with those of minimum and maximum where d'Md is less.
   void begin(int64_t group, int64_t first_row, int64_t number) {
     first = first_row;
     rows = number;
@@ -123,17 +177,17 @@ class Tile {
         multiply(values(0, part), stride(), rows, task.width, factor_panels(part), task.rank,
                  task.of_values + of_part(0, part), task.parts() * task.rank);
     }
-    judge(group, task.scales, task.zeros);
+    judge</*MULTIPLY=*/true>(group, task.scales, task.zeros);
     for (int64_t r = 0; r < rows; r++) keep(r, group, task.scales[of_group(r, group)]);
-    const float *plain = task.candidates, *plain_zeros = task.candidate_zeros;
-    judge(group, plain, plain_zeros);
+    judge(group, task.plain, task.plain_zeros);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t here = of_group(r, group);
       task.limits[here] = own[r];
       if (!(task.own[here] <= own[r])) {
-        task.scales[here] = plain[here];
-        if (task.zeros) task.zeros[here] = plain_zeros[here];
-        keep(r, group, plain[here]);
+        task.scales[here] = task.plain[here];
+        if (task.zeros) task.zeros[here] = task.plain_zeros[here];
+        for (int64_t block = 0; block < task.blocks; block++) multiply_errors(r, 1, group, block);
+        keep(r, group, task.plain[here]);
       }
       float* total = task.totals + (first + r) * task.rank;
       if (group == 0) std::memset(total, 0, task.rank * sizeof(float));
@@ -141,7 +195,7 @@ class Tile {
     }
   }
 
-  // One sweep over a group.
+  // Choose among the candidates of a group.
   void sweep(int64_t group, int64_t first_row, int64_t number) {
     first = first_row;
     rows = number;
@@ -150,17 +204,18 @@ class Tile {
     judge(group, best_scales, task.zeros ? best_zeros : nullptr, /*of_tile=*/true);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t here = of_group(r, group);
-      float* share = task.shares + here * task.rank;
+      const float* share = task.shares + here * task.rank;
+      const float* its_share = new_shares.data + r * task.rank;
       const float* other = others.data + r * task.rank;
       double coupled = 0;
       for (int64_t i = 0; i < task.rank; i++)
-        coupled += double(other[i]) * double(new_shares.data[r * task.rank + i] - share[i]);
+        coupled += double(other[i]) * double(its_share[i] - share[i]);
       const double gain = 2 * coupled + own[r] - task.own[here];
       // A comparison with NaN (a scale that overflowed, a group of zeros) fails.
       if (gain < 0 && own[r] <= task.limits[here]) {
         task.scales[here] = best_scales[r];
         if (task.zeros) task.zeros[here] = best_zeros[r];
-        keep(r, group, best_scales[r]);
+        share = its_share;
       }
       float* total = task.totals + (first + r) * task.rank;
       for (int64_t i = 0; i < task.rank; i++) total[i] = other[i] + share[i];
@@ -210,7 +265,9 @@ class Tile {
     return zeros ? zeros[of_group(r, group)] : 0;
   }
 
-  // Errors d of a group with some scales, the matrix and the factors times them, and d'Md.
+  // Errors d of a group with some scales, the factors times them, and d'Md; the matrix times them
+  // if asked for.
+  template <bool MULTIPLY = false>
   void judge(int64_t group, const float* scales, const float* zeros, bool of_tile = false) {
     const int64_t width = task.width, rank = task.rank;
     std::memset(new_shares.data, 0, rows * rank * sizeof(float));
@@ -218,7 +275,6 @@ class Tile {
     for (int64_t block = 0; block < task.blocks; block++) {
       const int64_t part = group * task.blocks + block;
       float* d = errors.data + block * width;
-      float* product = of_errors.data + block * width;
       for (int64_t r = 0; r < rows; r++) {
         const int64_t here = of_tile ? r : of_group(r, group);
         const float scale = scales[here];
@@ -228,11 +284,17 @@ class Tile {
           store(d + r * whole + i, rounding.code(x) * scale - x);
         }
       }
-      multiply(d, whole, rows, width, matrix_panels(part), width, product, whole);
+      if (MULTIPLY) {
+        multiply_errors(0, rows, group, block);
+        const float* product = of_errors.data + block * width;
+        for (int64_t r = 0; r < rows; r++)
+          own[r] += dot_in_double(d + r * whole, product + r * whole, width);
+      } else {
+        add_quadratic(d, whole, rows, width, matrix_panels(part), own);
+      }
       multiply(d, whole, rows, width, factor_panels(part), rank, part_shares.data, rank);
       for (int64_t r = 0; r < rows; r++) {
         const float* share = part_shares.data + r * rank;
-        own[r] += dot_in_double(d + r * whole, product + r * whole, width);
         if (task.blocks > 1) own[r] -= dot_in_double(share, share, rank);
         add_times(new_shares.data + r * rank, 1, share, rank);
       }
@@ -244,7 +306,14 @@ class Tile {
     }
   }
 
-  // Keep what was judged last of a row.
+  // A block of the matrix times the errors of some rows, as judged last.
+  void multiply_errors(int64_t row, int64_t number, int64_t group, int64_t block) {
+    const int64_t place = row * whole + block * task.width;
+    multiply(errors.data + place, whole, number, task.width,
+             matrix_panels(group * task.blocks + block), task.width, of_errors.data + place, whole);
+  }
+
+  // Keep what was judged last of a row, and multiplied.
   void keep(int64_t r, int64_t group, float scale) {
     const int64_t here = of_group(r, group);
     task.own[here] = own[r];
@@ -482,26 +551,22 @@ class Tile {
   }
 };
 
-template <bool INTEGER, bool BEGIN>
-static void for_tiles(const SweepTask& task, int64_t parts) {
+template <bool INTEGER>
+static void refine_tiles(const SweepTask& task, int64_t parts) {
   const int64_t tiles = (task.rows + TILE_ROWS - 1) / TILE_ROWS;
   in_parallel(tiles, parts, [&](int64_t, int64_t first, int64_t last) {
     Tile<INTEGER> tile(task);
-    for (int64_t group = 0; group < task.groups; group++)
-      for (int64_t row = first * TILE_ROWS; row < last * TILE_ROWS; row += TILE_ROWS) {
-        const int64_t number = std::min(TILE_ROWS, task.rows - row);
-        BEGIN ? tile.begin(group, row, number) : tile.sweep(group, row, number);
-      }
+    auto for_all = [&](auto work) {
+      for (int64_t group = 0; group < task.groups; group++)
+        for (int64_t row = first * TILE_ROWS; row < last * TILE_ROWS; row += TILE_ROWS)
+          work(group, row, std::min(TILE_ROWS, task.rows - row));
+    };
+    for_all([&](int64_t group, int64_t row, int64_t number) { tile.begin(group, row, number); });
+    for_all([&](int64_t group, int64_t row, int64_t number) { tile.sweep(group, row, number); });
   });
 }
 
-// Fill in what is known of rows. The only candidate of a group is that of minimum and maximum,
-// which takes the place of a start that is worse.
-extern "C" void begin_sweeps(const SweepTask* task, int64_t parts) {
-  task->format.integer ? for_tiles<true, true>(*task, parts) : for_tiles<false, true>(*task, parts);
-}
-
-extern "C" void sweep(const SweepTask* task, int64_t parts) {
-  task->format.integer ? for_tiles<true, false>(*task, parts)
-                       : for_tiles<false, false>(*task, parts);
+// Give each group of rows the best of its candidates, or leave it as it is.
+extern "C" void refine_rows(const SweepTask* task, int64_t parts) {
+  task->format.integer ? refine_tiles<true>(*task, parts) : refine_tiles<false>(*task, parts);
 }

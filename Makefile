@@ -105,8 +105,10 @@ test-triton: $(TRITON_STAMP) ## the Triton engine without a GPU: interpreted and
 docs: $(STAMP) ## build the documentation into site/, warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(STAMP) ## time range search and min/max against llmcompressor
+bench: $(BENCH_STAMP) ## time searches, min/max and a whole calibration against llmcompressor
 	@$(BIN)/python -m benchmarks.range_search $(BENCH_ARGS)
+	@$(BIN)/python -m benchmarks.optimal
+	@$(BIN)/python -m benchmarks.whole
 
 $(BENCH_STAMP): $(STAMP)
 	@echo "installing the models of the benchmarks into $(VENV)"
@@ -116,13 +118,15 @@ $(BENCH_STAMP): $(STAMP)
 
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
 	@$(BIN)/python -m benchmarks.quality.run $(BENCH_ARGS)
-	@$(BIN)/python -m benchmarks.optimal
+	@$(BIN)/python -m benchmarks.gptq
+	@$(BIN)/python -m benchmarks.bounds
 
 # The result files that need no more than this checkout and an idle machine; an hour or more.
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
 	@$(BIN)/python -m benchmarks.range_search --json $(RESULTS)/range_search.json
 	@$(BIN)/python -m benchmarks.range_search --cold --json $(RESULTS)/cold.json
-	@$(BIN)/python -m benchmarks.optimal --json $(RESULTS)/optimal.json
+	@for name in optimal whole gptq bounds; do \
+		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
 	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json
 	@for part in minilm demo activations oracles; do \
 		$(BIN)/python -m benchmarks.quality.run --parts $$part --json $(RESULTS)/$$part.json || exit 1; done

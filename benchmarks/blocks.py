@@ -62,7 +62,10 @@ import calipers
 data = [{"input_ids": ids} for ids in torch.load(sys.argv[3])]
 options = json.loads(sys.argv[5])
 start = time.perf_counter()
-calipers.calibrate(sys.argv[1], "W4A16", "optimal", data, out=sys.argv[2], **options)
+imatrix = {"objective": "imatrix"}
+calipers.calibrate(
+    sys.argv[1], "W4A16", "optimal", data, out=sys.argv[2], observer_options=imatrix, **options
+)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print("FOUND", json.dumps({"seconds": seconds, "peak_gib": peak}))
@@ -84,6 +87,7 @@ start = time.perf_counter()
 with install(replace=True):
     scheme = preset_name_to_scheme("W4A16", ["Linear"])
     scheme.weights.observer = "optimal"
+    scheme.weights.observer_kwargs = {"objective": "imatrix"}
     scheme.weights.group_size = options["scheme_options"].get("group_size", 128)
     oneshot(
         model=sys.argv[1], dataset=Dataset.from_dict(rows), output_dir=sys.argv[2],
@@ -219,7 +223,9 @@ def _alone(cut: Path, data: Path, out: Path, dtype: str) -> tuple[float, float]:
         for batch in batches:
             model.model(**batch)
         forward = perf_counter() - start
-    with calipers.attach(model, "W4A16", observer="optimal") as calibration:
+    with calipers.attach(
+        model, "W4A16", observer="optimal", observer_options={"objective": "imatrix"}
+    ) as calibration:
         calibration.run(batches)
         start = perf_counter()
         calibration.freeze()

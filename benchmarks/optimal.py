@@ -56,16 +56,14 @@ def cases(cols: int) -> list[Case]:
     int4 = QuantizationArgs(num_bits=4, strategy="group", group_size=128)
     channel = QuantizationArgs(num_bits=4, strategy="channel")
     nvfp4 = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
-    hessian = {"objective": "hessian"}
+    hessian, imatrix = {"objective": "hessian"}, {"objective": "imatrix"}
     expanded = "nvfp4_expanded_imatrix"
     return [
-        Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 25, peer=True),
-        Case(
-            "int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, their_options={"norm": 2.0}
-        ),
-        Case("NVFP4", nvfp4, cols // 8, "optimal", expanded, 100, peer=True),
-        Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 4, hessian),
-        Case("int4 channel", channel, cols, "optimal", "optimal", None, hessian),
+        Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 25, imatrix, peer=True),
+        Case("int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, imatrix, {"norm": 2.0}),
+        Case("NVFP4", nvfp4, cols // 8, "optimal", expanded, 100, imatrix, peer=True),
+        Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 4, hessian, imatrix),
+        Case("int4 channel", channel, cols, "optimal", "optimal", None, hessian, imatrix),
     ]
 
 

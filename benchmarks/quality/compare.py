@@ -23,7 +23,10 @@ from benchmarks.results import Table, add_json_option, measured
 __all__ = ["main", "model_folder"]
 
 Json = dict[str, Any]
-BOTH = {"min/max": "memoryless_minmax", "`optimal`": "optimal"}
+BOTH = {
+    "min/max": "memoryless_minmax",
+    "`optimal`, `objective=imatrix`": "optimal:objective=imatrix",
+}
 ALL = {**BOTH, "`optimal`, `objective=hessian`": "optimal:objective=hessian"}
 #: Schemes that are no presets: weights of the Linear modules.
 WEIGHTS = {

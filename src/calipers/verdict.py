@@ -166,7 +166,9 @@ def _next_steps(scheme: QuantizationScheme, objective: str | None) -> list[str]:
     found = []
     if weights is not None and weights.num_bits <= 4:
         if objective != "hessian":
-            found.append("the observer `optimal` with objective=hessian")
+            found.append(
+                "the observer `optimal`" + (" with objective=hessian" if objective else "")
+            )
         if weights.type == QuantizationType.INT:
             if weights.strategy in (QuantizationStrategy.CHANNEL, QuantizationStrategy.TENSOR):
                 found.append("groups of 128 weights or fewer")

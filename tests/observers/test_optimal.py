@@ -58,6 +58,30 @@ def rest(weight: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationAr
 # -- data ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("bits", "objective"), [(3, "hessian"), (4, "hessian"), (8, "imatrix")])
+def test_by_default_the_objective_goes_by_the_bits(bits: int, objective: str) -> None:
+    module, args = linear(), GROUP.model_copy(update={"num_bits": bits})
+    observer, named = seen(module, args), seen(module, args, objective=objective)
+    assert observer.objective == named.objective == objective
+    assert (observer.input_products is not None) == (objective == "hessian")
+    assert_same(observer(module.weight), named(module.weight))
+
+
+def test_by_default_products_may_be_missing() -> None:
+    module = linear()
+    imatrix = seen(module, objective="imatrix")
+    observer = Observer.load_from_registry("optimal", "weight", GROUP, module)
+    observer.load_state(imatrix.state())
+    assert observer.objective == "imatrix"
+    assert_same(observer(module.weight), imatrix(module.weight))
+    observer.observe_input(inputs(seed=1))
+    assert observer.input_products is None
+    assert observer.num_input_tokens == 400
+    named = Observer.load_from_registry("optimal", "weight", GROUP, module, objective="hessian")
+    with pytest.raises(ValueError, match="input_products"):
+        named.load_state(imatrix.state())
+
+
 @pytest.mark.parametrize("objective", ["imatrix", "hessian"])
 def test_missing_data_is_an_error_that_says_what_to_do(objective: str) -> None:
     module = linear()
@@ -300,6 +324,8 @@ def test_global_scale_leaves_an_octave_above() -> None:
 
 def test_calibrate_takes_it_by_default_where_there_is_data() -> None:
     report = calipers.calibrate(tiny_llama(), "W4A16", data=token_batches())
+    assert {(m.weight_observer, m.objective) for m in report.modules} == {("optimal", "hessian")}
+    report = calipers.calibrate(tiny_llama(), "W8A16", data=token_batches())
     assert {(m.weight_observer, m.objective) for m in report.modules} == {("optimal", "imatrix")}
     report = calipers.calibrate(tiny_llama(), "NVFP4A16", data=token_batches())
     assert {m.weight_observer for m in report.modules} == {"optimal"}

@@ -16,6 +16,7 @@ from calipers import Statistics, StatisticsError, attach, calibrate, observe
 from calipers.calibration.report import ModuleReport
 from calipers.errors import CalipersError, MissingDataError, SchemeError
 from calipers.observers import HistogramObserver, StaticMinMaxObserver
+from observers.samples import logged
 
 
 def ids(count: int = 3, seed: int = 3, sequences: int = 2) -> list[dict[str, torch.Tensor]]:
@@ -251,6 +252,31 @@ def test_products_of_other_groups_are_refused(gathered: Statistics) -> None:
             observer_options=options,
             scheme_options={"group_size": 64},
         )
+
+
+@pytest.mark.parametrize("products", [None, 32])
+def test_without_products_that_fit_the_default_is_imatrix(products: int | None) -> None:
+    found = observe(llama(), ids(), products=products)
+    by_default, by_name = llama(), llama()
+    with logged("WARNING") as lines:
+        reports = (
+            calibrate(by_default, "W4A16", statistics=found),
+            calibrate(
+                by_name, "W4A16", statistics=found, observer_options={"objective": "imatrix"}
+            ),
+        )
+    assert_same(by_default, by_name, reports)
+    assert {row.objective for row in reports[0].modules} == {"imatrix"}
+    (line,) = [each for each in lines if "no products of inputs" in each]
+    assert f"{len(reports[0].modules)} of the weights" in line
+
+
+def test_products_that_fit_give_hessian_by_default() -> None:
+    found = observe(llama(), ids(), products=128)
+    by_data, by_file = llama(), llama()
+    reports = calibrate(by_data, "W4A16", data=ids()), calibrate(by_file, "W4A16", statistics=found)
+    assert_same(by_data, by_file, reports)
+    assert {row.objective for row in reports[1].modules} == {"hessian"}
 
 
 def test_products_of_whole_rows() -> None:

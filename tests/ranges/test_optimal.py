@@ -61,6 +61,24 @@ def test_symmetric_integers_against_the_exact_optimum(bits: int, log_sigma: int)
         assert excess(found, best) < bound, kind
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rough_scales_are_near_the_exact_optimum(bits: int) -> None:
+    for kind in oracles.KINDS:
+        x, w = oracles.values(kind, 24, 128), oracles.importance(24, 128, 1)
+        scale, zero = search(x, group(bits), w, rough=True)
+        found = oracles.error(x, w, scale, zero, group(bits))
+        fine = oracles.error(x, w, *search(x, group(bits), w), group(bits))
+        assert 0 <= excess(found, oracles.best_symmetric(x, w, bits)) < 0.1, kind
+        assert (found != fine).any(), "that is no less work"
+
+
+def test_there_are_no_rough_scales_with_zero_points_or_codes() -> None:
+    x = oracles.values("gauss", 24, 128)
+    for args in (group(4, symmetric=False), preset("MXFP4")):
+        for rough, fine in zip(search(x, args, rough=True), search(x, args), strict=True):
+            assert torch.equal(rough, fine)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("log_sigma", [0, 1, 2])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -226,6 +244,11 @@ def assert_engines_agree(engine: str, args: QuantizationArgs, groups: int, **opt
     # Where candidates are tied an engine may choose either: their errors are the same.
     torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=0)
     assert float(((found - expected).abs() > 1e-6 * expected.abs()).float().mean()) < 0.005
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_the_native_engine_agrees_about_rough_scales(name: str) -> None:
+    assert_engines_agree("native", SCHEMES[name], 300, rough=True)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -167,7 +167,7 @@ def calibrate(
 
       calipers calibrate ./Llama-3-8B --scheme FP8_DYNAMIC --kv-cache fp8 --out ./fp8-cache
 
-      calipers calibrate ./Llama-3-8B --option objective=hessian --samples 256 --json
+      calipers calibrate ./Llama-3-8B --option objective=imatrix --samples 256 --json
 
       calipers calibrate ./Llama-3-8B --shadow imatrix_mse --shadow mse --pick best
 

@@ -52,10 +52,10 @@ from calipers.text.for_model import fitting_length
 
 __all__ = ["Comparison", "compare", "comparison_json", "print_comparison"]
 
-_OBSERVERS = ("memoryless_minmax", "optimal", "optimal:objective=hessian")
+_OBSERVERS = ("memoryless_minmax", "optimal:objective=imatrix", "optimal")
 #: What `--observers all` means: of observers that find the same scale for a weight, one.
 _ALL = (
-    *("optimal", "optimal:objective=hessian", "imatrix_mse", "memoryless_mse"),
+    *("optimal", "optimal:objective=imatrix", "imatrix_mse", "memoryless_mse"),
     "memoryless_minmax",
 )
 _ALL_OF_NVFP4 = ("nvfp4_headroom", "nvfp4_expanded_mse", "nvfp4_expanded_imatrix")
@@ -74,7 +74,7 @@ def compare(
         typer.Option(
             metavar="NAME[:KEY=VALUE,...]",
             help="Observer of weights, with options of its own; may be repeated. "
-            "Default: memoryless_minmax, optimal and optimal:objective=hessian.",
+            "Default: memoryless_minmax, optimal:objective=imatrix and optimal.",
         ),
     ] = None,
     observers: Annotated[

@@ -16,7 +16,7 @@ from calipers.demo import MODEL_PATH
 __all__ = ["demo"]
 
 _SCHEMES = ("W4A16", "NVFP4", "FP8")
-_OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal:objective=hessian")
+_OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal:objective=imatrix", "optimal")
 
 
 def demo(json: Json = False) -> None:

@@ -36,7 +36,7 @@ def observe(
         typer.Option(
             min=0,
             metavar="COLUMNS",
-            help="Sum products of inputs too, for optimal:objective=hessian in groups of so many "
+            help="Sum products of inputs too, by which optimal takes hessian in groups of so many "
             "columns; 0: for whole rows.",
         ),
     ] = None,

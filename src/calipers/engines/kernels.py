@@ -29,7 +29,6 @@ __all__ = [
     "Pair",
     "Problem",
     "ShrinkGrid",
-    "Sweep",
 ]
 
 Code = TypeVar("Code")
@@ -229,6 +228,8 @@ class CandidateSums:
 
 #: Scales and zero points, float32; None where all zero points are zero.
 Pair = tuple[Tensor, Tensor | None]
+
+
 class CoupledColumns(Protocol):
     """Columns of X'X, for groups of one row each: made of its blocks, factors, and arguments."""
 

@@ -207,6 +207,12 @@ class InputMoments(HoldsStatistics):
             return None
         return f"has seen inputs of {cols} columns, which do not fit a shape of {tuple(shape)}"
 
+    @property
+    def lacks_products(self) -> bool:
+        """Whether inputs were seen, and none of their products summed."""
+        seen = self.input_square_sum is not None
+        return seen and self.input_products is None and self._waiting is None
+
     def columns_behind(self, columns: slice) -> int:
         """Columns of the inputs, where these hold the ones named; else how many are named."""
         seen = 0 if self.input_square_sum is None else self.input_square_sum.numel()
@@ -295,6 +301,11 @@ class InputObserver(Observer):
     def wanted_products(self) -> Callable[[int], ColumnGroups] | None:
         """The columns whose products are summed too, for a number of columns; None for none."""
         return None
+
+    @property
+    def can_lack_products(self) -> bool:
+        """Whether sums without the products that are wanted will do."""
+        return False
 
     def observe_input(self, inputs: Tensor, mask: Tensor | None = None) -> None:
         """Add what is wanted of a batch of the module's inputs to the moments."""

@@ -36,6 +36,9 @@ _TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
 
 Objective = Literal["imatrix", "hessian", "mse"]
 
+#: From so many bits on the default is "imatrix": what rounding adds to a model is small there.
+_MANY_BITS = 8
+
 
 class OptimalOptions(ObserverOptions):
     """Options of the optimal scale."""
@@ -45,8 +48,10 @@ class OptimalOptions(ObserverOptions):
     negative_scales: bool = Field(
         False, description="allow negative scales: symmetric integers, kernels that take them"
     )
-    objective: Objective = Field(
-        "imatrix", description="what to minimise: error weighted by inputs, or plain (mse)"
+    objective: Literal["auto", Objective] = Field(
+        "auto",
+        description="what to minimise: error by inputs that go together (hessian), by the size of "
+        "each (imatrix), or plain (mse); auto: hessian below 8 bits, else imatrix",
     )
 
 
@@ -56,6 +61,8 @@ class OptimalObserver(InputObserver):
 
     The option `objective` says which error:
 
+    - "auto", the default: "hessian" below 8 bits, unless what was seen of the inputs holds no
+      products of them (of a statistics file, say); else "imatrix";
     - "imatrix": squared error of a weight times E[x^2] of its input column;
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
       its columns, plus what groups of a row add to each other's error, as far as a sketch of the
@@ -112,8 +119,17 @@ class OptimalObserver(InputObserver):
 
     @property
     def objective(self) -> Objective:
-        """The option `objective`."""
-        return cast(OptimalOptions, self.options).objective
+        """The option `objective`, and what "auto" comes to."""
+        asked = cast(OptimalOptions, self.options).objective
+        if asked != "auto":
+            return asked
+        many_bits = (self.args.num_bits or _MANY_BITS) >= _MANY_BITS
+        return "imatrix" if many_bits or self.moments.lacks_products else "hessian"
+
+    @property
+    def can_lack_products(self) -> bool:
+        """Where the option `objective` is "auto"."""
+        return cast(OptimalOptions, self.options).objective == "auto"
 
     @property
     def negative_scales(self) -> bool:
@@ -279,6 +295,8 @@ class OptimalObserver(InputObserver):
         found = state.get("input_square_sum")
         seen = self.objective == "hessian" and count_in(state, "num_input_tokens") > 0
         if found is None or not seen:
+            return
+        if self.can_lack_products and "input_products" not in state:
             return
         columns = column_groups(self.args, found.numel(), self._module_g_idx())
         triangle = columns.size * (columns.size + 1) // 2

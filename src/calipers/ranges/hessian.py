@@ -33,7 +33,7 @@ __all__ = ["refine_by_hessian", "sum_coupled"]
 class _Sweep(NamedTuple):
     """Candidate scales for the sweep over all groups."""
 
-    #: How far factors reach with up to 4 bits (half as far with each bit more) and with floats.
+    #: How far factors reach with integers of 4 bits (half as far with each bit more), and floats.
     reach: float
     #: Number of factors to each side, for each of three zero points.
     sides: int
@@ -41,7 +41,7 @@ class _Sweep(NamedTuple):
     codes: int
 
 
-SWEEP = _Sweep(0.2, 16, 3)
+SWEEP = _Sweep(0.125, 10, 3)
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 CHUNK = 2**20
 
@@ -339,7 +339,7 @@ def _candidates(start: Scales, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
         found = Scales(table[(index + offsets).clamp(0, table.numel() - 1)])
         return found, [step in (0, -1) for step in steps]
     codes, symmetric = spec.format, bool(spec.args.symmetric)
-    reach = SWEEP.reach * 0.5 ** max(0, codes.num_bits - 4 if codes.integer else 0)
+    reach = SWEEP.reach * 0.5 ** (codes.num_bits - 4 if codes.integer else 0)
     sides = SWEEP.sides
     steps = [*range(sides + 1), *range(-1, -sides - 1, -1)]
     fresh = [step in (0, -1) for step in steps]

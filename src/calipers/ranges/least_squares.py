@@ -151,7 +151,11 @@ def search_least_squares(
     plain, codes = min_max_scales(low, high, spec), spec.format
     base, zero, factors, offsets = _whole_range(low.float(), high.float(), spec)
     inverse, fine = 1 / base, _fine_factors(codes)
-    rounds = 0 if rough else 1 if zero is None else ZERO_ROUNDS
+    rounds = 1 if zero is None else ZERO_ROUNDS
+    if rough:
+        rounds = 0
+        if factors.numel() % (2 * TILE) == 0:
+            factors, offsets = factors[::2].contiguous(), offsets[::2].contiguous()
 
     def choose(winner: Scales) -> Scales:
         if not rough:

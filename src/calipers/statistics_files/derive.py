@@ -20,7 +20,7 @@ from calipers.observers.min_max import StaticMinMaxObserver
 from calipers.ranges.input_gram import column_groups
 from calipers.statistics_files.kinds import State, unpack
 
-__all__ = ["derive_state", "finest_args", "product_args"]
+__all__ = ["derive_state", "finest_args", "lacks_products", "product_args"]
 
 _GROUPS = (QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP)
 _PRODUCTS = ("input_products", "input_sketch")
@@ -52,7 +52,8 @@ def derive_state(
 
     Returns:
         What `Observer.load_state` takes; None where the observer learns nothing from data, or where
-        no value was seen.
+        no value was seen. Without products of inputs where those of the file do not fit and the
+        observer can do without.
 
     Raises:
         StatisticsError: What is kept does not tell the state; says why, after the observer.
@@ -84,6 +85,12 @@ def derive_state(
     return state
 
 
+def lacks_products(observer: Observer, state: State) -> bool:
+    """Whether an observer gets by a state without the products of inputs that it would take."""
+    wants = isinstance(observer, InputObserver) and observer.wanted_products is not None
+    return wants and "input_products" not in state
+
+
 def _of_weight(
     observer: Observer, kinds: Mapping[str, State], products: int | None
 ) -> State | None:
@@ -107,7 +114,9 @@ def _of_weight(
             (held.blocks, held.size) == (asked.blocks, asked.size)
             and torch.equal(held.index, asked.index)
         )
-        if not fits:
+        if not fits and observer.can_lack_products:
+            wanted = None
+        elif not fits:
             kept = "none" if products is None else "those of whole rows"
             kept = f"those of {products} columns" if products else kept
             block = observer.args.block_structure

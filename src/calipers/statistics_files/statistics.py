@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
+from loguru import logger
 from torch import Tensor, nn
 
 from calipers._words import listing
 from calipers.errors import StatisticsError
 from calipers.grouping import ATTENTION_NAMES, BASE_NAMES
 from calipers.observers import Observer
-from calipers.statistics_files.derive import derive_state
+from calipers.statistics_files.derive import derive_state, lacks_products
 from calipers.statistics_files.file import read_file, replace_file, write_file
 from calipers.statistics_files.fingerprint import Fingerprint, saved_tensors, weight_digest
 from calipers.statistics_files.kinds import State, merge_states
@@ -210,6 +211,7 @@ class Statistics:
         """
         found: dict[str, dict[str, Tensor]] = {}
         problems: dict[str, list[str]] = {}
+        lacking: list[str] = []
         for key, observer in observers.items():
             module, _, base_name = key.rpartition(".")
             module = self._own_name(module)
@@ -228,10 +230,20 @@ class Statistics:
                 continue
             if state is not None:
                 found[key] = state
+                if lacks_products(observer, state):
+                    lacking.append(key)
         if problems:
             lines = [f"  {why}: {listing(keys, 2)}" for why, keys in problems.items()]
             raise StatisticsError(
                 "\n".join([f"{self.name}: not all that is asked is there:", *lines])
+            )
+        if lacking:
+            logger.warning(
+                "{} holds no products of inputs (--products) that fit {} of the weights ({}): "
+                "their observers take the objective imatrix in place of hessian",
+                self.name,
+                len(lacking),
+                listing(lacking, 2),
             )
         return found
 

@@ -268,7 +268,8 @@ class SweepTask(ctypes.Structure):
     _fields_ = (
         ("format", NativeFormat),
         *_fields(_POINTER, "values matrix factors matrix_panels factor_panels back_panels"),
-        *_fields(_POINTER, "plain plain_zeros candidates candidate_zeros fresh"),
+        *_fields(_POINTER, "start start_zeros plain plain_zeros"),
+        *_fields(_POINTER, "candidates candidate_zeros fresh"),
         *_fields(_INT, "rows groups blocks width rank count"),
         *_fields(_POINTER, "scales zeros products applied of_values shares totals own limits"),
     )

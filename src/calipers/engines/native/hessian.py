@@ -114,10 +114,10 @@ class CoupledColumns:
         parts, width, rank, count = groups * blocks, self._width, self._rank, len(fresh)
         values = _filled(values, blocks * self._size).unflatten(-1, (blocks, self._size))
         values = _filled(values, width).contiguous()
-        scale = start[0].contiguous().clone()
-        zero_point = None if start[1] is None else start[1].contiguous().clone()
-        by_group = [None if each is None else each.contiguous() for each in plain]
+        by_group = [None if each is None else each.contiguous() for each in (*start, *plain)]
         by_candidate = [None if each is None else each.contiguous() for each in candidates]
+        scale = torch.empty(rows, groups, dtype=torch.float32, device="cpu")
+        zero_point = None if start[1] is None else torch.empty_like(scale)
         flags = torch.tensor(fresh, dtype=torch.uint8, device="cpu")
         if self._state is None or self._state.rows != rows:
             self._state = _State.empty(rows, groups, blocks, width, rank)

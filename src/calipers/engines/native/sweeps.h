@@ -3,6 +3,7 @@
 // worked on a tile at a time, so that a part of the matrix serves all rows of a tile.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "hessian.h"
@@ -21,7 +22,9 @@ struct SweepTask {
   const float* matrix_panels;  // (parts, width / PANEL, width, PANEL): the matrix
   const float* factor_panels;  // (parts, rank / PANEL, width, PANEL): the factors
   const float* back_panels;    // (parts, width / PANEL, rank, PANEL): the factors transposed
-  const float* plain;        // (rows, groups): the scale of minimum and maximum
+  const float* start;        // (rows, groups): a good scale, not 0
+  const float* start_zeros;  // the same; null: none
+  const float* plain;        // (rows, groups): that of minimum and maximum
   const float* plain_zeros;  // the same; null: none
   const float* candidates;       // (rows, groups, count), not 0
   const float* candidate_zeros;  // the same; null: none
@@ -32,16 +35,17 @@ struct SweepTask {
   int64_t width;   // a multiple of PANEL
   int64_t rank;    // a multiple of PANEL; 0 where there is one part
   int64_t count;
-  float* scales;  // (rows, groups): where to start, and what is found
+  float* scales;  // (rows, groups): what is found
   float* zeros;   // the same; null: none
-  // What is known of the rows with the scales at the start.
+  // What is known of the rows.
   float* products;   // (rows, parts, width): the block of M of a part, times its values
-  float* applied;    // the same, times its codes
+  float* applied;    // the same, times its codes with the scale at the start
   float* of_values;  // (rows, parts, rank): of factors and values; used where blocks > 1
-  float* shares;     // (rows, groups, rank): of factors and errors, summed over blocks
-  float* totals;     // (rows, rank): summed over groups
-  double* own;       // (rows, groups): d'Md of each group
-  double* limits;    // the same, which no scale exceeds
+  // With the scales found so far.
+  float* shares;   // (rows, groups, rank): of factors and errors, summed over blocks
+  float* totals;   // (rows, rank): summed over groups
+  double* own;     // (rows, groups): d'Md of each group
+  double* limits;  // the same with the scale of minimum and maximum, which none exceeds
 
   int64_t parts() const { return groups * blocks; }
 };
@@ -177,17 +181,20 @@ class Tile {
         multiply(values(0, part), stride(), rows, task.width, factor_panels(part), task.rank,
                  task.of_values + of_part(0, part), task.parts() * task.rank);
     }
-    judge</*MULTIPLY=*/true>(group, task.scales, task.zeros);
-    for (int64_t r = 0; r < rows; r++) keep(r, group, task.scales[of_group(r, group)]);
-    judge(group, task.plain, task.plain_zeros);
+    judge</*MULTIPLY=*/true>(group, task.start, task.start_zeros);
+    for (int64_t r = 0; r < rows; r++) {
+      apply(r, group);
+      keep(r, group, task.start, task.start_zeros);
+    }
+    judge</*MULTIPLY=*/false, /*SHARES=*/false>(group, task.plain, task.plain_zeros);
     for (int64_t r = 0; r < rows; r++) {
       const int64_t here = of_group(r, group);
       task.limits[here] = own[r];
       if (!(task.own[here] <= own[r])) {
-        task.scales[here] = task.plain[here];
-        if (task.zeros) task.zeros[here] = task.plain_zeros[here];
-        for (int64_t block = 0; block < task.blocks; block++) multiply_errors(r, 1, group, block);
-        keep(r, group, task.plain[here]);
+        if (task.blocks == 1)
+          multiply(errors.data + r * whole, whole, 1, task.width, factor_panels(group), task.rank,
+                   new_shares.data + r * task.rank, task.rank);
+        keep(r, group, task.plain, task.plain_zeros);
       }
       float* total = task.totals + (first + r) * task.rank;
       if (group == 0) std::memset(total, 0, task.rank * sizeof(float));
@@ -230,7 +237,7 @@ class Tile {
       walked;
   // A code that changes by one: the column, the candidate above it, and INT32_MIN where it is by
   // less than 0. NOTHING fills up what is made at once, and is no candidate's: that of 0 has none.
-  static constexpr int AT_ONCE = 4, BEHIND_COLUMN = 16;
+  static constexpr int AT_ONCE = 4, LEAST_AT_ONCE = 2, BEHIND_COLUMN = 16;
   static constexpr int32_t MOST_COLUMN = (1 << BEHIND_COLUMN) - 1, NOTHING = 0;
   std::vector<int32_t> found, changes;  // as they are found, and by candidate
   std::vector<int64_t> starts, ends;    // of each candidate's
@@ -265,9 +272,9 @@ class Tile {
     return zeros ? zeros[of_group(r, group)] : 0;
   }
 
-  // Errors d of a group with some scales, the factors times them, and d'Md; the matrix times them
-  // if asked for.
-  template <bool MULTIPLY = false>
+  // Errors d of a group with some scales, and d'Md; the matrix and the factors times them if asked
+  // for, the latter where d'Md needs them as well.
+  template <bool MULTIPLY = false, bool SHARES = true>
   void judge(int64_t group, const float* scales, const float* zeros, bool of_tile = false) {
     const int64_t width = task.width, rank = task.rank;
     std::memset(new_shares.data, 0, rows * rank * sizeof(float));
@@ -285,13 +292,14 @@ class Tile {
         }
       }
       if (MULTIPLY) {
-        multiply_errors(0, rows, group, block);
-        const float* product = of_errors.data + block * width;
+        float* product = of_errors.data + block * width;
+        multiply(d, whole, rows, width, matrix_panels(part), width, product, whole);
         for (int64_t r = 0; r < rows; r++)
           own[r] += dot_in_double(d + r * whole, product + r * whole, width);
       } else {
         add_quadratic(d, whole, rows, width, matrix_panels(part), own);
       }
+      if (!SHARES && task.blocks == 1) return;
       multiply(d, whole, rows, width, factor_panels(part), rank, part_shares.data, rank);
       for (int64_t r = 0; r < rows; r++) {
         const float* share = part_shares.data + r * rank;
@@ -306,19 +314,9 @@ class Tile {
     }
   }
 
-  // A block of the matrix times the errors of some rows, as judged last.
-  void multiply_errors(int64_t row, int64_t number, int64_t group, int64_t block) {
-    const int64_t place = row * whole + block * task.width;
-    multiply(errors.data + place, whole, number, task.width,
-             matrix_panels(group * task.blocks + block), task.width, of_errors.data + place, whole);
-  }
-
-  // Keep what was judged last of a row, and multiplied.
-  void keep(int64_t r, int64_t group, float scale) {
-    const int64_t here = of_group(r, group);
-    task.own[here] = own[r];
-    std::memcpy(task.shares + here * task.rank, new_shares.data + r * task.rank,
-                task.rank * sizeof(float));
+  // The matrix times the codes of a row at the start, of the errors that were judged last.
+  void apply(int64_t r, int64_t group) {
+    const float scale = task.start[of_group(r, group)];
     for (int64_t block = 0; block < task.blocks; block++) {
       const int64_t start = at(r, group * task.blocks + block);
       const float* product = of_errors.data + r * whole + block * task.width;
@@ -327,6 +325,16 @@ class Tile {
         store(task.applied + start + i, sum / scale);
       }
     }
+  }
+
+  // Take the scale of a row that was judged last.
+  void keep(int64_t r, int64_t group, const float* scales, const float* zeros) {
+    const int64_t here = of_group(r, group);
+    task.scales[here] = scales[here];
+    if (task.zeros) task.zeros[here] = zeros[here];
+    task.own[here] = own[r];
+    std::memcpy(task.shares + here * task.rank, new_shares.data + r * task.rank,
+                task.rank * sizeof(float));
   }
 
   // The sums of all candidates of a group.
@@ -346,8 +354,8 @@ class Tile {
       aim(group, part);
       multiply(others.data, rank, rows, rank, back_panels(part), width, slopes.data, width);
       for (int64_t r = 0; r < rows; r++) {
-        const Rounding<INTEGER> rounding(task.format, task.scales[of_group(r, group)],
-                                         zero_of(task.zeros, r, group));
+        const Rounding<INTEGER> rounding(task.format, task.start[of_group(r, group)],
+                                         zero_of(task.start_zeros, r, group));
         for (int64_t i = 0; i < width; i += LANES)
           store(codes.data + r * width + i, rounding.code(load(values(r, part) + i)));
       }
@@ -386,13 +394,15 @@ class Tile {
     }
   }
 
-  // Go from one candidate to the next, beginning anew at the scale as it is where that is nearer.
+  // Go from one candidate to the next, beginning anew at the start where that is nearer.
   void walk(int64_t group, int64_t block, int64_t r) {
     const int64_t width = task.width, count = task.count, part = group * task.blocks + block;
     const int64_t rank = task.blocks > 1 ? task.rank : 0;
     const float* candidates = task.candidates + of_group(r, group) * count;
     const float* zeros =
         task.candidate_zeros ? task.candidate_zeros + of_group(r, group) * count : nullptr;
+    const float start = task.start[of_group(r, group)];
+    const float start_zero = zero_of(task.start_zeros, r, group);
     const float* codes_now = codes.data + r * width;
     const float* applied_now = task.applied + at(r, part);
     const float* share_now = part_shares.data + r * rank;
@@ -415,11 +425,16 @@ class Tile {
       state.quadratic = quadratic;
       state.linear = linear;
       state.slope = slope;
-      if ((candidates[k] < 0) != (task.scales[of_group(r, group)] < 0)) negate(state, width, rank);
       const float zero = zeros ? zeros[k] : 0;
-      try_scale<INTEGER>(task.format, row, candidates[k], zero, state);
+      const bool goes_on = INTEGER && zero == start_zero && is_next(start, candidates + k, end - k);
+      if (!goes_on) {
+        if ((candidates[k] < 0) != (start < 0)) negate(state, width, rank);
+        try_scale<INTEGER>(task.format, row, candidates[k], zero, state);
+      }
+      if (INTEGER)
+        list_changes(row, goes_on ? start : candidates[k], candidates + k, end - k, zero, state);
+      if (goes_on) make_changes(row, 0, state);
       add_sums(r, k, state, rank);
-      if (INTEGER) list_changes(row, candidates + k, end - k, zero, state);
       for (int64_t next = k + 1; next < end; next++) {
         if (INTEGER)
           make_changes(row, next - k, state);
@@ -441,19 +456,28 @@ class Tile {
     add_times(code_shares.data + (r * task.count + k) * rank, 1, state.share, rank);
   }
 
-  // All changes of codes by one on the way from the first of some scales, at equal distances up or
-  // down, to the last, by the scale at which each has been made. Where a value is halfway between
-  // two codes is known up to rounding, which is why what is chosen is judged once more.
-  void list_changes(const PartOfRow& row, const float* scales, int64_t count, float zero,
-                    const Coupled& state) {
-    const float sign = scales[0] < 0 ? -1 : 1, first_scale = sign * scales[0];
+  // Whether a scale is the first of others at equal distances, or about as far in front of it.
+  static bool is_next(float scale, const float* scales, int64_t count) {
+    if (count < 2 || (scale < 0) != (scales[0] < 0)) return false;
+    return std::fabs(scales[0] - scale) <= 1.5f * std::fabs(scales[1] - scales[0]);
+  }
+
+  // All changes of codes by one on the way from a scale to the last of others, at equal distances up
+  // or down, by the one at which each has been made; the scale may be the first of them. Where a
+  // value is halfway between two codes is known up to rounding, which is why what is chosen is
+  // judged once more.
+  void list_changes(const PartOfRow& row, float scale, const float* scales, int64_t count,
+                    float zero, const Coupled& state) {
+    const float sign = scale < 0 ? -1 : 1, first_scale = sign * scale;
     const float last_scale = sign * scales[count - 1];
+    const int32_t next = scale == scales[0] ? 1 : 0;
     std::fill(ends.begin(), ends.begin() + count, 0);
+    std::fill(starts.begin(), starts.begin() + count, 0);
     size_t number = 0;
     if (!(first_scale > 0) || !(last_scale > 0) || last_scale == first_scale) return;
     const bool grows = last_scale > first_scale;
     const float way = grows ? -1.0f : 1.0f;  // of the size of a code
-    const Vec per_scale = splat(float(count - 1) / (last_scale - first_scale));
+    const Vec per_scale = splat(float(count - next) / (last_scale - first_scale));
     const float most = task.format.highest - zero, least = zero - task.format.lowest;
     for (int64_t i = 0; i < row.width; i += LANES) {
       const Vec x = load(row.values + i) * sign, size = size_of(x);
@@ -469,8 +493,8 @@ class Tile {
         const uint32_t lanes = bits_of_lanes(some);
         if (!lanes) break;
         const Vec steps = (size / half - first_scale) * per_scale;
-        const Vec within = smaller(larger(steps, Vec{}), splat(float(count - 2)));
-        const IVec candidate = 1 + __builtin_convertvector(within, IVec);
+        const Vec within = smaller(larger(steps, Vec{}), splat(float(count - 1 - next)));
+        const IVec candidate = next + __builtin_convertvector(within, IVec);
         if (found.size() < number + LANES) found.resize(2 * number + LANES);
         store_lanes(found.data() + number, candidate << BEHIND_COLUMN | columns, lanes);
         number += size_t(__builtin_popcount(lanes));
@@ -481,7 +505,7 @@ class Tile {
     int64_t all = 0;
     for (int64_t k = 0; k < count; k++) {
       starts[k] = all;
-      all += (ends[k] + AT_ONCE - 1) / AT_ONCE * AT_ONCE;
+      all += (ends[k] + LEAST_AT_ONCE - 1) / LEAST_AT_ONCE * LEAST_AT_ONCE;
       ends[k] = starts[k];
     }
     changes.assign(size_t(all), NOTHING);
@@ -491,15 +515,18 @@ class Tile {
   // Make a candidate's changes, some at once: what codes are multiplied by is brought up to date in
   // one go.
   void make_changes(const PartOfRow& row, int64_t k, Coupled& state) {
-    for (int64_t i = starts[k]; i < ends[k]; i += AT_ONCE)
-      make_some(row, changes.data() + i, state);
+    int64_t i = starts[k];
+    for (; i + LEAST_AT_ONCE < ends[k]; i += AT_ONCE)
+      make_some<AT_ONCE>(row, changes.data() + i, state);
+    if (i < ends[k]) make_some<LEAST_AT_ONCE>(row, changes.data() + i, state);
   }
 
+  template <int NUMBER>
   static void make_some(const PartOfRow& row, const int32_t* change, Coupled& state) {
-    float steps[AT_ONCE], quadratic = 0, linear = 0, slope = 0;
-    const float *columns[AT_ONCE], *factors[AT_ONCE];
+    float steps[NUMBER], quadratic = 0, linear = 0, slope = 0;
+    const float *columns[NUMBER], *factors[NUMBER];
 #pragma GCC unroll 4
-    for (int j = 0; j < AT_ONCE; j++) {
+    for (int j = 0; j < NUMBER; j++) {
       const int64_t at = change[j] & MOST_COLUMN;
       steps[j] = step_of(change[j]);
       columns[j] = row.matrix + at * row.width;
@@ -511,13 +538,14 @@ class Tile {
       linear += steps[j] * row.products[at];
       slope += steps[j] * row.slopes[at];
     }
-    add_all(state.products, steps, columns, row.width);
-    add_all(state.share, steps, factors, row.rank);
+    add_all<NUMBER>(state.products, steps, columns, row.width);
+    add_all<NUMBER>(state.share, steps, factors, row.rank);
     state.quadratic += quadratic;
     state.linear += linear;
     state.slope += slope;
   }
 
+  template <int NUMBER>
   static void add_all(float* target, const float* steps, const float* const* sources,
                       int64_t count) {
     for (int64_t i = 0; i < count; i += PANEL)
@@ -525,7 +553,7 @@ class Tile {
       for (int64_t at = i; at < i + PANEL; at += LANES) {
         Vec sum = load(target + at);
 #pragma GCC unroll 4
-        for (int j = 0; j < AT_ONCE; j++) sum += load(sources[j] + at) * steps[j];
+        for (int j = 0; j < NUMBER; j++) sum += load(sources[j] + at) * steps[j];
         store(target + at, sum);
       }
   }

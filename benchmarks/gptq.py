@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from torch import Tensor
 
 from benchmarks.quality.compare import model_folder
@@ -45,7 +45,6 @@ CHOICES = [
     Choice("optimal", {"objective": "imatrix"}),
     Choice("optimal", {"objective": "hessian"}),
     Choice("optimal", {"objective": "imatrix", "negative_scales": True}, only="int"),
-    Choice("optimal", {"objective": "hessian", "negative_scales": True}, only="int"),
 ]
 ROUNDINGS = ("nearest", "GPTQ")
 COLUMNS = (
@@ -143,10 +142,15 @@ class Work:
     def rows(self, roundings: Iterable[str]) -> Iterator[Json]:
         """One row for each format, choice and rounding."""
         for each in self.watched:
+            qparams = dict(each.qparams())
             for rounding in roundings:
-                found = each.rounded() if rounding == "nearest" else self._gptq(each)
+                round_one = _to_nearest if rounding == "nearest" else _by_gptq
+                found = {
+                    name: round_one(self.own[name], self.grams[name].float(), each.args, its)
+                    for name, its in qparams.items()
+                }
                 kind = {"format": each.kind, "scales": str(each.choice), "rounding": rounding}
-                yield {**kind, **self.judged(dict(found))}
+                yield {**kind, **self.judged(found)}
 
     def judged(self, weights: dict[str, Tensor]) -> Json:
         """What is left of the model with other weights."""
@@ -161,12 +165,13 @@ class Work:
             "kl": [agreement.kl, agreement.kl_error or 0],
         }
 
-    def _gptq(self, watched: Watched) -> Iterator[tuple[str, Tensor]]:
-        for name, qparams in watched.qparams():
-            yield name, _round(self.own[name], self.grams[name].float(), watched.args, qparams)
+
+def _to_nearest(weight: Tensor, _: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+    scale, zero_point, shared = qparams
+    return fake_quantize(weight, scale, zero_point, args, shared)
 
 
-def _round(weight: Tensor, gram: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+def _by_gptq(weight: Tensor, gram: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
     """A weight as llmcompressor's GPTQ rounds it."""
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 

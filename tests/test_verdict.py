@@ -116,20 +116,20 @@ def test_what_is_no_number_is_broken(value: float) -> None:
 
 # -- what to try -----------------------------------------------------------------------------
 
-HESSIAN = "objective=hessian"
+HESSIAN, OPTIMAL = "objective=hessian", "the observer `optimal`"
 EIGHT = "8 bits for the modules"
 
 
 @pytest.mark.parametrize(
     ("scheme", "change", "objective", "expected", "unexpected"),
     [
-        (preset("W4A16"), 0.05, None, [HESSIAN, "smaller groups"], [EIGHT]),
+        (preset("W4A16"), 0.05, None, [OPTIMAL, "smaller groups"], [EIGHT, HESSIAN]),
         (preset("W4A16"), 0.05, "imatrix", [HESSIAN, "smaller groups"], [EIGHT]),
         (preset("W4A16"), 0.05, "hessian", ["smaller groups"], [HESSIAN]),
         (preset("W4A16"), 0.3, "hessian", ["more calibration data", EIGHT], [HESSIAN]),
         (preset("W4A16"), 0.9, None, ["calibration data of the kind", EIGHT], []),
         (INT4_CHANNEL, 0.1, None, ["groups of 128 weights or fewer"], ["smaller groups"]),
-        (weights(num_bits=4, strategy="group", group_size=32), 0.1, None, [HESSIAN], ["groups."]),
+        (weights(num_bits=4, strategy="group", group_size=32), 0.1, None, [OPTIMAL], ["groups."]),
         (preset("NVFP4"), 0.05, None, ["activations of more bits"], ["groups"]),
         (preset("NVFP4A16"), 0.05, "hessian", ["Nothing to mend"], ["activations"]),
         (preset("FP8"), 0.5, None, ["`histogram`", "dynamic"], [EIGHT, HESSIAN]),

@@ -261,6 +261,8 @@ def test_fused_layers_share_a_global_scale_and_an_observer(pick: str) -> None:
         shadow=shadows,
         activation_shadow="nvfp4_headroom",
         pick=pick,
+        # of so few tokens the products say little
+        observer_options={"objective": "imatrix"},
     )
     winners = set()
     for layer in range(2):

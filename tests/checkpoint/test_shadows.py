@@ -12,10 +12,13 @@ import calipers
 from attention_models import batches, logits, make
 
 
+IMATRIX = ("optimal:objective=imatrix", "optimal:objective=imatrix,negative_scales=true")
+
+
 @pytest.mark.parametrize(
     ("scheme", "kv_cache", "weights", "activations"),
     [
-        ("W4A16", None, ("memoryless_minmax", "optimal:negative_scales=true", "imatrix_mse"), ()),
+        ("W4A16", None, (*IMATRIX, "memoryless_minmax", "imatrix_mse"), ()),
         ("FP8", "FP8_HEAD", ("memoryless_minmax",), ("histogram", "mse")),
     ],
 )

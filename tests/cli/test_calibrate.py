@@ -167,7 +167,7 @@ def test_defaults(calipers: Calipers, llama: Path) -> None:
     assert len(rows) == 2 * len(LAYER)
     assert not any("lm_head" in name for name in rows)
     assert {(row["weight_observer"], row["objective"]) for row in rows.values()} == {
-        ("optimal", "imatrix")
+        ("optimal", "hessian")
     }
 
 

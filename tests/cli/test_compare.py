@@ -278,7 +278,8 @@ def test_layout(monkeypatch: pytest.MonkeyPatch, width: int | None, text: str) -
 
 def test_what_was_tried_already_is_not_advised() -> None:
     hessian = replace(RESULTS[0], objective="hessian")
-    assert "hessian" in judge_schemes(RESULTS)["W4A16"]
+    imatrix = [replace(each, objective="imatrix") for each in RESULTS]
+    assert "hessian" in judge_schemes(imatrix)["W4A16"]
     verdict = judge_schemes([RESULTS[1], hessian])["W4A16"]
     assert verdict.startswith("optimal: ")
     assert "hessian" not in verdict
@@ -342,7 +343,7 @@ def test_all_observers_in_one_pass_and_a_page_of_them(
     (run,) = result["runs"]
     assert run["observer"] == "optimal"
     names = {row["observer"] for row in run["shadows"]}
-    assert {"optimal", "optimal:objective=hessian", "memoryless_minmax"} <= names
+    assert {"optimal", "optimal:objective=imatrix", "memoryless_minmax"} <= names
     assert all(row["judged"] for row in run["shadows"])
     text = page.read_text(encoding="utf-8")
     assert "Observers side by side" in text

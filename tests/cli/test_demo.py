@@ -11,7 +11,7 @@ from calipers.cli.texts import Text, TokenizedText
 from cli.conftest import Calipers, succeeded
 
 SCHEMES = ("W4A16", "NVFP4", "FP8")
-OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal", "optimal objective=hessian")
+OBSERVERS = ("memoryless_minmax", "imatrix_mse", "optimal objective=imatrix", "optimal")
 
 
 @pytest.fixture

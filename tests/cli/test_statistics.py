@@ -45,7 +45,7 @@ def test_what_it_prints(llama: Path, texts: Path, tmp_path: Path, calipers: Cali
 @pytest.mark.parametrize(
     "options",
     [
-        ("--scheme", "W4A16"),
+        ("--scheme", "W4A16", "--option", "objective=imatrix"),
         ("--scheme", "FP8", "--activation-observer", "histogram", "--kv-cache", "fp8-head"),
     ],
 )

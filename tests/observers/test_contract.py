@@ -100,7 +100,7 @@ class TestHeadroom(ObserverContract):
 class TestOptimal(ObserverContract):
     name = "optimal"
     remembers = "last"
-    defaults = Options({"objective": "imatrix", "negative_scales": False})
+    defaults = Options({"objective": "auto", "negative_scales": False})
     options = Options({"objective": "mse"})
     needs_data = True
 

@@ -106,7 +106,7 @@ def test_mse_needs_no_data_and_sets_no_hook() -> None:
     assert observer.has_data
     observer.attach(module)
     assert not module._forward_pre_hooks
-    alike = Observer.load_from_registry("optimal", "weight", GROUP, module)
+    alike = Observer.load_from_registry("optimal", "weight", GROUP, module, objective="imatrix")
     alike.observe_input(torch.ones(3, 24))
     assert_same(observer(module.weight), alike(module.weight))
     assert differs(observer(module.weight), seen(module)(module.weight))
@@ -163,11 +163,13 @@ def test_hessian_of_the_identity_is_plain_squares(layout: str) -> None:
     observer = Observer.load_from_registry("optimal", "weight", args, module, objective="hessian")
     observer.observe_input(torch.cat([torch.eye(24), -torch.eye(24)]) * 3)
     plain = Observer.load_from_registry("optimal", "weight", args, module, objective="mse")
-    scale, _ = observer(module.weight)
-    expected, _ = plain(module.weight)
-    assert scale.shape == expected.shape
-    # Other candidates are tried about the winner, so an optimum as good may be found elsewhere.
-    assert float(((scale / expected - 1).abs() < 1e-3).float().mean()) > 0.6
+    found, expected = observer(module.weight), plain(module.weight)
+    assert found[0].shape == expected[0].shape
+    # Other candidates are tried, and not as many, so that another optimum may be found.
+    error, best = (
+        float(rest(module.weight, *pair, args).square().sum()) for pair in (found, expected)
+    )
+    assert 0.99 * best < error < 1.03 * best
 
 
 def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:

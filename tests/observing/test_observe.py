@@ -57,7 +57,7 @@ def gathered() -> Statistics:
 
 
 CASES: list[tuple[str | None, dict[str, Any]]] = [
-    ("W4A16", {}),
+    ("W4A16", {"observer_options": {"objective": "imatrix"}}),
     ("W4A16", {"observer": "imatrix_mse"}),
     ("W4A16", {"observer": "memoryless_minmax"}),
     ("NVFP4A16", {"observer": "nvfp4_expanded_imatrix"}),
@@ -65,9 +65,13 @@ CASES: list[tuple[str | None, dict[str, Any]]] = [
         "W4A16",
         {"scheme_options": {"group_size": 32}, "observer_options": {"objective": "hessian"}},
     ),
+    (
+        "W4A16",
+        {"scheme_options": {"group_size": 32}},
+    ),
     ("FP8", {}),
     ("FP8", {"activation_observer": "histogram"}),
-    ("NVFP4", {}),
+    ("NVFP4", {"observer_options": {"objective": "imatrix"}}),
     ("W8A8", {}),
     ("FP8", {"kv_cache": "fp8"}),
     ("FP8", {"kv_cache": "int8-head", "activation_observer": "histogram"}),
@@ -131,7 +135,7 @@ def test_outputs_and_groups_of_activations(gathered: Statistics) -> None:
 def test_experts_one_by_one() -> None:
     few = ids(2, sequences=1)
     options = {"enough_tokens": 8, "on_missing": "fallback"}
-    found = observe(qwen3_moe(), few, histograms=True)
+    found = observe(qwen3_moe(), few, histograms=True, products=32)
     experts = [each for name, each in found.modules.items() if ".experts." in name]
     assert len({each.tokens for each in experts}) > 1
     for scheme in ("W4A16", "FP8"):

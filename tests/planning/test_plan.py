@@ -52,7 +52,7 @@ def test_calibrate_takes_the_file_and_makes_the_planned_weights(
     path = tmp_path / "scheme.yaml"
     plan.write(path)
     model = copy.deepcopy(demo)
-    calibrate(model, str(path), data=batches)
+    calibrate(model, str(path), data=batches, observer_options={"objective": "imatrix"})
     config = resolve_config("W4A16")
     units = make_units(resolve_modules(demo, config).targets)
     gathered = gather(demo, units, batches)

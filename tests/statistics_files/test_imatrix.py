@@ -114,7 +114,7 @@ def test_a_model_is_calibrated_from_it(tmp_path: Path) -> None:
     write_imatrix(observe(llama(), ids()), tmp_path / "imatrix.gguf")
     found = statistics_from_imatrix(tmp_path / "imatrix.gguf", llama())
     by_data, by_file = llama(), llama()
-    calibrate(by_data, "W4A16", data=ids())
+    calibrate(by_data, "W4A16", data=ids(), observer_options={"objective": "imatrix"})
     report = calibrate(by_file, "W4A16", statistics=found)
     assert {each.tokens for each in report.modules} == {66}
     scales = [

@@ -23,6 +23,7 @@ from calipers.streaming.statistics import digests_of
 from streaming.conftest import calibrate_and_save, expect_same, save_architecture
 
 GROUPS = {"scheme_options": {"group_size": 32}}
+IMATRIX = {"observer_options": {"objective": "imatrix"}}
 HESSIAN = {"observer_options": {"objective": "hessian"}}
 HISTOGRAM = {"activation_observer": "histogram"}
 WAYS: dict[str, tuple[Any, ...]] = {
@@ -30,7 +31,7 @@ WAYS: dict[str, tuple[Any, ...]] = {
     "W4A16_ASYM hessian": ("W4A16_ASYM", "optimal", {**GROUPS, **HESSIAN}),
     "FP8": ("FP8", None, {}),
     "FP8 histogram": ("FP8", "memoryless_minmax", HISTOGRAM),
-    "NVFP4": ("NVFP4", None, {}),
+    "NVFP4": ("NVFP4", None, IMATRIX),
     "FP8 cache": ("FP8_DYNAMIC", None, {"kv_cache": "FP8"}),
     "FP8 cache by head": (None, None, {"kv_cache": "FP8_HEAD", **HISTOGRAM}),
 }

@@ -15,6 +15,7 @@ from calipers.calibration.report import Stability
 from calipers.calibration.targets import GROUPED, has_global_scale
 from calipers.errors import CalipersError
 from calipers.observers.input_moments import InputObserver
+from calipers.observers.optimal import OptimalObserver
 
 __all__ = ["Watch", "expect_limit", "refuse_until_stable"]
 
@@ -124,7 +125,8 @@ def _so_far(tensor: ObservedTensor) -> Tensor | None:
     """What the scales of a tensor would be by now; None where they do not hang on data.
 
     Of a weight they are those of a few of its rows; where scales span rows, the importance of its
-    columns stands for them.
+    columns stands for them. For the objective "hessian" that of "imatrix" stands: in which of many
+    ways groups of a row make up for each other may be another with every batch, and as good.
     """
     observer = tensor.observer
     if tensor.base_name != "weight":
@@ -134,6 +136,8 @@ def _so_far(tensor: ObservedTensor) -> Tensor | None:
     if tensor.args.strategy not in _BY_ROW:
         gram = observer.moments.gram(None)
         return None if gram is None else gram.diagonal
+    if isinstance(observer, OptimalObserver) and observer.objective == "hessian":
+        observer = observer.by_importance()
     weight = weight_of(tensor)
     rows = weight[:: max(1, len(weight) // _ROWS)][:_ROWS]
     with borrowed_memory(observer):

@@ -146,6 +146,14 @@ class OptimalObserver(InputObserver):
         """Those of the columns that share a scale, for "hessian"."""
         return self._column_groups if self.objective == "hessian" else None
 
+    def by_importance(self) -> OptimalObserver:
+        """One with the objective "imatrix" that reads the same sums over inputs."""
+        options = {**(self.args.observer_kwargs or {}), "objective": "imatrix"}
+        args = self.args.model_copy(update={"observer_kwargs": options})
+        found = OptimalObserver(self.base_name, args, self.module)
+        found.moments, found.name = self.moments, self.name
+        return found
+
     def measure(self, observation: Observation) -> list[Range]:
         """Scale and zero point (in place of a range) of each view, float32."""
         found = search_optimal_scales(

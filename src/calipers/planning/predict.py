@@ -19,6 +19,7 @@ from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.targets import Target, has_global_scale
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
+from calipers.observers.plugins import spelled_as_registered
 from calipers.observing.observe import observe
 from calipers.planning.candidates import Candidate, stored_bits
 from calipers.ranges.input_gram import ColumnGroups
@@ -230,25 +231,28 @@ def quantized_weights(
 
     Args:
         targets: Modules of one unit.
-        candidate: What they are quantized by; the observer is `optimal`, unless it names one.
+        candidate: What they are quantized by; the observer is `optimal`, unless it names one, with
+            the objective "imatrix", which the statistics have all for.
         statistics: Of the data.
     """
     choice = ObserverChoice(has_data=True)
+    args = candidate.args
+    if spelled_as_registered(args.observer or "optimal") == "optimal":
+        options = {"objective": "imatrix", **(args.observer_kwargs or {})}
+        args = args.model_copy(update={"observer_kwargs": options})
     tensors: dict[str, ObservedTensor] = {}
     for each in targets:
-        observer = choice.build(each.name, "weight", candidate.args, each.module)
+        observer = choice.build(each.name, "weight", args, each.module)
         key = f"{each.name}.weight"
         state = statistics.states_for({key: observer}).get(key)
         if state is None and observer.needs_data:  # no token: what `calibrate` falls back to
             fallback = ObserverChoice(has_data=False)
-            observer = fallback.build(each.name, "weight", candidate.args, each.module)
+            observer = fallback.build(each.name, "weight", args, each.module)
         elif state is not None:
             observer.load_state(state)
-        tensors[each.name] = ObservedTensor(
-            each.name, each.module, "weight", candidate.args, [observer]
-        )
+        tensors[each.name] = ObservedTensor(each.name, each.module, "weight", args, [observer])
     scales: dict[str, Tensor] = {}
-    if has_global_scale(candidate.args):
+    if has_global_scale(args):
         for names in find_fused_groups(tensors):
             shared = shared_global_scale([tensors[name] for name in names])
             scales.update(dict.fromkeys(names, shared))
@@ -257,7 +261,7 @@ def quantized_weights(
         weight, shared_scale = weight_of(each), scales.get(each.name)
         observer = tensors[each.name].observer
         scale, zero_point = observer.get_qparams(weight, global_scale=shared_scale)
-        found[each.name] = fake_quantize(weight, scale, zero_point, candidate.args, shared_scale)
+        found[each.name] = fake_quantize(weight, scale, zero_point, args, shared_scale)
         observer.reset()
     return found
 
@@ -302,7 +306,7 @@ def predict(
 def _bits(target: Target, candidate: Candidate) -> int:
     weight = weight_of(target)
     rows, columns = weight.shape
-    return stored_bits(candidate.args, rows, columns, weight.dtype)
+    return stored_bits(args, rows, columns, weight.dtype)
 
 
 def _problems(unit: Unit, candidate: Candidate) -> Iterator[str]:

@@ -165,11 +165,11 @@ def test_hessian_of_the_identity_is_plain_squares(layout: str) -> None:
     plain = Observer.load_from_registry("optimal", "weight", args, module, objective="mse")
     found, expected = observer(module.weight), plain(module.weight)
     assert found[0].shape == expected[0].shape
-    # Other candidates are tried, and not as many, so that another optimum may be found.
+    # Other candidates are tried, in groups not as many, so that another optimum may be found.
     error, best = (
         float(rest(module.weight, *pair, args).square().sum()) for pair in (found, expected)
     )
-    assert 0.99 * best < error < 1.03 * best
+    assert 0.99 * best < error < (1.05 if "group" in layout else 1.01) * best
 
 
 def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:

@@ -32,7 +32,7 @@ __all__ = ["OptimalObserver"]
 #: Exponents of values whose errors' squares float32 holds; and how small units may be.
 _ORDINARY, _LEAST = 40, 100
 
-_TENSOR_GROUP = QuantizationStrategy.TENSOR_GROUP
+_GROUP, _TENSOR_GROUP = QuantizationStrategy.GROUP, QuantizationStrategy.TENSOR_GROUP
 
 Objective = Literal["imatrix", "hessian", "mse"]
 
@@ -163,7 +163,8 @@ class OptimalObserver(InputObserver):
             importance=self.importance(observation),
             global_scale=self._global_scale_for(observation),
             negative_scales=self.negative_scales,
-            rough=self.objective == "hessian",
+            # Where groups are few there is little work to save.
+            rough=self.objective == "hessian" and self.args.strategy == _GROUP,
         )
         return self._refine(observation, found) if self.objective == "hessian" else found
 

@@ -306,7 +306,7 @@ def predict(
 def _bits(target: Target, candidate: Candidate) -> int:
     weight = weight_of(target)
     rows, columns = weight.shape
-    return stored_bits(args, rows, columns, weight.dtype)
+    return stored_bits(candidate.args, rows, columns, weight.dtype)
 
 
 def _problems(unit: Unit, candidate: Candidate) -> Iterator[str]:

@@ -276,9 +276,10 @@ def test_without_products_that_fit_the_default_is_imatrix(products: int | None) 
 
 
 def test_products_that_fit_give_hessian_by_default() -> None:
-    found = observe(llama(), ids(), products=128)
+    data = ids(9)
+    found = observe(llama(), data, products=128)
     by_data, by_file = llama(), llama()
-    reports = calibrate(by_data, "W4A16", data=ids()), calibrate(by_file, "W4A16", statistics=found)
+    reports = calibrate(by_data, "W4A16", data=data), calibrate(by_file, "W4A16", statistics=found)
     assert_same(by_data, by_file, reports)
     assert {row.objective for row in reports[1].modules} == {"hessian"}
 

@@ -38,6 +38,9 @@ Objective = Literal["imatrix", "hessian", "mse"]
 
 #: From so many bits on the default is "imatrix": what rounding adds to a model is small there.
 _MANY_BITS = 8
+#: For each of the columns that are taken together. SmolLM2-135M, int4 in groups of 64, errors of
+#: the layers' outputs on other text: with 64 tokens 3% larger than by "imatrix", with 256 3% less.
+_ENOUGH_TOKENS = 2
 
 
 class OptimalOptions(ObserverOptions):
@@ -62,7 +65,8 @@ class OptimalObserver(InputObserver):
     The option `objective` says which error:
 
     - "auto", the default: "hessian" below 8 bits, unless what was seen of the inputs holds no
-      products of them (of a statistics file, say); else "imatrix";
+      products of them (of a statistics file, say), or fewer tokens than twice the columns that it
+      takes together (fewer than that tell nothing of how inputs go together); else "imatrix";
     - "imatrix": squared error of a weight times E[x^2] of its input column;
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
       its columns, plus what groups of a row add to each other's error, as far as a sketch of the
@@ -119,12 +123,24 @@ class OptimalObserver(InputObserver):
 
     @property
     def objective(self) -> Objective:
-        """The option `objective`, and what "auto" comes to."""
+        """The option `objective`, and what "auto" comes to with the inputs seen so far."""
         asked = cast(OptimalOptions, self.options).objective
         if asked != "auto":
             return asked
-        many_bits = (self.args.num_bits or _MANY_BITS) >= _MANY_BITS
-        return "imatrix" if many_bits or self.moments.lacks_products else "hessian"
+        sums = self.moments.input_square_sum
+        if not self._sums_products or sums is None:
+            return "hessian" if self._sums_products else "imatrix"
+        enough = _ENOUGH_TOKENS * self._column_groups(sums.numel()).size
+        return "hessian" if self.moments.num_input_tokens >= enough else "imatrix"
+
+    @property
+    def _sums_products(self) -> bool:
+        """Whether the objective is "hessian", or is it once there are tokens enough."""
+        asked = cast(OptimalOptions, self.options).objective
+        if asked != "auto":
+            return asked == "hessian"
+        few_bits = (self.args.num_bits or _MANY_BITS) < _MANY_BITS
+        return few_bits and not self.moments.lacks_products
 
     @property
     def can_lack_products(self) -> bool:
@@ -144,7 +160,7 @@ class OptimalObserver(InputObserver):
     @property
     def wanted_products(self) -> Callable[[int], ColumnGroups] | None:
         """Those of the columns that share a scale, for "hessian"."""
-        return self._column_groups if self.objective == "hessian" else None
+        return self._column_groups if self._sums_products else None
 
     def by_importance(self) -> OptimalObserver:
         """One with the objective "imatrix" that reads the same sums over inputs."""
@@ -302,7 +318,7 @@ class OptimalObserver(InputObserver):
         """As `Observer.check_state`; for "hessian" sums must be those of the inputs' columns."""
         yield from super().check_state(state)
         found = state.get("input_square_sum")
-        seen = self.objective == "hessian" and count_in(state, "num_input_tokens") > 0
+        seen = self._sums_products and count_in(state, "num_input_tokens") > 0
         if found is None or not seen:
             return
         if self.can_lack_products and "input_products" not in state:

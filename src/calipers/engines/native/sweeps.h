@@ -235,8 +235,8 @@ class Tile {
   int64_t first = 0, rows = 0;
   Scratch errors, of_errors, codes, targets, slopes, others, part_shares, new_shares, code_shares,
       walked;
-  // A code that changes by one: the column, the candidate above it, and INT32_MIN where it is by
-  // less than 0. NOTHING fills up what is made at once, and is no candidate's: that of 0 has none.
+  // A code that changes by one: the column, one more than the candidate above it, and INT32_MIN
+  // where it is by less than 0. NOTHING fills up what is made at once.
   static constexpr int AT_ONCE = 4, LEAST_AT_ONCE = 2, BEHIND_COLUMN = 16;
   static constexpr int32_t MOST_COLUMN = (1 << BEHIND_COLUMN) - 1, NOTHING = 0;
   std::vector<int32_t> found, changes;  // as they are found, and by candidate
@@ -246,7 +246,7 @@ class Tile {
     const uint32_t one = 0x3f800000u & (0u - uint32_t(change != NOTHING));
     return float_of_bits(one | (uint32_t(change) & 0x80000000u));
   }
-  static int32_t candidate_of(int32_t change) { return change << 1 >> (BEHIND_COLUMN + 1); }
+  static int32_t candidate_of(int32_t change) { return (change << 1 >> (BEHIND_COLUMN + 1)) - 1; }
   std::vector<double> sums;  // (rows, count, 3): q'Mq, q'Mx, and q times what couples groups
   double own[TILE_ROWS], constant[TILE_ROWS];
   float best_scales[TILE_ROWS], best_zeros[TILE_ROWS];
@@ -496,7 +496,7 @@ class Tile {
         const Vec within = smaller(larger(steps, Vec{}), splat(float(count - 1 - next)));
         const IVec candidate = next + __builtin_convertvector(within, IVec);
         if (found.size() < number + LANES) found.resize(2 * number + LANES);
-        store_lanes(found.data() + number, candidate << BEHIND_COLUMN | columns, lanes);
+        store_lanes(found.data() + number, (candidate + 1) << BEHIND_COLUMN | columns, lanes);
         number += size_t(__builtin_popcount(lanes));
         code += way;
       }

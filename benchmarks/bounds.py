@@ -8,8 +8,8 @@ X'X of the float model. With one scale a row, rows know nothing of each other: t
 grid of scales, for each row, is the optimum. In groups, one group of every row after the other is
 given the best of all scales that might be it, the others as they are, again and again, until a
 round gains less than a thousandth: no single scale can be changed for the better then. NVFP4: the
-best of four global scales, an eighth of an octave in all, for each weight, each with its own such
-search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the rest.
+better of two global scales, half of the distance of two codes apart, for each weight, each with its
+own such search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the rest.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ COLUMNS = (
     ("change", "change", "{:+.2f}% ± {:.2f}%"),
     ("KL", "kl", "{:.3f} ± {:.3f}"),
 )
-#: Factors on a scale: of the one of min/max per channel, of the present one in groups.
-GRID, ABOUT = torch.linspace(0.3, 1.1, 321), torch.linspace(0.7, 1.3, 49)
+#: Factors on the scale of min/max per channel, and then on the best of these.
+GRID, FINE = torch.linspace(0.3, 1.1, 65), torch.linspace(0.985, 1.015, 16)
+#: Factors on the present scale in groups.
+ABOUT = torch.linspace(0.7, 1.3, 49)
 #: Codes of a scale to each side; global scales.
-CODES, PHASES = 8, tuple(2 ** (-step / 32) for step in range(4))
+CODES, PHASES = 6, (1.0, 2 ** (-1 / 16))
 #: Values times candidates at a time; what a round must gain; most rounds.
 AT_ONCE, GAIN, ROUNDS = 2**24, 1e-3, 20
 
@@ -122,14 +124,17 @@ def best_weight(
 def _best_of_rows(weight: Tensor, gram: Tensor, args: QuantizationArgs) -> Tensor:
     spec = ScaleSpec(args, torch.float32)
     base = weight.abs().amax(1, keepdim=True) / 7.5
-    best, found = torch.full((len(weight),), torch.inf), weight.clone()
-    for factor in GRID.tolist():
-        rounded = spec.format.round(weight / (base * factor)) * (base * factor)
-        errors = rounded - weight
-        error = ((errors @ gram) * errors).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        found[better] = rounded[better]
+    best, found, scale = torch.full((len(weight),), torch.inf), weight.clone(), base.clone()
+    for factors in (GRID, FINE):
+        centre = base if factors is GRID else scale.clone()
+        for factor in factors.tolist():
+            step = centre * factor
+            rounded = spec.format.round(weight / step) * step
+            errors = rounded - weight
+            error = ((errors @ gram) * errors).sum(1)
+            better = error < best
+            best = torch.where(better, error, best)
+            found[better], scale[better] = rounded[better], step[better]
     return found
 
 

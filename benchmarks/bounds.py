@@ -9,7 +9,8 @@ grid of scales, for each row, is the optimum. In groups, one group of every row 
 given the best of all scales that might be it, the others as they are, again and again, until a
 round gains less than a thousandth: no single scale can be changed for the better then. NVFP4: the
 better of two global scales, half of the distance of two codes apart, for each weight, each with its
-own such search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the rest.
+own such search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the
+rest.
 """
 
 from __future__ import annotations

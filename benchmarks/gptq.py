@@ -36,7 +36,7 @@ from calipers.evaluation import Perplexity, evaluate_losses, paired_difference
 from calipers.text import read_batches
 from calipers.texts import calibration_texts, heldout_texts
 
-__all__ = ["Work", "main"]
+__all__ = ["Work", "main", "parser_of", "to_nearest"]
 
 Json = dict[str, Any]
 FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
@@ -60,20 +60,11 @@ COLUMNS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure one format after the other, print and write after each row."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="transformers folder")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
-    parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser = parser_of(__doc__)
     parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_json_option(parser)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     rows: list[Json] = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Work(model_folder(options.model, Path(folder)), options, CHOICES)
+    work = Work(options, CHOICES)
     for row in work.rows(options.roundings):
         rows.append(row)
         print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
@@ -89,6 +80,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(table.markdown() + "\n")
     print(result.source())
     return 0
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """The options of `Work`, for a benchmark with this description."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="transformers folder")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
+    parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_json_option(parser)
+    return parser
 
 
 def add_shares(rows: list[Json]) -> None:
@@ -108,9 +112,12 @@ def add_shares(rows: list[Json]) -> None:
 class Work:
     """A float model, X'X of the inputs of its layers, and what it does with the held-out texts."""
 
-    def __init__(self, folder: Path, options: Any, choices: list[Choice]) -> None:
-        self.model = load_model(folder, device="cpu", dtype="float32")
-        tokenizer = load_tokenizer(folder)
+    def __init__(self, options: argparse.Namespace, choices: list[Choice]) -> None:
+        torch.set_num_threads(options.threads)
+        with tempfile.TemporaryDirectory() as made:
+            folder = model_folder(options.model, Path(made))
+            self.model = load_model(folder, device="cpu", dtype="float32")
+            tokenizer = load_tokenizer(folder)
 
         def read(texts: Iterable[str], samples: int) -> list[Tensor]:
             return read_batches(
@@ -149,7 +156,7 @@ class Work:
         for each in self.watched:
             qparams = dict(each.qparams())
             for rounding in roundings:
-                round_one = _to_nearest if rounding == "nearest" else _by_gptq
+                round_one = to_nearest if rounding == "nearest" else _by_gptq
                 found = {
                     name: round_one(self.own[name], self.grams[name].float(), each.args, its)
                     for name, its in qparams.items()
@@ -171,7 +178,8 @@ class Work:
         }
 
 
-def _to_nearest(weight: Tensor, _: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+def to_nearest(weight: Tensor, _: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+    """A weight rounded to nearest, whatever its layer's inputs."""
     scale, zero_point, shared = qparams
     return fake_quantize(weight, scale, zero_point, args, shared)
 

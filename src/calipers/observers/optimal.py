@@ -127,9 +127,11 @@ class OptimalObserver(InputObserver):
         asked = cast(OptimalOptions, self.options).objective
         if asked != "auto":
             return asked
+        if not self._sums_products:
+            return "imatrix"
         sums = self.moments.input_square_sum
-        if not self._sums_products or sums is None:
-            return "hessian" if self._sums_products else "imatrix"
+        if sums is None:
+            return "hessian"
         enough = _ENOUGH_TOKENS * self._column_groups(sums.numel()).size
         return "hessian" if self.moments.num_input_tokens >= enough else "imatrix"
 

@@ -50,31 +50,46 @@ struct SweepTask {
   int64_t parts() const { return groups * blocks; }
 };
 
+// Sums of some rows, a vector each of the columns of a panel.
+template <int ROWS>
+struct PanelSums {
+  static constexpr int VECTORS = PANEL / LANES;
+  Vec sums[ROWS][VECTORS];
+
+  PanelSums() {
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
+  }
+
+  // Add values of the rows times lines of the panel (inner, PANEL), from one to another.
+  void add(const float* a, int64_t stride, const float* panel, int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; k++) {
+      Vec b[VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) b[v] = load(panel + k * PANEL + v * LANES);
+#pragma GCC unroll 16
+      for (int r = 0; r < ROWS; r++) {
+        const Vec factor = splat(a[r * stride + k]);
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) sums[r][v] += factor * b[v];
+      }
+    }
+  }
+};
+
 // target (rows, panels * PANEL) = a (rows, inner) times panels (panels, inner, PANEL).
 template <int ROWS>
 static inline void multiply_rows(const float* a, int64_t stride, int64_t inner, const float* panel,
                                  float* target, int64_t target_stride) {
-  constexpr int VECTORS = PANEL / LANES;
-  Vec sums[ROWS][VECTORS];
+  PanelSums<ROWS> total;
+  total.add(a, stride, panel, 0, inner);
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
-  for (int64_t k = 0; k < inner; k++) {
-    Vec b[VECTORS];
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) b[v] = load(panel + k * PANEL + v * LANES);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++) {
-      const Vec factor = splat(a[r * stride + k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sums[r][v] += factor * b[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) store(target + r * target_stride + v * LANES, sums[r][v]);
+    for (int v = 0; v < total.VECTORS; v++)
+      store(target + r * target_stride + v * LANES, total.sums[r][v]);
 }
 
 static void multiply(const float* a, int64_t stride, int64_t rows, int64_t inner,
@@ -95,40 +110,23 @@ static void multiply(const float* a, int64_t stride, int64_t rows, int64_t inner
 template <int ROWS>
 static inline void quadratic_rows(const float* a, int64_t stride, int64_t inner,
                                   const float* panels, double* found) {
-  constexpr int VECTORS = PANEL / LANES;
   for (int64_t at = 0; at < inner; at += PANEL, panels += inner * PANEL) {
-    Vec sums[ROWS][VECTORS];
-    auto add = [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; k++) {
-        Vec b[VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) b[v] = load(panels + k * PANEL + v * LANES);
-#pragma GCC unroll 16
-        for (int r = 0; r < ROWS; r++) {
-          const Vec factor = splat(a[r * stride + k]);
-#pragma GCC unroll 2
-          for (int v = 0; v < VECTORS; v++) sums[r][v] += factor * b[v];
-        }
-      }
-    };
+    PanelSums<ROWS> total;
+    total.add(a, stride, panels, 0, at);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = Vec{};
-    add(0, at);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sums[r][v] += sums[r][v];
-    add(at, at + PANEL);
+      for (int v = 0; v < total.VECTORS; v++) total.sums[r][v] += total.sums[r][v];
+    total.add(a, stride, panels, at, at + PANEL);
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; r++) {
-      Vec sum{};
+      Vec products{};
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) sum += sums[r][v] * load(a + r * stride + at + v * LANES);
-      float total = 0;
-      for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-      found[r] += total;
+      for (int v = 0; v < total.VECTORS; v++)
+        products += total.sums[r][v] * load(a + r * stride + at + v * LANES);
+      float sum = 0;
+      for (int lane = 0; lane < LANES; lane++) sum += products[lane];
+      found[r] += sum;
     }
   }
 }

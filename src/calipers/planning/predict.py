@@ -19,7 +19,7 @@ from calipers.calibration.observed import ObservedTensor
 from calipers.calibration.plan import ObserverChoice
 from calipers.calibration.targets import Target, has_global_scale
 from calipers.observers.hooks import Seen, add_hook, remove_hooks
-from calipers.observers.plugins import spelled_as_registered
+from calipers.observers.optimal import OptimalObserver
 from calipers.observing.observe import observe
 from calipers.planning.candidates import Candidate, stored_bits
 from calipers.ranges.input_gram import ColumnGroups
@@ -231,18 +231,17 @@ def quantized_weights(
 
     Args:
         targets: Modules of one unit.
-        candidate: What they are quantized by; the observer is `optimal`, unless it names one, with
-            the objective "imatrix", which the statistics have all for.
+        candidate: What they are quantized by; the observer is `optimal`, unless it names one, and
+            goes by "imatrix", unless it names an objective: the statistics hold no products.
         statistics: Of the data.
     """
     choice = ObserverChoice(has_data=True)
     args = candidate.args
-    if spelled_as_registered(args.observer or "optimal") == "optimal":
-        options = {"objective": "imatrix", **(args.observer_kwargs or {})}
-        args = args.model_copy(update={"observer_kwargs": options})
     tensors: dict[str, ObservedTensor] = {}
     for each in targets:
         observer = choice.build(each.name, "weight", args, each.module)
+        if isinstance(observer, OptimalObserver) and observer.can_lack_products:
+            observer = observer.by_importance()
         key = f"{each.name}.weight"
         state = statistics.states_for({key: observer}).get(key)
         if state is None and observer.needs_data:  # no token: what `calibrate` falls back to

@@ -200,7 +200,7 @@ def test_hessian_statistics_are_bounded_and_merge_exactly() -> None:
     module = linear()
     one = seen(module, objective="hessian")
     assert one.input_products.shape == (3, 1, 36)
-    assert one.input_sketch.shape == (24, 3)
+    assert one.input_sketch.shape == (24, 25)
     left, right = (
         Observer.load_from_registry("optimal", "weight", GROUP, module, objective="hessian")
         for _ in range(2)

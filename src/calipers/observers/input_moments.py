@@ -177,7 +177,7 @@ class InputMoments(HoldsStatistics):
         tokens = tokens if tokens.dtype == torch.float64 else tokens.float()
         sums = {
             "input_products": columns.triangles(tokens),
-            "input_sketch": sketch(tokens, rank_for(columns.size)),
+            "input_sketch": sketch(tokens, rank_for(tokens.shape[-1])),
         }
         past = {name: getattr(self, name) for name in sums}
         waiting = self._waiting

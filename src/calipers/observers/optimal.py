@@ -71,9 +71,9 @@ class OptimalObserver(InputObserver):
     - "hessian": d'Hd for the errors d of a row's group, H the sum of x x' over the tokens x of
       its columns, plus what groups of a row add to each other's error, as far as a sketch of the
       whole sum of x x' tells (`calipers.ranges.input_gram`): groups are chosen one after the other,
-      each with the others as they are. At most group_size values are kept for each column, 256
-      where groups are wider, and 512 for the strategies channel and tensor, whose rows are taken
-      in blocks of that many columns;
+      each with the others as they are. Half of group_size values are kept for each column, 128
+      where groups are wider, and 256 for the strategies channel and tensor, whose rows are taken
+      in blocks of 512 columns; and 32 more of the sketch;
     - "mse": squared error of the values alone, for activations and where there is no data. On
       weights it can make a model worse than minimum and maximum: use `memoryless_minmax` there.
 
@@ -329,7 +329,7 @@ class OptimalObserver(InputObserver):
         triangle = columns.size * (columns.size + 1) // 2
         shapes = {
             "input_products": (len(columns.index), columns.blocks, triangle),
-            "input_sketch": (found.numel(), rank_for(columns.size) + 1),
+            "input_sketch": (found.numel(), rank_for(found.numel()) + 1),
         }
         for name, shape in shapes.items():
             yield from check_sum(state, name, shape, needed=True, negative=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 from torch import Tensor
 
 from calipers.engines.dispatch import run
@@ -31,7 +31,7 @@ __all__ = ["refine_by_hessian", "sum_coupled"]
 
 
 class _Sweep(NamedTuple):
-    """Candidate scales for the sweep over all groups."""
+    """Which other scales are tried."""
 
     #: How far factors reach with integers of 4 bits (half as far with each bit more), and floats.
     reach: float
@@ -41,7 +41,8 @@ class _Sweep(NamedTuple):
     codes: int
 
 
-SWEEP = _Sweep(0.125, 10, 3)
+#: Groups of a row make up for each other; a scale of a whole row has to do with what is near it.
+SWEEP, ROW_SWEEP = _Sweep(0.125, 10, 5), _Sweep(0.35, 70, 5)
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 CHUNK = 2**20
 
@@ -79,7 +80,7 @@ def refine_by_hessian(
         Scale and zero point, as in `start`. In no group is d'Hd greater than with minimum and
         maximum.
     """
-    work = view.values.numel() * 2 * SWEEP.sides
+    work = view.values.numel() * 2 * _sweep(spec.args).sides
     problem = Problem(view.values.device, work, args=spec.args)
 
     def refine(coupled: Coupled) -> tuple[Tensor, Tensor]:
@@ -319,6 +320,10 @@ class _Columns:
         return _codes(x, part, self.spec).mul_(scale.unsqueeze(-1)).sub_(x)
 
 
+def _sweep(args: QuantizationArgs) -> _Sweep:
+    return ROW_SWEEP if args.strategy == QuantizationStrategy.CHANNEL else SWEEP
+
+
 def _candidates(start: Scales, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
     """Scales as stored, and zero points, in a new last dimension.
 
@@ -330,17 +335,18 @@ def _candidates(start: Scales, spec: ScaleSpec) -> tuple[Scales, list[bool]]:
     """
     device = start.scale.device
     scale = start.scale.unsqueeze(-1)
+    sweep = _sweep(spec.args)
     if has_scale_codes(spec.args):
         table = all_scales(spec, device)
         # The start is one of them, but for the rounding of a division.
         index = torch.searchsorted(table, scale * (1 - 1e-3))
-        steps = [*range(SWEEP.codes + 1), *range(-1, -SWEEP.codes - 1, -1)]
+        steps = [*range(sweep.codes + 1), *range(-1, -sweep.codes - 1, -1)]
         offsets = torch.tensor(steps, dtype=torch.int64, device=device)
         found = Scales(table[(index + offsets).clamp(0, table.numel() - 1)])
         return found, [step in (0, -1) for step in steps]
     codes, symmetric = spec.format, bool(spec.args.symmetric)
-    reach = SWEEP.reach * 0.5 ** (codes.num_bits - 4 if codes.integer else 0)
-    sides = SWEEP.sides
+    reach = sweep.reach * 0.5 ** (codes.num_bits - 4 if codes.integer else 0)
+    sides = sweep.sides
     steps = [*range(sides + 1), *range(-1, -sides - 1, -1)]
     fresh = [step in (0, -1) for step in steps]
     factors = 1 + torch.tensor(steps, dtype=torch.float32, device=device) * (reach / sides)

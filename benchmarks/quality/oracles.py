@@ -40,6 +40,7 @@ def kinds() -> dict[str, QuantizationArgs]:
         "int3": integer(3),
         "int4": integer(4),
         "int8": integer(8),
+        "int2 asymmetric": integer(2, False),
         "int3 asymmetric": integer(3, False),
         "int4 asymmetric": integer(4, False),
         "fp8": QuantizationArgs(num_bits=8, type="float", strategy="group", group_size=GROUP),

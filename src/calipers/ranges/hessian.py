@@ -41,7 +41,9 @@ class _Sweep(NamedTuple):
     codes: int
 
 
-#: Groups of a row make up for each other; a scale of a whole row has to do with what is near it.
+#: Of a row's groups each can make up for the others' errors, and a few scales give it ways enough;
+#: one scale for a whole row (strategy channel) has but itself, and what it leaves jumps between
+#: neighbours: it takes the best of many.
 SWEEP, ROW_SWEEP = _Sweep(0.125, 10, 5), _Sweep(0.35, 70, 5)
 #: Values of a column group that are worked on at a time; of several column groups a quarter each.
 CHUNK = 2**20

@@ -125,7 +125,7 @@ def _multiples(work: Work, watched: Watched) -> Weights:
 def best_of_rows(rounded: Tensor, weight: Tensor, gram: Tensor, part: float) -> Tensor:
     """Of each row the best of several (several, rows, cols), by d'X'Xd + part * sum E[x^2] d^2."""
     errors = rounded - weight
-    by_row = ((errors @ gram) * errors).sum(-1) + part * (errors.square() @ gram.diagonal())
+    by_row = _errors_by_row(errors, gram) + part * (errors.square() @ gram.diagonal())
     return rounded[by_row.argmin(0), torch.arange(len(weight))]
 
 
@@ -150,7 +150,7 @@ def best_weight(
 ) -> Tensor:
     """The weight as the best scales round it."""
     if args.strategy == "channel":
-        return _best_of_rows(weight, gram, args)
+        return _best_scales(weight, gram, args)
     found = []
     for phase in (1.0,) if shared is None else PHASES:
         its_shared = None if shared is None else shared * phase
@@ -160,7 +160,7 @@ def best_weight(
     return min(found, key=lambda rounded: error_of(rounded - weight, gram))
 
 
-def _best_of_rows(weight: Tensor, gram: Tensor, args: QuantizationArgs) -> Tensor:
+def _best_scales(weight: Tensor, gram: Tensor, args: QuantizationArgs) -> Tensor:
     spec = ScaleSpec(args, torch.float32)
     base = weight.abs().amax(1, keepdim=True) / 7.5
     best, found, scale = torch.full((len(weight),), torch.inf), weight.clone(), base.clone()
@@ -169,8 +169,7 @@ def _best_of_rows(weight: Tensor, gram: Tensor, args: QuantizationArgs) -> Tenso
         for factor in factors.tolist():
             step = centre * factor
             rounded = spec.format.round(weight / step) * step
-            errors = rounded - weight
-            error = ((errors @ gram) * errors).sum(1)
+            error = _errors_by_row(rounded - weight, gram)
             better = error < best
             best = torch.where(better, error, best)
             found[better], scale[better] = rounded[better], step[better]
@@ -220,6 +219,10 @@ def _candidates(scale: Tensor, spec: ScaleSpec) -> Tensor:
     index = torch.searchsorted(table, scale * (1 - 1e-3)).unsqueeze(1)
     steps = torch.arange(-CODES, CODES + 1)
     return table[(index + steps).clamp(0, len(table) - 1)]
+
+
+def _errors_by_row(errors: Tensor, gram: Tensor) -> Tensor:
+    return ((errors @ gram) * errors).sum(-1)
 
 
 def error_of(errors: Tensor, gram: Tensor) -> float:

@@ -122,11 +122,14 @@ class OptimalObserver(InputObserver):
             )
 
     @property
+    def _asked(self) -> Literal["auto", Objective]:
+        return cast(OptimalOptions, self.options).objective
+
+    @property
     def objective(self) -> Objective:
         """The option `objective`, and what "auto" comes to with the inputs seen so far."""
-        asked = cast(OptimalOptions, self.options).objective
-        if asked != "auto":
-            return asked
+        if self._asked != "auto":
+            return self._asked
         if not self._sums_products:
             return "imatrix"
         sums = self.moments.input_square_sum
@@ -138,16 +141,15 @@ class OptimalObserver(InputObserver):
     @property
     def _sums_products(self) -> bool:
         """Whether the objective is "hessian", or is it once there are tokens enough."""
-        asked = cast(OptimalOptions, self.options).objective
-        if asked != "auto":
-            return asked == "hessian"
+        if self._asked != "auto":
+            return self._asked == "hessian"
         few_bits = (self.args.num_bits or _MANY_BITS) < _MANY_BITS
         return few_bits and not self.moments.lacks_products
 
     @property
     def can_lack_products(self) -> bool:
         """Where the option `objective` is "auto"."""
-        return cast(OptimalOptions, self.options).objective == "auto"
+        return self._asked == "auto"
 
     @property
     def negative_scales(self) -> bool:

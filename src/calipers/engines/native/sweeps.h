@@ -140,6 +140,12 @@ static void add_quadratic(const float* a, int64_t stride, int64_t rows, int64_t 
     quadratic_rows<1>(a + row * stride, stride, inner, panels, found + row);
 }
 
+// target = a + factor * b, of so many columns.
+static inline void add_scaled(float* target, const float* a, float factor, const float* b,
+                              int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) store(target + i, load(a + i) + load(b + i) * factor);
+}
+
 static inline double dot_in_double(const float* a, const float* b, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; i += PANEL) total += dot(a + i, b + i, PANEL);
@@ -223,7 +229,7 @@ class Tile {
         share = its_share;
       }
       float* total = task.totals + (first + r) * task.rank;
-      for (int64_t i = 0; i < task.rank; i++) total[i] = other[i] + share[i];
+      add_scaled(total, other, 1, share, task.rank);
     }
   }
 
@@ -343,7 +349,7 @@ class Tile {
       constant[r] = 0;
       const float* total = task.totals + (first + r) * rank;
       const float* share = task.shares + of_group(r, group) * rank;
-      for (int64_t i = 0; i < rank; i++) others.data[r * rank + i] = total[i] - share[i];
+      add_scaled(others.data + r * rank, total, -1, share, rank);
     }
     if (task.blocks > 1)
       std::memset(code_shares.data, 0, rows * count * rank * sizeof(float));
@@ -500,13 +506,15 @@ class Tile {
       }
     }
     for (size_t i = 0; i < number; i++) ends[candidate_of(found[i])]++;
+    const size_t most_of_all = number + size_t(count) * (LEAST_AT_ONCE - 1);
+    if (changes.size() < most_of_all) changes.resize(most_of_all);
     int64_t all = 0;
     for (int64_t k = 0; k < count; k++) {
       starts[k] = all;
       all += (ends[k] + LEAST_AT_ONCE - 1) / LEAST_AT_ONCE * LEAST_AT_ONCE;
+      if (ends[k]) changes[size_t(all) - 1] = NOTHING;
       ends[k] = starts[k];
     }
-    changes.assign(size_t(all), NOTHING);
     for (size_t i = 0; i < number; i++) changes[ends[candidate_of(found[i])]++] = found[i];
   }
 

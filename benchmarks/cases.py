@@ -85,7 +85,7 @@ def all_cases() -> list[Case]:
     grid_80 = {"maxshrink": 0.8}
     cases = [
         *(
-            Case(f"mse int4 g128 {name}", INT4_G128, dtype=dtype, at_least=12)
+            Case(f"mse int4 g128 {name}", INT4_G128, dtype=dtype, at_least=25)
             for name, dtype in DTYPES.items()
         ),
         *(
@@ -95,6 +95,13 @@ def all_cases() -> list[Case]:
         Case("mse int8 channel", INT8_CHANNEL, at_least=12),
         Case("mse nvfp4 g16", NVFP4, at_least=40),
         Case("mse nvfp4 g16, global scale", NVFP4, global_scale=True, at_least=40),
+        Case(
+            "mse nvfp4 g16, global scale, bfloat16",
+            NVFP4,
+            dtype=torch.bfloat16,
+            global_scale=True,
+            at_least=100,
+        ),
         Case("imatrix_mse int4 g128", INT4_G128, "imatrix_mse", at_least=10),
         # With the default patience of 5 the peer would not walk through all 80 steps.
         Case(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ class Case:
     our_options: Json = field(default_factory=dict)
     their_options: Json = field(default_factory=dict)
     peer: bool = False
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def title(self) -> str:
+        """As the table names it."""
+        more = "" if self.dtype == torch.float32 else f", {self.dtype}".replace("torch.", "")
+        return f"{self.name}{more}, {self.rows} rows"
 
 
 def cases(cols: int) -> list[Case]:
@@ -58,10 +65,14 @@ def cases(cols: int) -> list[Case]:
     nvfp4 = preset_name_to_scheme("NVFP4A16", ["Linear"]).weights
     hessian, imatrix = {"objective": "hessian"}, {"objective": "imatrix"}
     expanded = "nvfp4_expanded_imatrix"
-    return [
+    with_peers = [
         Case("int4 g128", int4, cols, "optimal", "imatrix_mse", 25, imatrix, peer=True),
-        Case("int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, imatrix, {"norm": 2.0}),
         Case("NVFP4", nvfp4, cols // 8, "optimal", expanded, 100, imatrix, peer=True),
+    ]
+    return [
+        *with_peers,
+        *(replace(case, dtype=torch.bfloat16) for case in with_peers),
+        Case("int4 g128", int4, cols, "optimal", "memoryless_mse", 1 / 3, imatrix, {"norm": 2.0}),
         Case("int4 g128", int4, cols, "optimal", "optimal", 1 / 4, hessian, imatrix),
         Case("int4 channel", channel, cols, "optimal", "optimal", None, hessian, imatrix),
     ]
@@ -91,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if case.peer and not peer_is_here():
             continue
         weight = torch.randn(case.rows, options.size, generator=generator) * 0.02
+        weight = weight.to(case.dtype)
         ours = our_call(case.ours, case.args, case.our_options, weight, x)
         if case.peer:
             energy = x.square().mean(0)
@@ -107,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ]
         rows.append(
             {
-                "case": f"{case.name}, {case.rows} rows",
+                "case": case.title,
                 "ours": labels[0],
                 "theirs": labels[1],
                 **asdict(timing),

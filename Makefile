@@ -121,8 +121,10 @@ bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmc
 	@$(BIN)/python -m benchmarks.gptq
 	@$(BIN)/python -m benchmarks.gptq $(ASYMMETRIC)
 	@$(BIN)/python -m benchmarks.bounds
+	@$(BIN)/python -m benchmarks.bounds $(UNDER_GPTQ)
 
 ASYMMETRIC := --formats "asymmetric int3 g64" "asymmetric int2 g64" --roundings nearest
+UNDER_GPTQ := --rounding GPTQ --formats "int4 channel" "int3 g64"
 
 # The result files that need no more than this checkout and an idle machine; an hour or more.
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)
@@ -131,8 +133,8 @@ bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write
 	@for name in optimal whole gptq bounds; do \
 		$(BIN)/python -m benchmarks.$$name --json $(RESULTS)/$$name.json || exit 1; done
 	@$(BIN)/python -m benchmarks.gptq $(ASYMMETRIC) --json $(RESULTS)/asymmetric.json
-	@$(BIN)/python -m benchmarks.bounds --rounding GPTQ --formats "int4 channel" "int3 g64" \
-		--json $(RESULTS)/bounds_gptq.json
+	@$(BIN)/python -m benchmarks.bounds $(UNDER_GPTQ) --json $(RESULTS)/bounds_gptq.json
+	@$(BIN)/python -m benchmarks.bounds $(UNDER_GPTQ) --negative-scales --json $(RESULTS)/bounds_gptq_signed.json
 	@$(BIN)/python -m benchmarks.oneshot --json $(RESULTS)/oneshot.json
 	@for part in minilm demo activations oracles; do \
 		$(BIN)/python -m benchmarks.quality.run --parts $$part --json $(RESULTS)/$$part.json || exit 1; done

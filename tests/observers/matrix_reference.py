@@ -78,10 +78,20 @@ def gather(value: Tensor, group: Tensor, count: int, fill: float) -> Tensor:
 # -- formats ------------------------------------------------------------------------------------
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs) -> Tensor:
-    """Float64, by arithmetic alone; the scale with the global scale divided out."""
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, args: QuantizationArgs, *, single: bool = False
+) -> Tensor:
+    """Float64, by arithmetic alone; the scale with the global scale divided out.
+
+    Args:
+        single: Divide in float32 as compressed-tensors does, which makes ties of what is near one,
+            where float32 reaches.
+    """
     low, high = code_limits(args)
     scaled = x / scale
+    if single:
+        quotient = (x.float() / scale.float()).double()
+        scaled = torch.where(quotient.isfinite(), quotient, scaled)
     if args.type == "int":
         return ((scaled + zero_point).round().clamp(low, high) - zero_point) * scale
     mantissa, lowest = (3, -6) if args.num_bits == 8 else (1, 0)
@@ -358,7 +368,14 @@ def overflows(problem: Problem, scale: Tensor) -> Tensor:
 
 
 def output_error(
-    problem: Problem, scale: Tensor, zero_point: Tensor, rows: Tensor, cols: Tensor, seen: Tensor
+    problem: Problem,
+    scale: Tensor,
+    zero_point: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    seen: Tensor,
+    *,
+    single: bool = False,
 ) -> Tensor:
     """Of each group, sum over its rows of |inputs @ error|^2, in units of the group.
 
@@ -369,12 +386,13 @@ def output_error(
         rows: Row of each value, of the shape of `problem.x`; NaN behind the end of a group.
         cols: Its column.
         seen: Inputs, (tokens, columns).
+        single: Round as `fake_quantize` does with it.
     """
     step = scale.double() if problem.global_scale is None else scale / problem.global_scale.double()
     unit = problem.unit
     x = torch.where(problem.x.isfinite(), problem.x, 0) / unit.unsqueeze(-1)
     behind = (step / unit).unsqueeze(-1), zero_point.double().unsqueeze(-1)
-    errors = fake_quantize(x, *behind, problem.args) - x
+    errors = fake_quantize(x, *behind, problem.args, single=single) - x
     found = []
     for error, row, col in zip(errors, rows, cols, strict=True):
         there = row.isfinite()

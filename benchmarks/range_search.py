@@ -215,7 +215,7 @@ def check_search(setting: Setting, ours: Answer, theirs: Answer | None) -> list[
 
     The peer sums errors in the dtype of the values, so that in bfloat16 its steps are not a
     measure; the eager engine on the same values in float32 is. So it is where ours rounds local
-    scales, which the peer does not.
+    scales, which the peer does not: in the dtype of the values, and so not in float32.
     """
     found = ours.range()
     comparable = setting.case.dtype == torch.float32 and not setting.case.global_scale
@@ -223,9 +223,11 @@ def check_search(setting: Setting, ours: Answer, theirs: Answer | None) -> list[
     if theirs is not None:
         checks.append(compare(setting, found, theirs.range(), "llmcompressor", comparable))
     if theirs is None or not comparable:
+        dtype = setting.weight.dtype if setting.case.global_scale else torch.float32
         with chosen_engine("eager"):
-            reference = setting.ours(setting.weight.float()).range()
-        checks.append(compare(setting, found, reference, "eager engine on float32", True))
+            reference = setting.ours(setting.weight.to(dtype)).range()
+        its_name = f"eager engine on {dtype}".replace("torch.", "")
+        checks.append(compare(setting, found, reference, its_name, True))
     return checks
 
 
@@ -429,7 +431,7 @@ def measure_warm(options: argparse.Namespace) -> list[Json]:
         "\nratio: theirs/ours where it must be at least (>=), ours/theirs where at most (<=);"
         " theirs for minmax: one torch.aminmax, but llmcompressor at 64x64"
         "\ndiffer: groups with another step than the peer's (bfloat16, a global scale, or no peer:"
-        " than those of the eager engine on float32); minmax: not equal bit for bit"
+        " than those of the eager engine); minmax: not equal bit for bit"
         f"\nmemory: peak beyond input and results, at most {MEMORY_LIMIT}:"
         " torch's allocator / resident memory of the process; ! where above"
     )

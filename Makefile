@@ -26,6 +26,9 @@ TRITON_STAMP := $(VENV)/.calipers-triton
 # Options of the benchmarks, as in `make bench BENCH_ARGS="--cases nvfp4 --json out.json"`.
 BENCH_ARGS ?=
 RESULTS := benchmarks/results
+# Runs of `benchmarks.gptq` and `benchmarks.bounds` that their defaults leave out.
+ASYMMETRIC := --formats "asymmetric int3 g64" "asymmetric int2 g64" --roundings nearest
+UNDER_GPTQ := --rounding GPTQ --formats "int4 channel" "int3 g64"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types unit docs test-slow test-gpu test-triton test-latest test-vllm bench bench-quality bench-results doc-tables clean distclean
@@ -122,9 +125,6 @@ bench-quality: $(BENCH_STAMP) ## measure what scales do to a model, against llmc
 	@$(BIN)/python -m benchmarks.gptq $(ASYMMETRIC)
 	@$(BIN)/python -m benchmarks.bounds
 	@$(BIN)/python -m benchmarks.bounds $(UNDER_GPTQ)
-
-ASYMMETRIC := --formats "asymmetric int3 g64" "asymmetric int2 g64" --roundings nearest
-UNDER_GPTQ := --rounding GPTQ --formats "int4 channel" "int3 g64"
 
 # The result files that need no more than this checkout and an idle machine; an hour or more.
 bench-results: $(BENCH_STAMP) ## measure all tables of the docs again, and write them (an hour or more, idle machine)

@@ -54,7 +54,8 @@ class Case:
     @property
     def title(self) -> str:
         """As the table names it."""
-        more = "" if self.dtype == torch.float32 else f", {self.dtype}".replace("torch.", "")
+        dtype = str(self.dtype).removeprefix("torch.")
+        more = "" if dtype == "float32" else f", {dtype}"
         return f"{self.name}{more}, {self.rows} rows"
 
 

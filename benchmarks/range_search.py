@@ -226,8 +226,8 @@ def check_search(setting: Setting, ours: Answer, theirs: Answer | None) -> list[
         dtype = setting.weight.dtype if setting.case.global_scale else torch.float32
         with chosen_engine("eager"):
             reference = setting.ours(setting.weight.to(dtype)).range()
-        its_name = f"eager engine on {dtype}".replace("torch.", "")
-        checks.append(compare(setting, found, reference, its_name, True))
+        against = f"eager engine on {str(dtype).removeprefix('torch.')}"
+        checks.append(compare(setting, found, reference, against, True))
     return checks
 
 

@@ -140,12 +140,6 @@ static void add_quadratic(const float* a, int64_t stride, int64_t rows, int64_t 
     quadratic_rows<1>(a + row * stride, stride, inner, panels, found + row);
 }
 
-// target = a + factor * b, of so many columns.
-static inline void add_scaled(float* target, const float* a, float factor, const float* b,
-                              int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) store(target + i, load(a + i) + load(b + i) * factor);
-}
-
 static inline double dot_in_double(const float* a, const float* b, int64_t count) {
   double total = 0;
   for (int64_t i = 0; i < count; i += PANEL) total += dot(a + i, b + i, PANEL);
@@ -229,7 +223,8 @@ class Tile {
         share = its_share;
       }
       float* total = task.totals + (first + r) * task.rank;
-      add_scaled(total, other, 1, share, task.rank);
+      std::memcpy(total, other, task.rank * sizeof(float));
+      add_times(total, 1, share, task.rank);
     }
   }
 
@@ -347,9 +342,9 @@ class Tile {
     std::fill(sums.begin(), sums.end(), 0.0);
     for (int64_t r = 0; r < rows; r++) {
       constant[r] = 0;
-      const float* total = task.totals + (first + r) * rank;
-      const float* share = task.shares + of_group(r, group) * rank;
-      add_scaled(others.data + r * rank, total, -1, share, rank);
+      float* other = others.data + r * rank;
+      std::memcpy(other, task.totals + (first + r) * rank, rank * sizeof(float));
+      add_times(other, -1, task.shares + of_group(r, group) * rank, rank);
     }
     if (task.blocks > 1)
       std::memset(code_shares.data, 0, rows * count * rank * sizeof(float));
